@@ -1,0 +1,54 @@
+# What a person or CI runs on a checkout. `make` alone lists the targets.
+# Needs Python >= 3.10; everything else is installed into .venv, RabbitMQ with apt-get.
+
+BIN := .venv/bin
+# Two workers: tests wait for brokers more than they compute. PYTEST_ARGS= runs them in one.
+PYTEST_ARGS ?= -n 2
+
+.DEFAULT_GOAL := help
+# The targets of `test` print one after the other, with pytest's result at the end.
+.NOTPARALLEL:
+.PHONY: help demo test matrix lint types docs build broker clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
+		printf 'make %-8s %s\n' "$$target" "$$text"; done
+
+demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an event
+	$(BIN)/python tools/rabbitmq_node.py run -- $(BIN)/python -m domain_events demo --broker {url}
+
+test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
+	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
+
+lint: .venv/.ready ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.ready ## mypy --strict
+	$(BIN)/mypy
+
+docs: .venv/.ready ## the documentation, to docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+build: .venv/.ready ## source distribution and wheel, to dist/
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+clean: ## delete what these targets made
+	rm -rf .venv .tox build dist docs/_build htmlcov *.egg-info .coverage .coverage.* \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A broker for the tests: installed unless one is there, or given.
+broker: .venv/.ready
+	@test -n "$$DOMAIN_EVENTS_TEST_URL" || \
+		$(BIN)/python tools/rabbitmq_node.py install $${DOMAIN_EVENTS_TEST_RELEASE:-host}
+
+.venv/.ready: pyproject.toml setup.py tools/venv.sh
+	sh tools/venv.sh .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

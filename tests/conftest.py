@@ -1,0 +1,176 @@
+"""The brokers that tests run against, and what keeps tests out of each other's way.
+
+Every test run has one private RabbitMQ node, shared by its tests and by all workers of
+pytest-xdist: fixture `broker_url`. Tests that kill, stop or configure a broker take a node of their
+own: `killable_node` (one per worker, running again at the start of each test), `own_node` (new for
+the test), or `node_factory`.
+
+Environment: DOMAIN_EVENTS_TEST_URL names a broker to use instead of the shared node;
+DOMAIN_EVENTS_TEST_RELEASE the RabbitMQ release of the nodes started here (tools/rabbitmq_node.py).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import rabbitmq_node
+from rabbitmq_node import Node, NodeError
+from support import Names, prefix_of, wait_until
+
+OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
+
+_shared: Node | None = None
+
+
+def _release() -> str:
+    return os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host"
+
+
+def _given_url() -> str | None:
+    return os.environ.get("DOMAIN_EVENTS_TEST_URL") or None
+
+
+def _start_shared_node() -> Node:
+    """Start the run's node without waiting for it: it boots while tests are collected."""
+    global _shared
+    if _shared is None:
+        _shared = Node(_release())
+        _shared.start(wait=False)
+    return _shared
+
+
+# ------------------------------------------------------------------ hooks
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """In the controller of pytest-xdist, for each worker: tell it where the shared node is."""
+    if _given_url() is None and rabbitmq_node.find(_release()) is not None:
+        node.workerinput["broker_port"] = _start_shared_node().port
+
+
+def pytest_unconfigure() -> None:
+    if _shared is not None:
+        _shared.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if OWN_NODE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("own_node")
+
+
+def pytest_report_header() -> str:
+    if _given_url() is not None:
+        return "broker: DOMAIN_EVENTS_TEST_URL"
+    found = rabbitmq_node.find(_release())
+    return f"broker: RabbitMQ {found.version if found else f'({_release()}) is not installed'}"
+
+
+# ------------------------------------------------------------------ brokers
+
+
+@pytest.fixture(scope="session")
+def broker_url(request: pytest.FixtureRequest) -> str:
+    """The URL of the broker that all tests share; tests use names of their own on it."""
+    given = _given_url()
+    if given is not None:
+        return given
+    workerinput = getattr(request.config, "workerinput", None)
+    if workerinput is not None and "broker_port" in workerinput:
+        port: int = workerinput["broker_port"]
+        rabbitmq_node.wait_for_broker(port)
+        return f"amqp://guest:guest@127.0.0.1:{port}/%2F"
+    try:
+        node = _start_shared_node()
+        node.start()
+    except NodeError as error:
+        pytest.fail(f"{error}\nor set DOMAIN_EVENTS_TEST_URL", pytrace=False)
+    return node.url
+
+
+def _new_node(**options: Any) -> Node:
+    if rabbitmq_node.find(_release()) is None and _given_url() is not None:
+        pytest.skip(f"a node of its own takes RabbitMQ ({_release()}), which is not installed")
+    return Node(**{"release": _release(), **options})
+
+
+@pytest.fixture
+def node_factory() -> Iterator[Callable[..., Node]]:
+    """Makes private nodes (not started) from the arguments of Node; closed after the test."""
+    nodes: list[Node] = []
+
+    def make(**options: Any) -> Node:
+        nodes.append(_new_node(**options))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def own_node(node_factory: Callable[..., Node]) -> Node:
+    """A running node that this test has for itself; costs some seconds."""
+    node = node_factory()
+    node.start()
+    return node
+
+
+@pytest.fixture(scope="session")
+def _killable_node() -> Iterator[Node]:
+    node = _new_node()
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def killable_node(_killable_node: Node) -> Node:
+    """A running node to kill, stop and pause at will; other tests do so after this one."""
+    _killable_node.resume()
+    _killable_node.start()
+    return _killable_node
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port on which nobody listens."""
+    return rabbitmq_node.free_port()
+
+
+# ------------------------------------------------------------------ tests leave nothing behind
+
+
+@pytest.fixture
+def unique(request: pytest.FixtureRequest) -> str:
+    """A short prefix that no other test uses, for names on a shared broker."""
+    return prefix_of(request.node.nodeid, secrets.token_hex(3))
+
+
+@pytest.fixture
+def names(broker_url: str, unique: str) -> Iterator[Names]:
+    """Makes names for queues and exchanges on the shared broker, deleted after the test."""
+    names = Names(broker_url, unique)
+    yield names
+    names.delete()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Every thread of ours that a test started ends with it."""
+    before = set(threading.enumerate())
+    yield
+
+    def ended() -> bool:
+        return not [
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and thread.name.startswith("domain-events")
+        ]
+
+    wait_until(ended, timeout=5, message="all threads named domain-events* have ended")

@@ -1,0 +1,88 @@
+"""Small helpers that tests import: waiting for a condition, and names that are cleaned up."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pika
+
+T = TypeVar("T")
+
+DELAY_LEVELS = 24
+
+
+def wait_until(
+    condition: Callable[[], T], timeout: float = 10.0, message: str = "", interval: float = 0.01
+) -> T:
+    """Poll `condition` until it is true and return its value; fail after `timeout` seconds.
+
+    Tests wait with this and never sleep for a fixed time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            what = message or getattr(condition, "__name__", "the condition")
+            raise AssertionError(f"not within {timeout:g} s: {what} (last value: {value!r})")
+        time.sleep(interval)
+
+
+class Names:
+    """Names of queues and exchanges of one test, deleted from its broker when the test is over.
+
+    `queue()` covers the subscriber's queue and its dead letters (`<name>-dl`). `exchange()` covers
+    what an exchange brings with it: `.due`, `.undelivered` and the delay levels.
+    """
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self.url = url
+        self.prefix = prefix
+        self._queues: list[str] = []
+        self._exchanges: list[str] = []
+
+    def queue(self, label: str = "q") -> str:
+        name = f"{self.prefix}-{label}"
+        self._queues += [name, f"{name}-dl"]
+        return name
+
+    def exchange(self, label: str = "x") -> str:
+        name = f"{self.prefix}-{label}"
+        levels = [f"{name}.delay.{level:02}" for level in range(DELAY_LEVELS)]
+        self._queues += [f"{name}.undelivered", *levels]
+        self._exchanges += [name, f"{name}.due", f"{name}.undelivered", *levels]
+        return name
+
+    def add(self, *, queue: str | None = None, exchange: str | None = None) -> None:
+        """Delete a name that was not made here as well."""
+        if queue is not None:
+            self._queues.append(queue)
+        if exchange is not None:
+            self._exchanges.append(exchange)
+
+    def delete(self) -> None:
+        """Delete them; to delete what is not there is no error. A few ms, also for an exchange."""
+        if not self._queues and not self._exchanges:
+            return
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        try:
+            channel = connection.channel()
+            for queue in dict.fromkeys(self._queues):
+                channel.queue_delete(queue)
+            for exchange in dict.fromkeys(self._exchanges):
+                channel.exchange_delete(exchange)
+        finally:
+            connection.close()
+        self._queues.clear()
+        self._exchanges.clear()
+
+
+def prefix_of(nodeid: str, token: str) -> str:
+    """A short prefix for a test's names that says whose they are, as `a-restart-3f9a2c`."""
+    function = nodeid.rpartition("::")[2].partition("[")[0]
+    words = re.sub(r"[^a-z0-9]+", "-", function.lower()).removeprefix("test-")
+    return f"{words[:24].strip('-')}-{token}"

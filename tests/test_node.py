@@ -1,0 +1,176 @@
+"""The tool that all other tests stand on: tools/rabbitmq_node.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pika
+import pika.exceptions
+import pytest
+import rabbitmq_node
+from rabbitmq_node import Node, NodeError
+from support import Names, wait_until
+
+TOOL = Path(rabbitmq_node.__file__)
+
+
+def processes_with(text: str) -> list[int]:
+    """The processes with `text` in their command line or environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                known = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue  # ended meanwhile, or somebody else's
+            if text.encode() in known:
+                found.append(int(entry.name))
+    return found
+
+
+def test_data_survives_a_kill_and_the_port_stays(killable_node: Node, unique: str) -> None:
+    url = killable_node.url
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    channel = connection.channel()
+    channel.confirm_delivery()
+    channel.queue_declare(unique, durable=True, arguments={"x-queue-type": "quorum"})
+    channel.basic_publish("", unique, b"kept", pika.BasicProperties(delivery_mode=2))
+    connection.close()
+    killable_node.sync()
+
+    killable_node.kill()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", killable_node.port))
+    # A thread that ends does not take the broker along: see _Household.
+    thread = threading.Thread(target=killable_node.start)
+    thread.start()
+    thread.join()
+
+    assert killable_node.url == url
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    channel = connection.channel()
+    body = wait_until(lambda: channel.basic_get(unique, auto_ack=True)[2])
+    assert body == b"kept"
+    channel.queue_delete(unique)
+    connection.close()
+
+
+def test_a_failing_rabbitmqctl_says_why(killable_node: Node) -> None:
+    with pytest.raises(NodeError, match="no-such-command"):
+        killable_node.ctl("no-such-command")
+
+
+def test_a_paused_broker_says_nothing_until_it_goes_on(killable_node: Node) -> None:
+    killable_node.pause()
+    with pytest.raises(NodeError, match="no broker answered"):
+        rabbitmq_node.wait_for_broker(killable_node.port, seconds=0.2)
+    killable_node.resume()
+    rabbitmq_node.wait_for_broker(killable_node.port, seconds=10)
+
+
+def test_tls_shows_a_certificate_of_the_nodes_own_authority(
+    node_factory: Callable[..., Node],
+) -> None:
+    node = node_factory(tls=True)
+    node.start()
+    context = ssl.create_default_context(cafile=str(node.ca_file))
+    context.load_cert_chain(node.certificate_file, node.key_file)
+    parameters = pika.URLParameters(node.tls_url)
+    for host in ("127.0.0.1", "localhost"):
+        parameters.ssl_options = pika.SSLOptions(context, host)
+        pika.BlockingConnection(parameters).close()
+
+    stranger = ssl.create_default_context()
+    with (
+        socket.create_connection(("127.0.0.1", node.tls_port)) as plain,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        stranger.wrap_socket(plain, server_hostname="localhost")
+
+
+def test_a_broken_configuration_is_shown(node_factory: Callable[..., Node]) -> None:
+    with pytest.raises(NodeError, match="no_such_option"):
+        node_factory(config="no_such_option = 1").start()
+
+
+def test_nodes_form_a_cluster_and_leave_no_process(node_factory: Callable[..., Node]) -> None:
+    nodes = [node_factory() for _ in range(3)]
+    for node in nodes:
+        node.start(wait=False)  # two cores: to boot side by side is faster
+    for node in nodes[1:]:
+        node.join(nodes[0])
+    status = nodes[0].ctl("cluster_status", "--formatter", "json")
+    assert all(node.name in status for node in nodes)
+
+    for node in nodes:
+        node.close()
+    folders = [node.folder for node in nodes]
+    wait_until(lambda: not any(processes_with(folder.name) for folder in folders))
+    assert not any(folder.exists() for folder in folders)
+
+
+def run_tool(*arguments: str) -> list[str]:
+    return [sys.executable, str(TOOL), *arguments]
+
+
+def test_run_gives_the_url_and_passes_the_exit_code_on(killable_node: Node) -> None:
+    script = "import os, sys; print(os.environ['DOMAIN_EVENTS_URL'], sys.argv[1]); sys.exit(7)"
+    command = run_tool("run", "--", sys.executable, "-c", script, "<{url}>")
+
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+
+    url, argument = done.stdout.split()
+    assert url.startswith("amqp://guest:guest@127.0.0.1:")
+    assert argument == f"<{url}>"
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    mark = f"--mark={tmp_path.name}"
+    script = "import os, signal; print(os.getppid(), flush=True); signal.pause()"
+    command = run_tool("run", "--", sys.executable, "-c", script, mark)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline()
+        assert processes_with(mark)
+        if number is signal.SIGINT:
+            os.killpg(run.pid, number)  # as a terminal does: to the command as well
+        else:
+            run.send_signal(number)
+        if number is signal.SIGKILL:
+            os.killpg(run.pid, number)  # the command is nobody's to end
+        run.wait(20)
+
+    wait_until(lambda: not processes_with(tmp_path.name))
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+def test_names_are_deleted_with_all_that_belongs_to_them(names: Names) -> None:
+    queue, exchange = names.queue(), names.exchange()
+    connection = pika.BlockingConnection(pika.URLParameters(names.url))
+    channel = connection.channel()
+    channel.exchange_declare(exchange, "topic", durable=True)
+    quorum = {"x-queue-type": "quorum"}
+    for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
+        channel.queue_declare(name, durable=True, arguments=quorum)
+
+    names.delete()
+
+    for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="404"):
+            connection.channel().queue_declare(name, passive=True)
+    connection.close()

@@ -1,0 +1,41 @@
+#!/bin/sh
+# Make a virtual environment: sh tools/venv.sh FOLDER
+# Keeps one that works; says what is missing where it cannot make one.
+set -eu
+folder=$1
+recent='import sys; sys.exit(sys.version_info < (3, 10))'
+
+if [ -x "$folder/bin/python" ] && "$folder/bin/python" -c "$recent" &&
+    "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
+    exit 0
+fi
+
+python=
+for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+    # Not only `command -v`: the shims of pyenv are there for Pythons that are not.
+    if "$candidate" -c "$recent" >/dev/null 2>&1; then
+        python=$(command -v "$candidate")
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "No Python >= 3.10 on PATH (python3: $(python3 --version 2>&1 || true))." >&2
+    exit 1
+fi
+
+# Debian has the module venv, but what it needs to install pip is in python3-venv.
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    if command -v virtualenv >/dev/null; then
+        exec virtualenv --clear --python "$python" "$folder"
+    fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        echo "installing $package with apt-get"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get install -y "$package" || { apt-get update && apt-get install -y "$package"; }
+    else
+        echo "$python cannot make virtual environments: install python3-venv or virtualenv." >&2
+        exit 1
+    fi
+fi
+exec "$python" -m venv --clear "$folder"
