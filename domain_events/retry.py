@@ -1,0 +1,80 @@
+"""What a handler may say, and how long to wait: ``Retry``, ``Reject``, ``Backoff``. Pure."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+#: Delays are counted in units of a tenth of a second, by 24 binary levels (`topology`).
+SHORTEST_DELAY = 0.1
+LONGEST_DELAY = SHORTEST_DELAY * (2**24 - 1)
+
+
+class Retry(Exception):
+    """A handler raises it: try this event again in ``delay`` seconds.
+
+    The event comes back to this subscriber only, with ``event.retries`` one higher, at most
+    ``max_retries`` times (see ``Subscriber.register``); after that it is a dead letter.
+
+    :param delay: seconds, up to 19 days; less than 0.1 counts as 0.1.
+    :raises ValueError: for a negative delay, a longer one, or one that is no number.
+    """
+
+    def __init__(self, delay: float = 10.0) -> None:
+        super().__init__(delay)
+        self.delay = checked_delay(delay, "Retry")
+
+    def __str__(self) -> str:
+        return f"try again in {self.delay:g} s"
+
+
+class Reject(Exception):
+    """A handler raises it: no retry can help; put the event with the dead letters at once.
+
+    :param reason: for the person who reads the dead letter.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long to wait before each retry: ever longer, up to a maximum, with some chance.
+
+    The n-th retry waits ``first * factor ** (n - 1)`` seconds, at most ``maximum``. Of that,
+    the share ``jitter`` is left to chance, so that events which failed together do not all
+    return together: a delay of 10 s with a jitter of 0.2 lies between 8 and 10 s.
+    """
+
+    first: float = 1.0
+    factor: float = 2.0
+    maximum: float = 600.0
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        checked_delay(self.first, "Backoff.first")
+        checked_delay(self.maximum, "Backoff.maximum")
+        if not self.factor >= 1:
+            raise ValueError(f"Backoff.factor must be 1 or more, not {self.factor!r}.")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"Backoff.jitter is a share from 0 to 1, not {self.jitter!r}.")
+
+    def delay(self, retry: int) -> float:
+        """Seconds to wait before the ``retry``-th retry, counted from 1."""
+        try:
+            longest = min(self.maximum, self.first * self.factor ** (retry - 1))
+        except OverflowError:
+            longest = self.maximum if self.first else 0.0
+        return longest * (1 - self.jitter * random.random())
+
+
+def checked_delay(delay: float, name: str) -> float:
+    """The delay, if the delay levels can keep it; else a `ValueError` that says the bounds."""
+    # A NaN compares false.
+    if not isinstance(delay, int | float) or not 0 <= delay <= LONGEST_DELAY:
+        raise ValueError(
+            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {delay!r}."
+        )
+    return delay

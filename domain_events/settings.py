@@ -1,0 +1,121 @@
+"""Which broker: the argument, else ``configure()``, else the environment, else localhost.
+
+Resolved late, at each use, so that it does not matter who imports whom first. A password never
+leaves this room but towards the broker: what is shown of an address is `shown`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from domain_events.errors import ConfigurationError
+from domain_events.topology import fits
+
+ENVIRONMENT = ("DOMAIN_EVENTS_URL", "AMQP_URL", "RABBITMQ_URL", "CLOUDAMQP_URL")
+FALLBACK = "amqp://guest:guest@localhost:5672/%2F"
+
+
+class _Default(Enum):
+    DEFAULT = "the process's default broker"
+
+    def __repr__(self) -> str:
+        return "DEFAULT"
+
+
+#: Stands for the process's default broker wherever ``connection_settings`` are taken.
+DEFAULT: Final = _Default.DEFAULT
+
+ConnectionSettings: TypeAlias = str | Sequence[str] | Literal[_Default.DEFAULT] | None
+
+_configured: ConnectionSettings = DEFAULT
+_app_id: str | None = None
+
+# A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
+_BETWEEN_URLS = re.compile(r"\s*,\s*(?=[a-z]+://)", re.IGNORECASE)
+
+
+# What does not match may have its password anywhere.
+_WELL_FORMED = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:(?P<user>[^:/?#@]*)(?::[^/?#@]*)?@)?"
+    r"(?P<rest>(?:[^:/?#@\[\]]*|\[[0-9a-f:.]+\])(?::[0-9]+)?(?:/[^?#@]*)?)(?:[?#][^@]*)?",
+    re.IGNORECASE,
+)
+
+
+def configure(
+    connection_settings: ConnectionSettings = DEFAULT, *, app_id: str | None = None
+) -> None:
+    """Set the process's default broker; what is left out goes back to the environment's.
+
+    :param connection_settings: an AMQP URL; several for the nodes of a cluster (a sequence, or
+        separated by commas); ``None`` to switch publishing and subscribing off.
+    :param app_id: the name under which this program publishes; its file's name if left out.
+    :raises ConfigurationError: when it is none of these.
+    """
+    global _configured, _app_id
+    _split(connection_settings)
+    if app_id is not None and not fits(app_id):
+        raise ConfigurationError("app_id is a text of at most 255 bytes.")
+    _configured, _app_id = connection_settings, app_id
+
+
+def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...] | None:
+    """The broker's URLs, or None when publishing and subscribing are switched off.
+
+    An empty string is the default too: domain-event-broker has it so.
+
+    :raises ConfigurationError: when the settings are no URL and no URLs.
+    """
+    if connection_settings is DEFAULT or connection_settings == "":
+        connection_settings = _configured
+        if connection_settings is DEFAULT or connection_settings == "":
+            found = (os.environ[name] for name in ENVIRONMENT if os.environ.get(name))
+            connection_settings = next(found, FALLBACK)
+    return _split(connection_settings)
+
+
+def app_id() -> str:
+    """The name under which this program publishes."""
+    return _program_name() if _app_id is None else _app_id
+
+
+@lru_cache(maxsize=1)
+def _program_name() -> str:
+    program = Path(sys.argv[0] if sys.argv else "")
+    # python -m package: the program is the package's __main__.py.
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    return name[:100] or "python"
+
+
+def shown(url: str) -> str:
+    """The address without the password and the options, for logs and errors."""
+    found = _WELL_FORMED.fullmatch(url)
+    if found is None:
+        return "a malformed URL"
+    user = f"{found['user']}@" if found["user"] else ""
+    return f"{found['scheme']}{user}{found['rest']}"
+
+
+def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
+    if connection_settings is None:
+        return None
+    if connection_settings is DEFAULT or connection_settings == "":
+        return ()
+    if isinstance(connection_settings, str):
+        urls = tuple(_BETWEEN_URLS.split(connection_settings.strip()))
+    else:
+        urls = tuple(connection_settings) if isinstance(connection_settings, Sequence) else ()
+    # The settings themselves are not shown: there may be a password in them.
+    if not urls or not all(isinstance(url, str) and url for url in urls):
+        raise ConfigurationError(
+            "connection_settings is an AMQP URL, several of them (a sequence, or separated by "
+            f"commas), or None; this is a {type(connection_settings).__name__}."
+        )
+    return urls

@@ -1,0 +1,394 @@
+"""What is promised of a domain event and its JSON: domain_events/events.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum, IntEnum
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from domain_events import DomainEvent, InvalidEvent
+from domain_events.events import read_envelope
+
+# Machines that are shared are slow at times.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+ENVELOPE = ["routing_key", "data", "domain_object_id", "uuid_string", "timestamp"]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    # Also half a surrogate pair: JSON can tell it.
+    | st.text(st.characters(exclude_categories=())),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
+    max_leaves=12,
+)
+
+events = st.builds(
+    DomainEvent,
+    routing_key=st.text(),
+    data=json_values.filter(lambda value: value is not None),
+    domain_object_id=st.none() | st.text() | st.integers(),
+    uuid_string=st.none() | st.text(),
+    timestamp=st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    retries=st.integers(min_value=0),
+)
+
+
+@dataclasses.dataclass
+class Address:
+    street: str
+    since: date
+
+
+@dataclasses.dataclass
+class Moved:
+    user_id: UUID
+    to: Address
+
+
+class Plan(Enum):
+    FREE = "free"
+    PAID = 2
+    FROM_2030 = date(2030, 1, 1)
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+# ------------------------------------------------------------------ the import
+
+
+def test_importing_the_package_does_not_import_pika() -> None:
+    """Who only builds events, or publishes to no broker, does not load pika."""
+    code = "import domain_events, sys; sys.exit('pika' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------ an event
+
+
+def test_what_is_left_out_has_a_default() -> None:
+    """An event has an id of its own, the time it was made, no object, no retries."""
+    before = time.time()
+    event = DomainEvent("user.registered", {"user_id": 1})
+    assert (event.routing_key, event.data) == ("user.registered", {"user_id": 1})
+    assert event.domain_object_id is None
+    assert str(UUID(event.uuid_string)) == event.uuid_string
+    assert UUID(event.uuid_string).version == 4
+    assert before <= event.timestamp <= time.time()
+    assert event.retries == 0
+
+
+def test_arguments_may_be_given_by_position() -> None:
+    """The order of domain-event-broker: routing key, data, object, id, timestamp, retries."""
+    event = DomainEvent("a.b", {"x": 1}, "object", "id", 12.5, 3)
+    assert [event.event_data[name] for name in ENVELOPE] == ["a.b", {"x": 1}, "object", "id", 12.5]
+    assert event.retries == 3
+
+
+def test_an_event_without_arguments_is_empty() -> None:
+    """As in domain-event-broker, every argument may be left out."""
+    assert (DomainEvent().routing_key, DomainEvent().data) == ("", {})
+
+
+def test_events_share_no_data_and_no_id() -> None:
+    """The default data of one event is not that of the next."""
+    first, second = DomainEvent("a"), DomainEvent("a")
+    assert first.data is not second.data
+    assert first.uuid_string != second.uuid_string
+
+
+def test_falsy_values_are_kept() -> None:
+    """Only what is left out has a default: zero and empty values are values."""
+    event = DomainEvent("a", [], 0, "", 0)
+    assert list(event.event_data.values()) == ["a", [], 0, "", 0]
+
+
+@pytest.mark.parametrize("name", [*ENVELOPE, "retries"])
+def test_an_event_cannot_be_changed(name: str) -> None:
+    """A fact stays as it is."""
+    event = DomainEvent("a.b", {})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(event, name, "other")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        delattr(event, name)
+
+
+@pytest.mark.parametrize("name", ENVELOPE)
+def test_events_that_differ_in_the_envelope_are_unequal(name: str) -> None:
+    """Each of the five fields that travel counts."""
+    event = DomainEvent("a.b", {}, "object", "id", 1.0)
+    assert dataclasses.replace(event) == event
+    changed: dict[str, Any] = {name: "other"}
+    assert dataclasses.replace(event, **changed) != event
+
+
+def test_retries_do_not_make_an_event_another_one() -> None:
+    """The same fact on its third try is equal, and found in a set."""
+    event = DomainEvent("a.b", {}, retries=0)
+    again = dataclasses.replace(event, retries=3)
+    assert again == event
+    assert again in {event}
+
+
+def test_an_event_is_not_equal_to_another_thing() -> None:
+    """Comparing with what is no event is False, no error; the other side may say otherwise."""
+    event = DomainEvent("a.b", {})
+    assert event != event.event_data
+    assert event.__eq__(event.event_data) is NotImplemented
+
+
+@patient
+@given(events)
+def test_equal_events_have_equal_hashes(event: DomainEvent) -> None:
+    """Also with data that cannot be hashed."""
+    twin = DomainEvent(**copy.deepcopy(event.event_data))
+    assert twin == event
+    assert hash(twin) == hash(event)
+
+
+@patient
+@given(events)
+def test_an_event_survives_copying_and_pickling(event: DomainEvent) -> None:
+    """An event may be handed to another process."""
+    for twin in (copy.copy(event), copy.deepcopy(event), pickle.loads(pickle.dumps(event))):
+        assert twin == event
+        assert twin.retries == event.retries
+
+
+def test_repr_names_the_event_and_tells_nothing_of_its_data() -> None:
+    """Routing key, id, object and retries: what a log line may have, never the payload."""
+    event = DomainEvent("user.registered", {"name": "Ada"}, uuid_string="id-1")
+    assert repr(event) == "<DomainEvent 'user.registered' id-1>"
+    event = DomainEvent("user.registered", {"name": "Ada"}, 17, "id-1", retries=2)
+    assert repr(event) == "<DomainEvent 'user.registered' id-1, about 17, retry 2>"
+
+
+# ------------------------------------------------------------------ to JSON
+
+
+@patient
+@given(events)
+def test_an_event_survives_its_json(event: DomainEvent) -> None:
+    """As text and as bytes; the retries stay behind."""
+    as_json = event.to_json()
+    for twin in (DomainEvent.from_json(as_json), DomainEvent.from_json(as_json.encode())):
+        assert twin == event
+        assert twin.retries == 0
+
+
+@patient
+@given(events)
+def test_the_json_has_exactly_five_keys(event: DomainEvent) -> None:
+    """Consumers of domain-event-broker fail on a sixth."""
+    assert list(json.loads(event.to_json())) == ENVELOPE
+    assert list(event.event_data) == ENVELOPE
+
+
+def test_changing_event_data_does_not_change_the_event() -> None:
+    """``event_data`` is a dict of its own."""
+    event = DomainEvent("a.b", {})
+    event.event_data["routing_key"] = "other"
+    assert event.routing_key == "a.b"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (datetime(2024, 5, 6, 7, 8, 9, tzinfo=timezone.utc), "2024-05-06T07:08:09+00:00"),
+        (date(2024, 5, 6), "2024-05-06"),
+        (time_of_day(7, 8, 9), "07:08:09"),
+        (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (Decimal("1.10"), "1.10"),
+        (Plan.FREE, "free"),
+        (Plan.PAID, 2),
+        (Plan.FROM_2030, "2030-01-01"),
+        (Level.HIGH, 3),
+        ((1, 2), [1, 2]),
+        (Address("Main St", date(2020, 1, 1)), {"street": "Main St", "since": "2020-01-01"}),
+    ],
+)
+def test_what_json_does_not_know_is_told_in_its_terms(value: object, told: object) -> None:
+    """Dates, times, UUIDs, Decimals as text, Enums as their value, dataclasses as objects."""
+    for data, expected in ((value, told), ({"x": [value]}, {"x": [told]})):
+        assert json.loads(DomainEvent("a.b", data).to_json())["data"] == expected
+
+
+def test_data_may_be_a_dataclass_in_a_dataclass() -> None:
+    """A dataclass is told by its fields, all the way down; the event keeps the object."""
+    moved = Moved(UUID(int=2), Address("Main St", date(2020, 1, 1)))
+    event = DomainEvent("user.moved", moved)
+    assert event.data is moved
+    assert json.loads(event.to_json())["data"] == {
+        "user_id": str(UUID(int=2)),
+        "to": {"street": "Main St", "since": "2020-01-01"},
+    }
+
+
+def test_an_object_id_may_be_a_uuid() -> None:
+    """It travels as text."""
+    event = DomainEvent("a.b", {}, UUID(int=3))
+    assert DomainEvent.from_json(event.to_json()).domain_object_id == str(UUID(int=3))
+
+
+def circular() -> list[Any]:
+    values: list[Any] = []
+    values.append(values)
+    return values
+
+
+def deep() -> list[Any]:
+    values: list[Any] = []
+    for _ in range(200_000):
+        values = [values]
+    return values
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        math.nan,
+        math.inf,
+        {"x": -math.inf},
+        {"x": object()},
+        {1, 2},
+        b"bytes",
+        timedelta(1),
+        Address,  # the class, not one of it
+        {(1, 2): "a key that JSON does not know"},
+        circular(),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_data_that_is_not_json_is_an_invalid_event(data: object) -> None:
+    """The error names the routing key, has the event and its cause."""
+    event = DomainEvent("user.registered", data)
+    with pytest.raises(InvalidEvent, match=r"user\.registered") as caught:
+        event.to_json()
+    assert caught.value.event is event
+    assert isinstance(caught.value.__cause__, TypeError | ValueError)
+
+
+def test_data_nested_too_deeply_is_an_invalid_event() -> None:
+    """The interpreter's limit is no other error."""
+    with pytest.raises(InvalidEvent):
+        DomainEvent("a.b", deep()).to_json()
+
+
+def test_the_error_names_the_type_that_is_not_json() -> None:
+    """So that the user sees which value to convert."""
+    with pytest.raises(InvalidEvent, match="timedelta"):
+        DomainEvent("a.b", {"since": timedelta(1)}).to_json()
+
+
+# ------------------------------------------------------------------ from JSON
+
+
+def test_reading_ignores_what_it_does_not_know() -> None:
+    """A sixth key, of a later version or of another program, is no error."""
+    event = DomainEvent.from_json(
+        '{"routing_key": "a.b", "data": {}, "uuid_string": "id", "timestamp": 1, "more": 2,'
+        ' "retries": 5}'
+    )
+    assert event == DomainEvent("a.b", {}, None, "id", 1)
+    assert event.retries == 0
+
+
+def test_reading_needs_only_routing_key_and_data() -> None:
+    """What else is missing has the same defaults as in a new event."""
+    event = DomainEvent.from_json('{"routing_key": "a.b", "data": [1]}')
+    assert (event.routing_key, event.data, event.domain_object_id) == ("a.b", [1], None)
+    assert UUID(event.uuid_string)
+    assert read_envelope('{"routing_key": "a.b", "data": [1]}') == {
+        "routing_key": "a.b",
+        "data": [1],
+        "domain_object_id": None,
+        "uuid_string": None,
+        "timestamp": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no json",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b'{"data": {}}',
+        b'{"routing_key": "a.b"}',
+        b'{"routing_key": 1, "data": {}}',
+        b'{"routing_key": null, "data": {}}',
+        b'{"routing_key": "a.b", "data": {}, "uuid_string": 1}',
+        b'{"routing_key": "a.b", "data": {}, "timestamp": "now"}',
+        b'{"routing_key": "a.b", "data": {}, "timestamp": true}',
+        b'{"routing_key": "a.b", "data": {}, "timestamp": NaN}',
+        b'{"routing_key": "a.b", "data": {}, "timestamp": -Infinity}',
+        # More than a float can be: to compare or to print it is an error elsewhere.
+        b'{"routing_key": "a.b", "data": {}, "timestamp": 1' + b"0" * 400 + b"}",
+        b'{"routing_key": "a.b", "data": 1' + b"0" * 5000 + b', "timestamp": true}',
+    ],
+    ids=lambda body: repr(body[:60]),
+)
+def test_what_is_no_envelope_is_an_invalid_event(body: bytes) -> None:
+    """Whatever arrives, the one error that reading raises is InvalidEvent."""
+    with pytest.raises(InvalidEvent):
+        DomainEvent.from_json(body)
+
+
+loose_values = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.lists(st.integers(), max_size=2)
+)
+
+
+@patient
+@given(
+    st.binary()
+    | st.text()
+    | st.fixed_dictionaries({}, optional=dict.fromkeys(ENVELOPE, loose_values)).map(json.dumps)
+)
+@example('{"routing_key": "a", "data": 0, "timestamp": 1' + "0" * 309 + "}")
+def test_reading_ends_in_an_event_or_an_invalid_event(body: bytes | str) -> None:
+    """No other error, and never half an event."""
+    try:
+        event = DomainEvent.from_json(body)
+    except InvalidEvent:
+        return
+    assert isinstance(event.routing_key, str)
+    assert isinstance(event.uuid_string, str)
+    assert math.isfinite(event.timestamp)
+    assert DomainEvent.from_json(body).data == event.data or "NaN" in str(body)
+
+
+def test_an_invalid_event_has_its_cause() -> None:
+    """Where something else failed first, the error says what."""
+    with pytest.raises(InvalidEvent, match="Not JSON") as caught:
+        DomainEvent.from_json("{")
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
