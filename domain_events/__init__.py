@@ -1,3 +1,46 @@
-"""Domain events over RabbitMQ."""
+"""Domain events over RabbitMQ: publish facts, subscribe to them, lose none.
+
+::
+
+    publish_domain_event('user.registered', {'user_id': user.id})
+
+    subscriber = Subscriber()
+    subscriber.register(handle_user_event, 'print-user-event', ['user.*'])
+    subscriber.start_consuming()
+"""
+
+from domain_events.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEventsError,
+    EventNotConfirmed,
+    EventRejected,
+    EventUnroutable,
+    InvalidEvent,
+    TopologyError,
+)
+from domain_events.events import DomainEvent
+from domain_events.publisher import Publisher, publish_domain_event
+from domain_events.retry import Backoff, Reject, Retry
+from domain_events.settings import DEFAULT, configure
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT",
+    "Backoff",
+    "BrokerUnavailable",
+    "ConfigurationError",
+    "DomainEvent",
+    "DomainEventsError",
+    "EventNotConfirmed",
+    "EventRejected",
+    "EventUnroutable",
+    "InvalidEvent",
+    "Publisher",
+    "Reject",
+    "Retry",
+    "TopologyError",
+    "configure",
+    "publish_domain_event",
+]

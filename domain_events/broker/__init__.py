@@ -1,0 +1,184 @@
+"""What carries messages: the protocol that every broker keeps.
+
+A broker makes two kinds of connection, each with an owner of its own. Publishing and consuming
+do not share one, since RabbitMQ stops reading from connections that publish while it is short
+of memory, and acks must still pass.
+
+Everything here may be called from any thread, and nothing blocks without a deadline. Callbacks
+come on a thread of the broker's: they must be short and must not call what blocks.
+
+After a fork the child has connections that are as new; what was under way belongs to the parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from domain_events.errors import ConfigurationError, DomainEventsError
+from domain_events.message import Delivery, Message
+from domain_events.settings import shown
+from domain_events.topology import Topology
+
+
+class Publication:
+    """One message on its way, and what is to be called when its fate is known.
+
+    ``on_done`` is called once, when ``done`` is true and ``error`` says what became of it: None
+    when the broker has confirmed the message, else an error of this publication's own that says
+    whether the message was surely or perhaps not stored. After `Publishing.withdraw` it is not
+    called.
+    """
+
+    __slots__ = ("done", "error", "message", "nacks", "on_done", "sent", "sent_at", "strikes")
+
+    def __init__(self, message: Message, on_done: Callable[[Publication], None]) -> None:
+        self.message = message
+        self.on_done = on_done
+        self.done = False
+        self.error: DomainEventsError | None = None
+        self.sent = False  # ever handed to a connection, whatever became of it
+        self.sent_at = 0.0
+        self.nacks = 0  # how often the broker refused it
+        self.strikes = 0  # how often the broker closed the channel over this one
+
+
+class Publishing(Protocol):
+    """A connection that publishes with confirms."""
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing goes through now, in words for a user; empty if nothing is known."""
+
+    def submit(self, publication: Publication) -> None:
+        """Send this behind all before it, as soon as there is a connection and room in its window.
+
+        What was not confirmed when a connection is lost is sent again on the next. When this
+        connection is closed, it is done at once, with an error.
+        """
+
+    def withdraw(self, publication: Publication) -> bool:
+        """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
+
+    def close(self, timeout: float) -> None:
+        """Wait for what is under way, then close. Ends in about ``timeout`` seconds."""
+
+
+class Consumer(Protocol):
+    """A subscriber's queue being consumed, again and again, over every trouble."""
+
+    def is_current(self, delivery: Delivery) -> bool:
+        """Whether the delivery can still be settled; else it has gone back to the queue."""
+
+    def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
+        """Ack the delivery, or give it back; at the latest when `flush` is called.
+
+        One that is not current is passed over: its tag died with its channel.
+        """
+
+    def flush(self) -> None:
+        """Have everything settled so far told to the broker now."""
+
+    def requeue_later(self, delivery: Delivery, seconds: float) -> None:
+        """Declare the topology again, then give the delivery back after a pause."""
+
+    def stop(self, timeout: float) -> None:
+        """Take no more deliveries; those taken can still be settled."""
+
+
+class Browser(Protocol):
+    """A look at a queue's messages one after the other; what is not acked stays in it."""
+
+    def next(self, timeout: float) -> Delivery | None:
+        """The next message not seen by this browser, or None when there is none."""
+
+    def ack(self, delivery: Delivery, timeout: float) -> None:
+        """Take the message out of the queue.
+
+        :raises BrokerUnavailable: the connection was lost; the message is in the queue again.
+        """
+
+    def rewind(self) -> None:
+        """Give back all that was not acked, in its old order; `next` then sees it again."""
+
+    def close(self, timeout: float) -> None:
+        """Give back all that was not acked, and end."""
+
+
+class Consuming(Protocol):
+    """A connection that declares, consumes and browses.
+
+    What blocks raises `BrokerUnavailable` when there is no broker within ``timeout`` seconds,
+    `ConfigurationError` when the settings cannot work, `TopologyError` where the broker's
+    queues and exchanges stand against it.
+    """
+
+    def declare(self, topology: Topology, timeout: float) -> None:
+        """Make sure that all of this exists."""
+
+    def delete(self, topology: Topology, timeout: float) -> None:
+        """Delete the queues and exchanges among this, with all that is in them."""
+
+    def count(self, queue: str, timeout: float) -> int:
+        """How many messages are ready in the queue."""
+
+    def consume(
+        self,
+        queue: str,
+        topology: Topology,
+        prefetch_count: int,
+        deliver: Callable[[Delivery, Consumer], None],
+    ) -> Consumer:
+        """Start to consume; ``topology`` is what to declare again after any trouble."""
+
+    def browse(self, queue: str, timeout: float) -> Browser:
+        """Look at the messages of a queue."""
+
+    def failure(self) -> DomainEventsError | None:
+        """Why this connection has given up for good, if it has."""
+
+    def close(self, timeout: float) -> None:
+        """Tell the broker all that was settled, then close. Ends in about ``timeout`` seconds."""
+
+
+class Broker(Protocol):
+    """A place that takes domain events and hands them out."""
+
+    def publishing(self, declare: Topology, name: str) -> Publishing:
+        """A connection to publish on. ``declare``: exchanges to declare, if this user may."""
+
+    def consuming(self, name: str, on_failure: Callable[[], None]) -> Consuming:
+        """A connection to consume on. ``on_failure`` is called when it has given up for good."""
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    names: tuple[str, ...]
+    load: Callable[[tuple[str, ...]], Broker]
+
+
+def _rabbitmq(urls: tuple[str, ...]) -> Broker:
+    # Here and not above: whoever only needs the protocol need not load pika.
+    from domain_events.broker.rabbitmq import RabbitMQ  # noqa: PLC0415
+
+    return RabbitMQ(urls)
+
+
+_SCHEMES = (_Scheme(("amqp", "amqps"), _rabbitmq),)
+
+
+def connect(urls: tuple[str, ...]) -> Broker:
+    """The broker behind the URLs; no connection is made yet.
+
+    :raises ConfigurationError: when there is none of that kind.
+    """
+    schemes = {url.partition("://")[0].lower() if "://" in url else "" for url in urls}
+    for scheme in _SCHEMES:
+        if schemes <= set(scheme.names):
+            return scheme.load(urls)
+    known = ", ".join(f"{name}://" for scheme in _SCHEMES for name in scheme.names)
+    raise ConfigurationError(
+        f"No broker is known for {', '.join(map(shown, urls))}: a broker's URL starts with {known}"
+        + (", and several URLs with the same." if len(urls) > 1 else ".")
+    )

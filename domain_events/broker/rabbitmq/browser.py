@@ -1,0 +1,127 @@
+"""A look at a queue: a channel that gets message after message, and holds what it got.
+
+What is not acked goes back to the queue, in its old order, when the channel closes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import pika
+from pika.channel import Channel
+from pika.spec import Basic
+
+from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.nodes import close_code
+from domain_events.broker.rabbitmq.request import Call, fail, succeed, unreadable
+from domain_events.errors import BrokerUnavailable
+from domain_events.message import Delivery
+
+
+class RabbitBrowser:
+    """See `domain_events.broker.Browser`."""
+
+    def __init__(self, link: Link, call: Call, queue: str, timeout: float) -> None:
+        self._link = link
+        self._call = call
+        self._queue = queue
+        self._waiting: concurrent.futures.Future[Any] | None = None
+        self._channel: Channel = call(self._open, timeout)
+
+    def next(self, timeout: float) -> Delivery | None:
+        """The next message, or None."""
+        delivery: Delivery | None = self._call(self._get, timeout)
+        return delivery
+
+    def ack(self, delivery: Delivery, timeout: float) -> None:
+        """Take the message out of the queue."""
+
+        def ack(_connection: pika.SelectConnection, future: concurrent.futures.Future[Any]) -> None:
+            if self._is_open():
+                self._channel.basic_ack(delivery.receipt)
+                succeed(future, None)
+            else:
+                fail(future, self._lost())
+
+        self._call(ack, timeout)
+
+    def rewind(self) -> None:
+        """Give back all that was not acked; `next` then sees it again."""
+
+        def give_back() -> None:
+            if self._is_open():
+                # Not only by closing: a quorum queue learns of a closed channel some time later.
+                self._channel.basic_nack(0, multiple=True, requeue=True)
+
+        self._link.wake(give_back)
+
+    def close(self, timeout: float) -> None:
+        """Give back all that was not acked, and end."""
+        self.rewind()
+        self._call(self._close, timeout)
+
+    def _lost(self) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"The connection was lost while browsing {self._queue!r}. Everything that was not "
+            "settled is back in the queue; begin again."
+        )
+
+    def _is_open(self) -> bool:
+        # After a fork the channel is the parent's, and looks as open as ever.
+        connection = self._link.connection
+        return self._channel.connection is connection and bool(self._channel.is_open)
+
+    def _open(
+        self, connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
+    ) -> None:
+        guarded = self._link.guarded
+
+        def on_open(channel: Channel) -> None:
+            channel.add_on_close_callback(guarded(on_close))
+            channel.add_callback(guarded(on_empty), [Basic.GetEmpty], one_shot=False)
+            succeed(future, channel)
+
+        def on_empty(_frame: object) -> None:
+            if self._waiting is not None:
+                succeed(self._waiting, None)
+
+        def on_close(_channel: Channel, reason: BaseException) -> None:
+            if self._waiting is not None and close_code(reason):
+                fail(self._waiting, unreadable(self._queue, reason))
+
+        connection.channel(on_open_callback=guarded(on_open))
+
+    def _get(
+        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
+    ) -> None:
+        if not self._is_open():
+            fail(future, self._lost())
+            return
+
+        def on_message(
+            _channel: Channel, method: Basic.GetOk, properties: pika.BasicProperties, body: bytes
+        ) -> None:
+            delivery = Delivery(
+                method.exchange or "",
+                method.routing_key or "",
+                method.redelivered,
+                properties,
+                body,
+                method.delivery_tag,
+                method.message_count or 0,
+            )
+            succeed(future, delivery)
+
+        self._waiting = future
+        self._channel.basic_get(self._queue, self._link.guarded(on_message))
+
+    def _close(
+        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
+    ) -> None:
+        if not self._is_open():
+            succeed(future, None)
+            return
+        self._waiting = None
+        self._channel.add_on_close_callback(lambda _channel, _reason: succeed(future, None))
+        self._channel.close()

@@ -1,0 +1,278 @@
+"""One queue being consumed, again and again: deliveries in, settlements out.
+
+Threads. Whoever settles appends to ``_settled`` and wakes the I/O thread, which alone owns the
+channel, its tags and all other state.
+
+A tag dies with its channel: each channel that is opened here has a number (its *epoch*), a
+receipt names it, and what is settled under an old one is passed over, since the broker has put
+the delivery back in the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import pika
+from pika.channel import Channel
+from pika.spec import Basic
+
+from domain_events.broker import Consumer
+from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.nodes import close_code, explain
+from domain_events.broker.rabbitmq.opening import Opening
+from domain_events.errors import BrokerUnavailable, DomainEventsError
+from domain_events.message import Delivery
+from domain_events.topology import Topology
+
+log = logging.getLogger("domain_events")
+
+# Seconds before a consumer that the broker turned away asks again.
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+
+# Acks of a fast handler are told to the broker together, at the latest when there are so many.
+_ACKS_TOGETHER = 25
+
+
+class RabbitConsumer:
+    """See `domain_events.broker.Consumer`."""
+
+    def __init__(
+        self,
+        link: Link,
+        repair: Callable[[Topology], None],
+        queue: str,
+        topology: Topology,
+        prefetch_count: int,
+        deliver: Callable[[Delivery, Consumer], None],
+    ) -> None:
+        self._link = link
+        self._repair = repair
+        self._queue = queue
+        self._topology = topology
+        self._prefetch_count = prefetch_count
+        self._deliver = deliver
+        # Any thread: what was settled and the broker not yet told.
+        self._settled: deque[tuple[tuple[int, int], bool]] = deque()
+        self._woken = False
+        # Any thread reads it, the I/O thread writes it.
+        self._epoch = 0
+        # The I/O thread.
+        self._channel: Channel | None = None
+        self._opening: Opening | None = None
+        self._stopping = False
+        self._tag = ""
+        self._trouble = ""
+        self._failures = 0
+        self._forget_tags()
+
+    def _forget_tags(self) -> None:
+        self._lowest = 1  # every tag below it is settled
+        self._above: set[int] = set()  # settled tags above it
+
+    # --- any thread ----------------------------------------------------------------------------
+
+    def is_current(self, delivery: Delivery) -> bool:
+        """Whether the delivery can still be settled."""
+        return bool(delivery.receipt[0] == self._epoch)
+
+    def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
+        """Ack the delivery, or give it back."""
+        self._settled.append((delivery.receipt, requeue))
+        if len(self._settled) >= _ACKS_TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have everything settled so far told to the broker now."""
+        if self._settled and not self._woken:
+            try:
+                self._woken = True
+                self._wake(self._tell)
+            except BaseException:
+                self._woken = False  # a signal handler that raises
+                raise
+
+    def requeue_later(self, delivery: Delivery, seconds: float) -> None:
+        """Declare the topology again, then give the delivery back after a pause."""
+
+        def give_back() -> None:
+            self.settle(delivery, requeue=True)
+            self._tell()
+
+        def repair() -> None:
+            self._repair(self._topology)
+            self._link.call_later(seconds, give_back)
+
+        self._wake(repair)
+
+    def stop(self, timeout: float) -> None:
+        """Take no more deliveries."""
+        stopped = threading.Event()
+
+        def stop() -> None:
+            self._stopping = True
+            if self._channel is None or not self._channel.is_open:
+                stopped.set()
+                return
+            self._channel.basic_cancel(self._tag, callback=lambda _frame: stopped.set())
+
+        if self._wake(stop):
+            stopped.wait(timeout)
+
+    def _wake(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._link.wake(callback)
+        except BrokerUnavailable:
+            # Closed: whatever was not settled has gone back to the queue.
+            self._woken = False
+            return False
+        return True
+
+    # --- the I/O thread --------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Declare, and consume; again after any trouble."""
+        connection = self._link.connection
+        if connection is None or not connection.is_open:
+            return
+        if self._opening or self._channel is not None or self._stopping:
+            return
+        self._opening = Opening(
+            self._link,
+            connection,
+            self._topology,
+            prepare=self._limit,
+            failed=self._turned_away,
+            closed=self._closed,
+        )
+
+    def _limit(self, channel: Channel) -> None:
+        guarded = self._link.guarded
+        channel.basic_qos(
+            prefetch_count=self._prefetch_count,
+            callback=guarded(lambda _frame: self._consume(channel)),
+        )
+
+    def _consume(self, channel: Channel) -> None:
+        if self._stopping:
+            channel.close()
+            return
+        guarded = self._link.guarded
+        self._forget_tags()
+        self._epoch += 1
+        self._channel = channel
+        channel.add_on_cancel_callback(guarded(self._cancelled))
+        # Deliveries may come before the reply.
+        self._tag = channel.basic_consume(
+            self._queue,
+            guarded(partial(self._on_message, self._epoch)),
+            callback=guarded(self._consumes),
+        )
+
+    def _consumes(self, _frame: object) -> None:
+        if self._opening is not None:
+            self._opening.usable()
+            self._opening = None
+        self._failures = 0
+        if self._trouble:
+            log.warning("%s consumes again; %s.", self._queue, self._trouble)
+            self._trouble = ""
+
+    def _turned_away(self, error: DomainEventsError, _reason: BaseException) -> None:
+        self._opening = None
+        if not self._stopping:
+            log.error("%s cannot consume. %s", self._queue, error)
+            self._trouble = "the broker had turned it away"
+            self._open_later()
+
+    def _cancelled(self, _frame: object) -> None:
+        # The queue was deleted, or its node is going, or a delivery was held for too long. What
+        # is still unsettled here has gone back to the queue, if there is one.
+        self._trouble = "the broker had cancelled the consumer"
+        self._tell()
+        if self._channel is not None and self._channel.is_open:
+            self._channel.close()
+
+    def _closed(self, reason: BaseException) -> None:
+        if self._stopping:
+            return
+        if close_code(reason):
+            self._trouble = f"the broker had closed the channel: {explain(reason)}"
+        self._open_later()
+
+    def lost(self, trouble: str) -> None:
+        """The connection is gone, and the channel with it."""
+        self._trouble = trouble
+        self._woken = False
+        self._opening = None
+        self._let_go()
+
+    def forget(self) -> None:
+        """After a fork, in the child: these deliveries are the parent's."""
+        self._stopping = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # From here on, what was delivered on the old channel is no longer current.
+        self._epoch += 1
+        self._channel = None
+        self._settled.clear()
+
+    def _open_later(self) -> None:
+        self._let_go()
+        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        self._link.call_later(longest * random.uniform(0.5, 1), self.open)
+
+    def _on_message(
+        self,
+        epoch: int,
+        _channel: Channel,
+        method: Basic.Deliver,
+        properties: pika.BasicProperties,
+        body: bytes,
+    ) -> None:
+        self._deliver(
+            Delivery(
+                method.exchange or "",
+                method.routing_key or "",
+                method.redelivered,
+                properties,
+                body,
+                (epoch, method.delivery_tag),
+            ),
+            self,
+        )
+
+    def _tell(self) -> None:
+        """Tell the broker what was settled: a run of acks that leaves no gap as one."""
+        self._woken = False
+        channel = self._channel
+        acks = []
+        while self._settled:
+            (epoch, tag), requeue = self._settled.popleft()
+            if epoch != self._epoch or channel is None or not channel.is_open:
+                continue
+            if requeue:
+                channel.basic_nack(tag, requeue=True)
+                self._above.add(tag)
+            else:
+                acks.append(tag)
+        self._above.update(acks)
+        while self._lowest in self._above:
+            self._above.discard(self._lowest)
+            self._lowest += 1
+        if not acks or channel is None:
+            return
+        together = [tag for tag in acks if tag < self._lowest]
+        if together:
+            # The tag named must itself be outstanding, hence the highest of these acks.
+            channel.basic_ack(max(together), multiple=True)
+        for tag in acks:
+            if tag > self._lowest:
+                channel.basic_ack(tag)

@@ -1,0 +1,243 @@
+"""Declaring, counting, consuming and browsing on one connection, over every trouble.
+
+Threads. Callers append to ``_requests`` and wake the I/O thread, which carries them out as soon
+as there is a connection; calls that block do so on a future, with a deadline. Requests may be
+carried out twice, and are when the connection is lost under them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pika
+from pika.channel import Channel
+
+from domain_events.broker import Consumer
+from domain_events.broker.rabbitmq.browser import RabbitBrowser
+from domain_events.broker.rabbitmq.consumer import RabbitConsumer
+from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.nodes import Nodes, explain
+from domain_events.broker.rabbitmq.opening import Opening
+from domain_events.broker.rabbitmq.request import Request, fail, succeed, unreadable
+from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
+from domain_events.message import Delivery
+from domain_events.topology import Exchange, Queue, Topology
+
+log = logging.getLogger("domain_events")
+
+
+class RabbitConsuming:
+    """See `domain_events.broker.Consuming`."""
+
+    def __init__(self, nodes: Nodes, name: str, on_failure: Callable[[], None]) -> None:
+        self._on_failure = on_failure
+        self._consumers: list[RabbitConsumer] = []
+        self._link = Link(nodes, f"{name} consuming", self)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as new (at first, and in the child of a fork)."""
+        for consumer in self._consumers:
+            consumer.forget()
+        self._lock = threading.RLock()
+        self._requests: deque[tuple[Request, concurrent.futures.Future[Any]]] = deque()
+        self._running: list[tuple[Request, concurrent.futures.Future[Any]]] = []
+        self._consumers = []
+        self._failure: DomainEventsError | None = None
+
+    # --- any thread ----------------------------------------------------------------------------
+
+    def failure(self) -> DomainEventsError | None:
+        """Why this connection has given up for good, if it has."""
+        return self._failure
+
+    def declare(self, topology: Topology, timeout: float) -> None:
+        """Make sure that all of this exists."""
+        self._call(partial(self._declare, topology), timeout)
+
+    def delete(self, topology: Topology, timeout: float) -> None:
+        """Delete the queues and exchanges among this."""
+        self._call(partial(self._delete, topology), timeout)
+
+    def count(self, queue: str, timeout: float) -> int:
+        """How many messages are ready in the queue."""
+        frame = self._call(partial(self._look_at, queue), timeout)
+        return int(frame.method.message_count)
+
+    def consume(
+        self,
+        queue: str,
+        topology: Topology,
+        prefetch_count: int,
+        deliver: Callable[[Delivery, Consumer], None],
+    ) -> RabbitConsumer:
+        """Start to consume, and go on over every trouble."""
+        consumer = RabbitConsumer(
+            self._link, self._repair, queue, topology, prefetch_count, deliver
+        )
+
+        def start() -> None:
+            self._consumers.append(consumer)
+            self._link.connect()
+            consumer.open()
+
+        self._link.wake(start)
+        return consumer
+
+    def browse(self, queue: str, timeout: float) -> RabbitBrowser:
+        """Look at the messages of a queue."""
+        return RabbitBrowser(self._link, self._call, queue, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Tell the broker all that was settled, then close."""
+        # pika closes the channels first, behind all acks already given to them.
+        self._link.close(timeout)
+        error = BrokerUnavailable("The connection was closed by this program.")
+        self._fail_requests(error)
+
+    def _call(self, request: Request, timeout: float) -> Any:
+        """Have the request carried out on the I/O thread, as soon as there is a connection."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._requests.append((request, future))
+        self._link.wake(self._perform)
+        try:
+            return future.result(timeout)
+        except concurrent.futures.TimeoutError as error:
+            if future.done():
+                return future.result()
+            future.cancel()
+            why = self._link.trouble or f"{self._link.node}: no answer"
+            raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.") from error
+
+    # --- the I/O thread --------------------------------------------------------------------------
+
+    def opened(self, _connection: pika.SelectConnection) -> None:
+        """There is a connection: carry out what waits, and consume again."""
+        for consumer in self._consumers:
+            consumer.open()
+        self._perform()
+
+    def lost(self, error: BaseException | None) -> None:
+        """The connection is gone; requests may be repeated, so they simply wait for the next."""
+        for consumer in self._consumers:
+            consumer.lost(f"the connection was lost: {explain(error)}")
+        with self._lock:
+            running, self._running = self._running, []
+        self._requests.extendleft(reversed(running))
+
+    def refused(self, error: ConfigurationError) -> None:
+        """No connection can be made: tell everybody who waits."""
+        self._fail_requests(error)
+        if self._consumers:
+            self._failure = error
+            self._on_failure()
+
+    def _fail_requests(self, error: DomainEventsError) -> None:
+        with self._lock:
+            waiting = [*self._running, *self._requests]
+            self._running = []
+            self._requests.clear()
+        for _, future in waiting:
+            fail(future, type(error)(*error.args))
+
+    def _perform(self) -> None:
+        connection = self._link.connection
+        if connection is None or not connection.is_open:
+            self._link.connect()
+            return
+        while self._requests:
+            request, future = self._requests.popleft()
+            if future.cancelled():
+                continue
+            entry = (request, future)
+            self._running = [each for each in self._running if not each[1].done()]
+            self._running.append(entry)
+            request(connection, future)
+
+    def _declare(
+        self,
+        topology: Topology,
+        connection: pika.SelectConnection,
+        future: concurrent.futures.Future[Any],
+    ) -> None:
+        self._on_channel(connection, future, lambda _channel, done: done(None), topology)
+
+    def _delete(
+        self,
+        topology: Topology,
+        connection: pika.SelectConnection,
+        future: concurrent.futures.Future[Any],
+    ) -> None:
+        def delete(channel: Channel, done: Callable[[object], None]) -> None:
+            # To delete what is not there is no error, and needs no reply; the last one comes
+            # when all is done.
+            for declaration in topology:
+                if isinstance(declaration, Queue):
+                    channel.queue_delete(declaration.name)
+                elif isinstance(declaration, Exchange):
+                    channel.exchange_delete(declaration.name)
+            channel.basic_qos(callback=done)
+
+        self._on_channel(connection, future, delete)
+
+    def _look_at(
+        self,
+        queue: str,
+        connection: pika.SelectConnection,
+        future: concurrent.futures.Future[Any],
+    ) -> None:
+        def look(channel: Channel, done: Callable[[object], None]) -> None:
+            channel.queue_declare(queue, passive=True, callback=done)
+
+        self._on_channel(
+            connection, future, look, refused=lambda _error, reason: unreadable(queue, reason)
+        )
+
+    def _on_channel(
+        self,
+        connection: pika.SelectConnection,
+        future: concurrent.futures.Future[Any],
+        work: Callable[[Channel, Callable[[object], None]], None],
+        topology: Topology = (),
+        refused: Callable[[DomainEventsError, BaseException], DomainEventsError] = (
+            lambda error, _reason: error
+        ),
+    ) -> None:
+        """Do it on a channel of its own, since an error closes the channel."""
+
+        def prepare(channel: Channel) -> None:
+            def done(result: object) -> None:
+                opening.usable()
+                succeed(future, result)
+                channel.close()
+
+            work(channel, self._link.guarded(done))
+
+        opening = Opening(
+            self._link,
+            connection,
+            topology,
+            prepare=prepare,
+            failed=lambda error, reason: fail(future, refused(error, reason)),
+            closed=lambda _reason: None,
+        )
+
+    def _repair(self, topology: Topology) -> None:
+        """Declare the topology again, without anybody waiting for it."""
+        connection = self._link.connection
+        if connection is None or not connection.is_open:
+            return
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def report(future: concurrent.futures.Future[Any]) -> None:
+            if future.exception() is not None:
+                log.error("%s", future.exception())
+
+        future.add_done_callback(report)
+        self._declare(topology, connection, future)

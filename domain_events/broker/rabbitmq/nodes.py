@@ -1,0 +1,160 @@
+"""The nodes of a cluster, in the order in which they are tried, and what their refusals mean.
+
+The one place where pika's errors about connections are put into words of ours.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+
+import pika
+import pika.exceptions
+
+from domain_events.errors import ConfigurationError
+from domain_events.settings import app_id, shown
+
+
+class Nodes:
+    """The nodes behind the URLs: shuffled once, the next one's turn after each failure.
+
+    They are rotated here and not by pika, which skips all the rest when one name cannot be
+    resolved.
+
+    :raises ConfigurationError: when a URL is malformed or has an unknown option.
+    """
+
+    def __init__(self, urls: tuple[str, ...]) -> None:
+        for url in urls:
+            _parameters(url)
+        self._urls = random.sample(urls, len(urls))
+
+    def __len__(self) -> int:
+        return len(self._urls)
+
+    def __str__(self) -> str:
+        """The address of the node whose turn it is."""
+        return shown(self._urls[0])
+
+    def parameters(self, role: str) -> pika.URLParameters:
+        """How to connect to the node whose turn it is; anew each time, as pika writes into it."""
+        parameters = _parameters(self._urls[0])
+        # One attempt: when and where to try again is decided by the link.
+        parameters.connection_attempts = 1
+        properties = dict(parameters.client_properties or {})
+        properties.setdefault("connection_name", f"{app_id()}: {role}")
+        parameters.client_properties = properties
+        return parameters
+
+    def rotate(self) -> None:
+        """It is the next node's turn."""
+        # In one step: other threads ask for the address at any time.
+        self._urls = self._urls[1:] + self._urls[:1]
+
+
+def _parameters(url: str) -> pika.URLParameters:
+    try:
+        parameters = pika.URLParameters(url)
+    except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ssl.SSLError) as error:
+        # Not `from error`: a password with a bare '/' or '#' in it ends up in such messages.
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        raise ConfigurationError(
+            f"{shown(url)} is no AMQP URL that pika can use ({reason}). The form is "
+            "amqp://user:password@host:5672/vhost; characters such as / # @ % in the user, the "
+            "password or the vhost must be percent-encoded; the vhost '/' is %2F."
+        ) from None
+    return parameters
+
+
+def explain(error: BaseException | None) -> str:
+    """Why a connection failed or was lost, in one line for a user."""
+    cause = _innermost(error)
+    code = _closed_by_broker(cause)
+    if code is not None:
+        return f"closed by the broker: {code[1]} ({code[0]})"
+    if isinstance(cause, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(cause, pika.exceptions.AMQPHeartbeatTimeout):
+        return "the broker fell silent (missed heartbeats)"
+    if isinstance(cause, pika.exceptions.StreamLostError):
+        return "the connection broke"
+    if isinstance(cause, pika.exceptions.IncompatibleProtocolError):
+        # Also of a proxy that is up before its broker is, so this may pass.
+        return "it hangs up at once; does it speak AMQP 0-9-1?"
+    if isinstance(cause, socket.gaierror):
+        return f"the host's name cannot be resolved ({cause.strerror})"
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause) or type(cause).__name__
+    return str(cause) or type(cause).__name__
+
+
+def hopeless(error: BaseException, node: str, *, was_connected: bool) -> ConfigurationError | None:
+    """The error to raise when trying again cannot help; None when it may.
+
+    A name that cannot be resolved, a missing vhost or an untrusted certificate is a mistake when
+    it comes first; later, with a connection that has worked, it is an outage like others. A
+    refused password always is final: retrying it locks accounts.
+    """
+    cause = _innermost(error)
+    code, words = _closed_by_broker(cause) or (0, "")
+    if code == 403:
+        hint = "user or password is wrong (and 'guest' may log in from the broker's machine only)"
+    elif was_connected:
+        return None
+    elif code == 530:
+        hint = f"the vhost does not exist, or this user may not enter it ({words})"
+    elif isinstance(cause, ssl.SSLCertVerificationError):
+        hint = f"its certificate is not trusted ({cause.verify_message})"
+    elif isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+        hint = f"TLS failed ({cause.reason}); is this a TLS port?"
+    elif isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
+        hint = f"the host's name cannot be resolved ({cause.strerror})"
+    else:
+        return None
+    return ConfigurationError(f"Cannot connect to {node}: {hint}.")
+
+
+def close_code(error: BaseException | None) -> int:
+    """The reply code with which the broker closed a channel or connection; 0 if it did not."""
+    found = _closed_by_broker(_innermost(error))
+    return found[0] if found else 0
+
+
+def _innermost(error: BaseException | None) -> BaseException | None:
+    """The error that pika's connection workflow has wrapped, of its last attempt."""
+    while True:
+        following: BaseException | None = None
+        if exceptions := getattr(error, "exceptions", None):
+            following = exceptions[-1]
+        elif isinstance(wrapped := getattr(error, "exception", None), BaseException):
+            following = wrapped
+        if following is None:
+            return error
+        error = following
+
+
+# During the handshake pika passes on what happened only as the repr of the error, behind the
+# name of what it took it for; a lost connection would read as a wrong password otherwise.
+_REPR = re.compile(r"^(?:Connection|Channel)ClosedByBroker: \((\d+)\) (.*)$", re.DOTALL)
+
+
+def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
+    closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
+    if isinstance(cause, closed):
+        return cause.reply_code, cause.reply_text
+    for text in _texts(cause):
+        if found := _REPR.match(text):
+            return int(found[1]), found[2].strip("'\"")
+    return None
+
+
+def _texts(cause: BaseException | None) -> Iterator[str]:
+    probable = (
+        pika.exceptions.ProbableAuthenticationError,
+        pika.exceptions.ProbableAccessDeniedError,
+    )
+    if isinstance(cause, probable):
+        yield from (str(argument) for argument in cause.args)

@@ -1,0 +1,79 @@
+"""Makes a channel ready: opens it, declares what is needed on it, and minds the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pika
+from pika.channel import Channel
+
+from domain_events.broker.rabbitmq.declaring import Declaring
+from domain_events.broker.rabbitmq.link import Link
+from domain_events.errors import DomainEventsError
+from domain_events.topology import Topology
+
+# A channel must be usable this many seconds after it was asked for; pika has no time limit. More
+# than a broker takes that is busy recovering its queues.
+_SETUP_TIMEOUT = 30.0
+
+
+class Opening:
+    """One channel, from being asked for to its end; everything on the I/O thread.
+
+    :param prepare: called with the channel when the topology is declared on it; does the rest
+        and then calls `usable`.
+    :param failed: called when the broker closes the channel before it is usable.
+    :param closed: called when the channel is closed after it was usable.
+
+    Neither is called when the connection is lost, which its link tells to all.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        connection: pika.SelectConnection,
+        topology: Topology,
+        *,
+        prepare: Callable[[Channel], None],
+        failed: Callable[[DomainEventsError, BaseException], None],
+        closed: Callable[[BaseException], None],
+    ) -> None:
+        self._link = link
+        self._connection = connection
+        self._declaring = Declaring(topology)
+        self._prepare = prepare
+        self._failed = failed
+        self._closed = closed
+        self._usable = False
+        self._open()
+
+    def usable(self) -> None:
+        """The channel does its work now."""
+        self._usable = True
+        self._link.cancel_call(self._deadline)
+
+    def _open(self) -> None:
+        self._deadline = self._link.call_later(_SETUP_TIMEOUT, self._too_late)
+        self._connection.channel(on_open_callback=self._link.guarded(self._opened))
+
+    def _opened(self, channel: Channel) -> None:
+        channel.add_on_close_callback(self._link.guarded(self._on_close))
+        self._declaring.run(channel, self._link.guarded(partial(self._prepare, channel)))
+
+    def _too_late(self) -> None:
+        if self._link.connection is self._connection:
+            self._link.cut()
+
+    def _on_close(self, _channel: Channel, reason: BaseException) -> None:
+        self._link.cancel_call(self._deadline)
+        if not self._connection.is_open:
+            return
+        if self._usable:
+            self._closed(reason)
+            return
+        error = self._declaring.closed(reason)
+        if error is None:
+            self._open()  # what is missing is declared now
+        else:
+            self._failed(error, reason)

@@ -1,0 +1,88 @@
+"""A look at the broker that does not go through the library: plain pika, blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import ChannelClosedByBroker
+
+
+@contextmanager
+def channel(url: str) -> Iterator[BlockingChannel]:
+    """A channel on a connection of its own."""
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    try:
+        yield connection.channel()
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+def count(url: str, queue: str) -> int:
+    """How many messages are ready in a queue."""
+    with channel(url) as onlooker:
+        return int(onlooker.queue_declare(queue, passive=True).method.message_count)
+
+
+def consumers(url: str, queue: str) -> int:
+    """How many consumers a queue has."""
+    with channel(url) as onlooker:
+        return int(onlooker.queue_declare(queue, passive=True).method.consumer_count)
+
+
+def exists(url: str, queue: str) -> bool:
+    """Whether there is such a queue."""
+    with channel(url) as onlooker:
+        try:
+            onlooker.queue_declare(queue, passive=True)
+        except ChannelClosedByBroker as error:
+            return bool(error.reply_code != 404)
+        return True
+
+
+def take(url: str, queue: str) -> tuple[pika.BasicProperties, bytes]:
+    """Take the next message out of a queue."""
+    with channel(url) as onlooker:
+        method, properties, body = onlooker.basic_get(queue, auto_ack=True)
+        assert method is not None, f"{queue} is empty"
+        assert properties is not None
+        assert body is not None
+        return properties, body
+
+
+def take_all(url: str, queue: str) -> list[bytes]:
+    """Take all messages out of a queue; their bodies."""
+    bodies: list[bytes] = []
+    with channel(url) as onlooker:
+        while True:
+            method, _, body = onlooker.basic_get(queue, auto_ack=True)
+            if method is None or body is None:
+                return bodies
+            bodies.append(body)
+
+
+def publish(
+    url: str,
+    exchange: str,
+    routing_key: str,
+    body: bytes,
+    **properties: Any,
+) -> None:
+    """Publish as any other program might."""
+    with channel(url) as onlooker:
+        onlooker.confirm_delivery()
+        onlooker.basic_publish(
+            exchange, routing_key, body, pika.BasicProperties(**properties), mandatory=True
+        )
+
+
+def bind_queue(url: str, queue: str, exchange: str, binding_key: str, **options: Any) -> None:
+    """Declare a queue and bind it, as any other program might."""
+    with channel(url) as onlooker:
+        onlooker.exchange_declare(exchange, "topic", durable=True)
+        onlooker.queue_declare(queue, durable=True, arguments=options or None)
+        onlooker.queue_bind(queue, exchange, binding_key)
