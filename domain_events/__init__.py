@@ -9,6 +9,15 @@
     subscriber.start_consuming()
 """
 
+from domain_events.dead_letters import (
+    DISCARD,
+    LEAVE,
+    RETRY,
+    DeadLetter,
+    DeadLetters,
+    replay_all,
+    replay_event,
+)
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -23,14 +32,20 @@ from domain_events.events import DomainEvent
 from domain_events.publisher import Publisher, publish_domain_event
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
+from domain_events.subscriber import Subscriber
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT",
+    "DISCARD",
+    "LEAVE",
+    "RETRY",
     "Backoff",
     "BrokerUnavailable",
     "ConfigurationError",
+    "DeadLetter",
+    "DeadLetters",
     "DomainEvent",
     "DomainEventsError",
     "EventNotConfirmed",
@@ -40,7 +55,10 @@ __all__ = [
     "Publisher",
     "Reject",
     "Retry",
+    "Subscriber",
     "TopologyError",
     "configure",
     "publish_domain_event",
+    "replay_all",
+    "replay_event",
 ]

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import rabbitmq_node
+from bench import Bench
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
 
@@ -158,6 +159,14 @@ def names(broker_url: str, unique: str) -> Iterator[Names]:
     names = Names(broker_url, unique)
     yield names
     names.delete()
+
+
+@pytest.fixture
+def bench(broker_url: str, names: Names) -> Iterator[Bench]:
+    """An exchange of this test's own on the shared broker, with a publisher."""
+    bench = Bench(broker_url, names)
+    yield bench
+    bench.publisher.close()
 
 
 @pytest.fixture(autouse=True)
