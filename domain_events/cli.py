@@ -1,0 +1,44 @@
+"""The command ``domain-events``, also ``python -m domain_events``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from domain_events import __version__, demo, settings
+from domain_events.errors import ConfigurationError, DomainEventsError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; a user's mistake is a line and exit status 1 or 2, no traceback."""
+    parser = argparse.ArgumentParser(
+        prog="domain-events", description="Domain events over RabbitMQ."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demonstrate = commands.add_parser(
+        "demo",
+        help="see it work: publish, subscribe, a retry, a dead letter, its replay",
+        description=demo.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demonstrate.add_argument(
+        "--broker",
+        metavar="URL",
+        help="an AMQP URL; by default that of the environment "
+        f"({', '.join(settings.ENVIRONMENT)}), else a RabbitMQ on this machine",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        urls = settings.resolve(options.broker or settings.DEFAULT)
+        if urls is None:
+            raise ConfigurationError("No broker is configured.")
+        demo.run(",".join(urls))
+    except DomainEventsError as error:
+        print(f"domain-events: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
