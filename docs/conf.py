@@ -1,0 +1,38 @@
+"""Sphinx: how the documentation is built. Nothing here needs the network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import domain_events
+
+project = "domain_events"
+copyright = "domain_events contributors"  # noqa: A001
+version = release = domain_events.__version__
+
+extensions = ["sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+
+# `Name` in single backticks, as in the docstrings, is a link to what has that name.
+default_role = "py:obj"
+nitpicky = True
+# Types of the standard library, and names of ours that are explained where they are used. No
+# intersphinx: it would need the network at each build.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|datetime|decimal|enum|types|typing|uuid)\..*"),
+    (r"py:obj", r"Delivery"),
+    (r"py:.*", r"(domain_events\.subscription\.)?Handler"),
+    (r"py:.*", r"(domain_events\.subscriber\.)?AnyHandler"),
+    (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
+]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+
+html_theme = "furo"
+html_title = f"domain_events {release}"
+html_show_sourcelink = False
