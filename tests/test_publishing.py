@@ -15,6 +15,8 @@ from uuid import UUID
 
 import onlooker
 import pytest
+from bench import Bench
+from pika.adapters.select_connection import IOLoop
 from rabbitmq_node import Node
 from support import Names, wait_until
 
@@ -494,3 +496,24 @@ def test_finalizer_on_the_connections_own_thread_is_told_at_once(
     publisher._publishing._link.wake(publish)  # type: ignore[union-attr]
     wait_until(lambda: errors, timeout=3)
     publisher.publish(DomainEvent("n.n", {}))
+
+
+def test_loop_that_cannot_be_entered_is_replaced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when there is no descriptor for it: the publish goes through with another."""
+    entered: list[object] = []
+    enter = IOLoop.start
+
+    def start(loop: IOLoop) -> None:
+        entered.append(loop)
+        if len(entered) <= 3:
+            raise OSError(24, "Too many open files")
+        enter(loop)
+
+    monkeypatch.setattr(IOLoop, "start", start)
+    with Publisher(bench.url, bench.exchange) as publisher:
+        publisher.publish(DomainEvent("user.registered", {}))
+    assert entered[0] is entered[2]
+    assert entered[3] is not entered[2]
+    assert "Too many open files" in caplog.text

@@ -412,6 +412,12 @@ class Node:
     def pause(self) -> None:
         """SIGSTOP: the broker stays connected and says nothing, as behind a dead network."""
         self._signal(signal.SIGSTOP)
+        # The signal is on its way only; a publish could still slip through and be confirmed.
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.pid is not None and not _is_stopped(self.pid):
+            if time.monotonic() > deadline:
+                raise NodeError(f"{self.name} does not stop for SIGSTOP")
+            time.sleep(0.01)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
@@ -580,6 +586,15 @@ class Node:
         if done.returncode != 0:
             raise NodeError(f"{program} {' '.join(arguments)}:\n{_tail(done.stdout)}")
         return done.stdout
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether every thread of the process is stopped."""
+    states = []
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+    return set(states) <= {"T"}
 
 
 def _tail(text: str, lines: int = 80) -> str:

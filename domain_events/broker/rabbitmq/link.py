@@ -187,6 +187,8 @@ class Link:
             # It cannot even be entered: pika leaves it so when there is no descriptor for epoll.
             self.connection = self._pause = None
             self._owner.lost(None)
+            with contextlib.suppress(AssertionError):
+                loop.close()  # pika takes it for running still
             loop = self._new_loop()
         loop.close()
 
@@ -384,10 +386,12 @@ class _Loop(IOLoop):
             self.soon(lambda: None)  # one was added meanwhile, perhaps by one of these
 
     def close(self) -> None:
-        super().remove_handler(self._ear.fileno())
-        super().close()
-        self._ear.close()
-        self._bell.close()
+        try:
+            super().remove_handler(self._ear.fileno())
+            super().close()
+        finally:
+            self._ear.close()
+            self._bell.close()
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
         self._sockets.add(fd)
