@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,6 +54,12 @@ def pytest_configure_node(node: Any) -> None:
     """In the controller of pytest-xdist, for each worker: tell it where the shared node is."""
     if _given_url() is None and rabbitmq_node.find(_release()) is not None:
         node.workerinput["broker_port"] = _start_shared_node().port
+
+
+def pytest_configure() -> None:
+    # A shell's background jobs ignore SIGINT, and so would the programs that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
