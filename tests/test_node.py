@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -135,7 +136,7 @@ def test_run_gives_the_url_and_passes_the_exit_code_on(killable_node: Node) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    mark = f"--mark={tmp_path.name}"
+    mark = f"--mark={secrets.token_hex(8)}"  # of no earlier run that was cut off
     script = "import os, signal; print(os.getppid(), flush=True); signal.pause()"
     command = run_tool("run", "--", sys.executable, "-c", script, mark)
     with subprocess.Popen(
@@ -155,7 +156,8 @@ def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Pa
             os.killpg(run.pid, number)  # the command is nobody's to end
         run.wait(20)
 
-    wait_until(lambda: not processes_with(tmp_path.name))
+    wait_until(lambda: not processes_with(mark))
+    wait_until(lambda: not processes_with(str(tmp_path)))
     wait_until(lambda: not list(tmp_path.iterdir()))
 
 
