@@ -165,7 +165,13 @@ def _rabbitmq(urls: tuple[str, ...]) -> Broker:
     return RabbitMQ(urls)
 
 
-_SCHEMES = (_Scheme(("amqp", "amqps"), _rabbitmq),)
+def _memory(urls: tuple[str, ...]) -> Broker:
+    from domain_events.broker.memory import Memory  # noqa: PLC0415
+
+    return Memory(urls)
+
+
+_SCHEMES = (_Scheme(("amqp", "amqps"), _rabbitmq), _Scheme(("memory",), _memory))
 
 
 def connect(urls: tuple[str, ...]) -> Broker:

@@ -13,8 +13,9 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker.rabbitmq.link import Link
-from domain_events.broker.rabbitmq.nodes import close_code
-from domain_events.broker.rabbitmq.request import Call, fail, succeed, unreadable
+from domain_events.broker.rabbitmq.nodes import close_code, explain
+from domain_events.broker.rabbitmq.request import Call, fail, succeed
+from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
 from domain_events.message import Delivery
 
@@ -87,8 +88,9 @@ class RabbitBrowser:
                 succeed(self._waiting, None)
 
         def on_close(_channel: Channel, reason: BaseException) -> None:
-            if self._waiting is not None and close_code(reason):
-                fail(self._waiting, unreadable(self._queue, reason))
+            code = close_code(reason)
+            if self._waiting is not None and code:
+                fail(self._waiting, unreadable(self._queue, code, explain(reason)))
 
         connection.channel(on_open_callback=guarded(on_open))
 

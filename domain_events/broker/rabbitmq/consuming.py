@@ -22,9 +22,10 @@ from domain_events.broker import Consumer
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
 from domain_events.broker.rabbitmq.link import Link
-from domain_events.broker.rabbitmq.nodes import Nodes, explain
+from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.request import Request, fail, succeed, unreadable
+from domain_events.broker.rabbitmq.request import Request, fail, succeed
+from domain_events.broker.refusals import closed, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
 from domain_events.message import Delivery
 from domain_events.topology import Exchange, Queue, Topology
@@ -98,8 +99,7 @@ class RabbitConsuming:
         """Tell the broker all that was settled, then close."""
         # pika closes the channels first, behind all acks already given to them.
         self._link.close(timeout)
-        error = BrokerUnavailable("The connection was closed by this program.")
-        self._fail_requests(error)
+        self._fail_requests(closed())
 
     def _call(self, request: Request, timeout: float) -> Any:
         """Have the request carried out on the I/O thread, as soon as there is a connection."""
@@ -192,12 +192,13 @@ class RabbitConsuming:
         connection: pika.SelectConnection,
         future: concurrent.futures.Future[Any],
     ) -> None:
+        def refused(_error: DomainEventsError, reason: BaseException) -> DomainEventsError:
+            return unreadable(queue, close_code(reason), explain(reason))
+
         def look(channel: Channel, done: Callable[[object], None]) -> None:
             channel.queue_declare(queue, passive=True, callback=done)
 
-        self._on_channel(
-            connection, future, look, refused=lambda _error, reason: unreadable(queue, reason)
-        )
+        self._on_channel(connection, future, look, refused=refused)
 
     def _on_channel(
         self,

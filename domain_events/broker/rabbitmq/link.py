@@ -28,6 +28,7 @@ import pika
 from pika.adapters.select_connection import IOLoop
 
 from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
+from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 
 log = logging.getLogger("domain_events")
@@ -105,7 +106,7 @@ class Link:
         """
         with self._lock:
             if self._closing:
-                raise BrokerUnavailable("The connection was closed by this program.")
+                raise closed()
             if self._thread is None or not self._thread.is_alive():
                 self._start_thread()
             loop = self._loop

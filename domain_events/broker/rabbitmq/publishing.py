@@ -34,15 +34,8 @@ from domain_events.broker import Publication
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.sending import (
-    FORBIDDEN,
-    REFUSED,
-    blame,
-    nacked,
-    properties,
-    returned,
-    unsendable,
-)
+from domain_events.broker.rabbitmq.sending import blame, nacked, properties, unsendable
+from domain_events.broker.refusals import FORBIDDEN, REFUSED, unroutable
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -370,7 +363,7 @@ class RabbitPublishing:
             if self._returned[key] > 0:
                 self._returned[key] -= 1
                 self._returned += Counter()  # drops what is back at zero
-                return returned(message)
+                return unroutable(message)
         return None
 
     def _on_return(

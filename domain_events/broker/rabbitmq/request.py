@@ -9,8 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import pika
 
-from domain_events.broker.rabbitmq.nodes import close_code, explain
-from domain_events.errors import DomainEventsError, TopologyError
+from domain_events.errors import DomainEventsError
 
 Result = TypeVar("Result")
 
@@ -19,15 +18,6 @@ Request: TypeAlias = Callable[[pika.SelectConnection, "concurrent.futures.Future
 
 #: Has a request carried out and waits for its answer, at most so many seconds.
 Call: TypeAlias = Callable[[Request, float], Any]
-
-_MISSING = 404
-
-
-def unreadable(queue: str, reason: BaseException) -> DomainEventsError:
-    """A look at a queue closed the channel."""
-    if close_code(reason) == _MISSING:
-        return TopologyError(f"There is no queue {queue!r}.")
-    return TopologyError(f"The queue {queue!r} cannot be read: {explain(reason)}.")
 
 
 def succeed(future: concurrent.futures.Future[Result], result: Result) -> None:

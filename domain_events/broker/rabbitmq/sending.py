@@ -5,20 +5,15 @@ from __future__ import annotations
 import pika
 
 from domain_events.broker.rabbitmq.nodes import explain
+from domain_events.broker.refusals import FORBIDDEN, MISSING, REFUSED, no_exchange
 from domain_events.errors import (
     ConfigurationError,
     DomainEventsError,
     EventNotConfirmed,
     EventRejected,
-    EventUnroutable,
     InvalidEvent,
-    TopologyError,
 )
 from domain_events.message import Message
-
-# With these the broker closes a channel over one message: no permission to write, no such
-# exchange, a message that it does not take.
-FORBIDDEN, MISSING, REFUSED = 403, 404, 406
 
 
 def properties(message: Message) -> pika.BasicProperties:
@@ -51,14 +46,6 @@ def nacked(message: Message) -> DomainEventsError:
     )
 
 
-def returned(message: Message) -> DomainEventsError:
-    """No queue is bound for it."""
-    return EventUnroutable(
-        f"No queue is bound to the exchange {message.exchange!r} for the routing key "
-        f"{message.routing_key!r}."
-    )
-
-
 def blame(message: Message, code: int, reason: BaseException | None) -> DomainEventsError:
     """The broker has closed the channel, or the connection, over it."""
     said = explain(reason)
@@ -69,10 +56,7 @@ def blame(message: Message, code: int, reason: BaseException | None) -> DomainEv
             f"This user may not write to the exchange {message.exchange!r}: {said}."
         )
     elif code == MISSING:
-        error = TopologyError(
-            f"The exchange {message.exchange!r} does not exist and this user may not declare "
-            f"it: {said}."
-        )
+        error = no_exchange(message, said)
     elif code == REFUSED:
         error = InvalidEvent(f"The broker does not take {what}: {said}.")
     else:

@@ -1,0 +1,78 @@
+"""The embedded broker, ``memory://``: RabbitMQ's meaning, in this process, with no set-up.
+
+**For trying and for testing.** Its queues live in this process and end with it: no other process
+sees them, and nothing is on a disk. Everything else is as with RabbitMQ, and one suite of tests
+holds for both.
+
+``memory://`` is one broker, ``memory://NAME`` another for each name.
+
+``store``: exchanges, queues, routing, dead-lettering. ``queues``: one queue. ``clock``: real and
+virtual time. ``publishing``, ``consuming``: the two kinds of connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable
+
+from domain_events.broker.memory.clock import Clock
+from domain_events.broker.memory.consuming import MemoryConsuming
+from domain_events.broker.memory.publishing import MemoryPublishing
+from domain_events.broker.memory.store import Store
+from domain_events.errors import ConfigurationError
+from domain_events.topology import Topology
+
+log = logging.getLogger("domain_events")
+
+_URL = re.compile(r"memory://(?P<name>[\w.-]*)/?", re.IGNORECASE)
+
+_stores: dict[str, Store] = {}
+_stores_lock = threading.Lock()
+
+
+class Memory:
+    """An embedded broker; see `domain_events.broker.Broker`."""
+
+    def __init__(self, urls: tuple[str, ...]) -> None:
+        found = _URL.fullmatch(urls[0])
+        if found is None or len(urls) > 1:
+            raise ConfigurationError(
+                "The embedded broker's URL is memory:// or memory://NAME, and only one."
+            )
+        self._store = store(found["name"])
+
+    def publishing(self, declare: Topology, name: str) -> MemoryPublishing:
+        return MemoryPublishing(self._store, declare)
+
+    def consuming(self, name: str, on_failure: Callable[[], None]) -> MemoryConsuming:
+        return MemoryConsuming(self._store)
+
+
+def store(name: str, clock: Clock | None = None) -> Store:
+    """The embedded broker of that name, made when it is first asked for."""
+    with _stores_lock:
+        found = _stores.get(name)
+        if found is None:
+            found = _stores[name] = Store(name, clock)
+            log.debug("memory://%s: its events stay in this process, and end with it.", name)
+        return found
+
+
+def forget(name: str) -> None:
+    """Let go of the embedded broker of that name, and of all that is in it."""
+    with _stores_lock:
+        _stores.pop(name, None)
+
+
+def _after_fork() -> None:
+    # Another thread may have held the lock when the process forked; it is not in the child.
+    global _stores_lock
+    _stores_lock = threading.Lock()
+    for each in list(_stores.values()):
+        each.begin_anew()
+
+
+os.register_at_fork(after_in_child=_after_fork)

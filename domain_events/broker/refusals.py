@@ -1,0 +1,85 @@
+"""What stands against a request, in words for a user: the same for every broker. Pure."""
+
+from __future__ import annotations
+
+from domain_events.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEventsError,
+    EventUnroutable,
+    TopologyError,
+)
+from domain_events.message import Message
+from domain_events.topology import Binding, Declaration, Exchange, Queue
+
+# The codes of AMQP: https://www.rabbitmq.com/amqp-0-9-1-reference#constants
+FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
+
+
+def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEventsError:
+    """Why this could not be declared, what was asked for, and the ways out."""
+    what, asked = _described(declaration)
+    if code == FORBIDDEN:
+        return ConfigurationError(
+            f"{what} may not be declared by this user: {said}. Give the user the permissions, or "
+            "let another one that has them declare it first."
+        )
+    if code == LOCKED:
+        return TopologyError(
+            f"{what} is taken: {said}. An exclusive queue belongs to one connection; let each "
+            "process that wants one of its own register under a name of its own."
+        )
+    if code == REFUSED and isinstance(declaration, Queue):
+        return TopologyError(
+            f"{what} exists with other arguments than asked for: {said}. Asked for: {asked}. "
+            "A queue's arguments cannot change. The ways out: register under another name; or, "
+            "once it is empty, delete the queue and start again; or, when domain-event-broker "
+            "has declared it, register with queue_type='classic' to use it as it is."
+        )
+    if code == REFUSED and isinstance(declaration, Exchange):
+        return TopologyError(
+            f"{what} exists otherwise than asked for: {said}. Asked for: {asked}. The ways out: "
+            "use the type it has (exchange_type=...), or another exchange."
+        )
+    return TopologyError(f"{what} could not be declared: {said}.")
+
+
+def unreadable(queue: str, code: int, said: str) -> DomainEventsError:
+    """Why there is nothing to see in this queue."""
+    if code == MISSING:
+        return TopologyError(f"There is no queue {queue!r}.")
+    return TopologyError(f"The queue {queue!r} cannot be read: {said}.")
+
+
+def unroutable(message: Message) -> DomainEventsError:
+    """No queue is bound for it."""
+    return EventUnroutable(
+        f"No queue is bound to the exchange {message.exchange!r} for the routing key "
+        f"{message.routing_key!r}."
+    )
+
+
+def no_exchange(message: Message, said: str) -> DomainEventsError:
+    """There is no exchange to publish it to."""
+    return TopologyError(
+        f"The exchange {message.exchange!r} does not exist and this user may not declare it: "
+        f"{said}."
+    )
+
+
+def closed() -> BrokerUnavailable:
+    """The connection was closed, and is asked to do something all the same."""
+    return BrokerUnavailable("The connection was closed by this program.")
+
+
+def _described(declaration: Declaration) -> tuple[str, str]:
+    if isinstance(declaration, Exchange):
+        asked = f"durable, type {declaration.type!r}, {dict(declaration.arguments)}"
+        return f"The exchange {declaration.name!r}", asked
+    if isinstance(declaration, Queue):
+        flags = ("durable", "exclusive", "auto_delete")
+        chosen = ", ".join(flag for flag in flags if getattr(declaration, flag))
+        return f"The queue {declaration.name!r}", f"{chosen}, {dict(declaration.arguments)}"
+    assert isinstance(declaration, Binding)
+    what = f"The binding of {declaration.destination!r} to the exchange {declaration.exchange!r}"
+    return f"{what} by {declaration.binding_key!r}", ""
