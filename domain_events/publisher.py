@@ -59,13 +59,13 @@ class Publisher:
         *,
         timeout: float = 10.0,
     ) -> None:
-        urls = settings.resolve(connection_settings)
+        self._urls = settings.resolve(connection_settings)
         self._exchange = topology.check_name(exchange, "exchange")
+        self._exchange_type = exchange_type
         self._timeout = _checked_timeout(timeout)
-        self._publishing: Publishing | None = None
-        if urls is not None:
-            declare = [topology.Exchange(exchange, exchange_type)]
-            self._publishing = connect(urls).publishing(declare, "publisher")
+        self._publishing = self._connect(self._urls)
+        # In a test that has replaced the broker: by what, and the connection to it.
+        self._replaced: tuple[tuple[str, ...] | None, Publishing | None] = (None, None)
 
     def publish(
         self, event: DomainEvent, *, mandatory: bool = False, timeout: float | None = None
@@ -86,10 +86,11 @@ class Publisher:
         :raises TopologyError: the exchange exists with another type, or cannot be declared.
         """
         message = self._message(event, mandatory)
-        if self._publishing is not None:
+        publishing = self._connection()
+        if publishing is not None:
             seconds = self._timeout if timeout is None else _checked_timeout(timeout)
             try:
-                confirmed(self._publishing, message, seconds)
+                confirmed(publishing, message, seconds)
             except DomainEventsError as error:
                 error.event = event
                 error.unconfirmed = (event,)
@@ -114,9 +115,10 @@ class Publisher:
         :raises DomainEventsError: as `publish` does, for the first event that failed.
         """
         seconds = self._timeout if timeout is None else _checked_timeout(timeout)
-        if self._publishing is None:
+        publishing = self._connection()
+        if publishing is None:
             return len([self._message(event, mandatory) for event in events])
-        batch = _Batch(self._publishing, seconds)
+        batch = _Batch(publishing, seconds)
         try:
             for event in events:
                 try:
@@ -146,6 +148,21 @@ class Publisher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _connect(self, urls: tuple[str, ...] | None) -> Publishing | None:
+        if urls is None:
+            return None
+        declare = [topology.Exchange(self._exchange, self._exchange_type)]
+        return connect(urls).publishing(declare, "publisher")
+
+    def _connection(self) -> Publishing | None:
+        urls = settings.replaced(self._urls)
+        if urls == self._urls:
+            return self._publishing
+        replaced = self._replaced
+        if urls != replaced[0]:
+            replaced = self._replaced = (urls, self._connect(urls))
+        return replaced[1]
 
     def _message(self, event: DomainEvent, mandatory: bool) -> Message:
         if not isinstance(event, DomainEvent):
@@ -319,10 +336,19 @@ def _publisher(urls: tuple[str, ...] | None) -> Publisher:
     if publisher is None:
         with _publishers_lock:
             if not _publishers:
+                atexit.unregister(_close_publishers)  # of publishers that are closed already
                 atexit.register(_close_publishers)
             publisher = _publishers.get(urls) or Publisher(urls)
             _publishers[urls] = publisher
     return publisher
+
+
+def close_publisher(urls: tuple[str, ...]) -> None:
+    """For `testing`: close the process's publisher for this broker, and forget it."""
+    with _publishers_lock:
+        publisher = _publishers.pop(urls, None)
+    if publisher is not None:
+        publisher.close()
 
 
 def _close_publishers() -> None:

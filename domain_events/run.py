@@ -104,6 +104,19 @@ class Run:
             else:
                 self._work_in_threads()
 
+    def work_off(self, subscriptions: Sequence[Subscription]) -> None:
+        """For `testing`: handle here what waits now, and what comes of it, then stop."""
+        for subscription in subscriptions:
+            self.consume(subscription)
+        while not self._stopping:
+            try:
+                work = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if work is not None:
+                self._handle(work)
+                work.consumer.flush()
+
     def _work_in_threads(self) -> None:
         threads = [
             threading.Thread(target=self._work_aside, name=f"domain-events-worker-{n}", daemon=True)

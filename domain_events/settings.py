@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ DEFAULT: Final = _Default.DEFAULT
 ConnectionSettings: TypeAlias = str | Sequence[str] | Literal[_Default.DEFAULT] | None
 
 _configured: ConnectionSettings = DEFAULT
+_replacements: list[tuple[str, ...]] = []
 _app_id: str | None = None
 
 # A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
@@ -55,7 +57,8 @@ def configure(
     """Set the process's default broker; what is left out goes back to the environment's.
 
     :param connection_settings: an AMQP URL; several for the nodes of a cluster (a sequence, or
-        separated by commas); ``None`` to switch publishing and subscribing off.
+        separated by commas); ``memory://`` for the embedded broker, which lives in this process
+        and is for trying and testing; ``None`` to switch publishing and subscribing off.
     :param app_id: the name under which this program publishes; its file's name if left out.
     :raises ConfigurationError: when it is none of these.
     """
@@ -73,12 +76,29 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
 
     :raises ConfigurationError: when the settings are no URL and no URLs.
     """
+    if _replacements:
+        return _replacements[-1]
     if connection_settings is DEFAULT or connection_settings == "":
         connection_settings = _configured
         if connection_settings is DEFAULT or connection_settings == "":
             found = (os.environ[name] for name in ENVIRONMENT if os.environ.get(name))
             connection_settings = next(found, FALLBACK)
     return _split(connection_settings)
+
+
+def replaced(urls: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """What has taken the place of these URLs, which `resolve` gave earlier; else the same."""
+    return _replacements[-1] if _replacements else urls
+
+
+@contextmanager
+def replacement(urls: tuple[str, ...]) -> Iterator[None]:
+    """For `testing`: while this lasts, whatever broker is asked for, it is this one."""
+    _replacements.append(urls)
+    try:
+        yield
+    finally:
+        _replacements.remove(urls)
 
 
 def app_id() -> str:

@@ -59,14 +59,16 @@ class Subscriber:
     ) -> None:
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ConfigurationError(f"workers is a number from 1 up, not {workers!r}.")
-        urls = settings.resolve(connection_settings)
-        self._exchange = topology.check_name(exchange, "exchange")
+        self._urls = settings.resolve(connection_settings)
+        self.exchange = topology.check_name(exchange, "exchange")
         self._exchange_type = exchange_type
         self._workers = workers
         self._timeout = timeout
-        self._broker = None if urls is None else connect(urls)
+        self._broker = None if self._urls is None else connect(self._urls)
         self._subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
+        # What the broker is: another one than asked for, in a test that has replaced it.
+        self._connected_to = self._urls
         self._consuming: Consuming | None = None
         self._publishing: Publishing | None = None
         self._moves = Moves(self._publishing_connection)
@@ -127,7 +129,7 @@ class Subscriber:
             dead_letter,
             retry_on,
             backoff,
-            exchange=self._exchange,
+            exchange=self.exchange,
             exchange_type=self._exchange_type,
             durable=durable,
             exclusive=exclusive,
@@ -141,9 +143,9 @@ class Subscriber:
             raise ConfigurationError(f"{name}: the handler cannot be called: {handler!r}.")
         if any(each.options.name == name for each in self._subscriptions):
             raise ConfigurationError(f"{name} is registered already, with this Subscriber.")
-        if self._broker is None:
-            return
-        self._consuming_connection().declare(options.topology(), self._timeout)
+        self._follow()
+        if self._broker is not None:
+            self._consuming_connection().declare(options.topology(), self._timeout)
         subscription = Subscription(handler, options, self._moves)
         self._subscriptions.append(subscription)
         run = self._run
@@ -181,6 +183,7 @@ class Subscriber:
         :param timeout: stop after about so many seconds; never, if None.
         :raises ConfigurationError: nothing is registered, or the broker refuses the password.
         """
+        self._follow()
         if self._broker is None:
             log.debug("No broker is configured; nothing to consume.")
             return
@@ -189,11 +192,15 @@ class Subscriber:
         if self._run is not None and self._run.pid == os.getpid():
             raise ConfigurationError("This Subscriber is consuming already.")
         run = Run(self._consuming_connection(), self._workers, timeout)
+        self._carry_out(run, lambda: run.work(self._subscriptions))
+
+    def _carry_out(self, run: Run, work: Callable[[], None]) -> None:
+        """Do the work of a run, and end it in order."""
         self._run = run
         try:
             if self._stop_at_start:
                 run.stop()
-            run.work(self._subscriptions)
+            work()
         finally:
             try:
                 run.give_back()
@@ -246,6 +253,14 @@ class Subscriber:
     ) -> None:
         self.close()
 
+    def _follow(self) -> None:
+        """Go over to the broker that a test has put in the place of ours, or back."""
+        urls = settings.replaced(self._urls)
+        if urls != self._connected_to and self._run is None:
+            self.close()
+            self._connected_to = urls
+            self._broker = None if urls is None else connect(urls)
+
     def _consuming_connection(self) -> Consuming:
         with self._lock:
             if self._consuming is None:
@@ -265,3 +280,24 @@ class Subscriber:
         run = self._run
         if run is not None:
             run.stop()
+
+
+def work_off(subscriber: Subscriber, watched: Callable[[Subscription], Subscription]) -> None:
+    """For `testing`: have handled, in this thread, what waits for the subscriber now.
+
+    Only with an embedded broker, which has delivered it all at once.
+
+    :param watched: puts another subscription in the place of each.
+    """
+    subscriber._follow()
+    run = Run(subscriber._consuming_connection(), 1, None)
+    subscriptions = [watched(each) for each in subscriber._subscriptions]
+    subscriber._carry_out(run, lambda: run.work_off(subscriptions))
+
+
+def declare(subscriber: Subscriber) -> None:
+    """For `testing`: have the subscriber's queues on the broker of today, as by `register`."""
+    subscriber._follow()
+    for subscription in subscriber._subscriptions:
+        topology = subscription.options.topology()
+        subscriber._consuming_connection().declare(topology, subscriber._timeout)

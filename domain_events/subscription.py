@@ -106,8 +106,8 @@ class Subscription:
 
     def __init__(self, handler: Handler, options: Options, moves: Moves) -> None:
         self.options = options
-        self._handler = handler
-        self._moves = moves
+        self.handler = handler
+        self.moves = moves
         # Whether an event with this routing key is still asked for.
         self._asked_for: dict[str, bool] = {}
 
@@ -130,7 +130,7 @@ class Subscription:
             return
         token = messages.handling.set((event, delivery))
         try:
-            self._handler(event)
+            self.handler(event)
         except Retry as signal:
             self._try_again(event, delivery, consumer, signal.delay, signal)
         except Reject as signal:
@@ -178,12 +178,12 @@ class Subscription:
             options.max_retries,
         )
         message = messages.retry(delivery, options.exchange, options.name, delay)
-        self._moves.move(message, delivery, consumer)
+        self.moves.move(message, delivery, consumer)
 
     def _give_up(self, delivery: Delivery, consumer: Consumer, error: Exception) -> None:
         if self.options.dead_letter:
             message = messages.dead_letter(delivery, self.options.name, error)
-            self._moves.move(message, delivery, consumer)
+            self.moves.move(message, delivery, consumer)
         else:
             log.error(
                 "%s keeps no dead letters; dropped: %s %s",
@@ -227,7 +227,7 @@ class Moves:
     """
 
     def __init__(self, publishing: Callable[[], Publishing]) -> None:
-        self._publishing = publishing
+        self.publishing = publishing
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -241,7 +241,7 @@ class Moves:
         with self._changed:
             self._open += 1
         publication = Publication(message, partial(self._done, delivery, consumer))
-        self._publishing().submit(publication)
+        self.publishing().submit(publication)
 
     def wait(self, timeout: float) -> bool:
         """Wait until none is on its way; False when time ran out."""

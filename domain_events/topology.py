@@ -203,6 +203,11 @@ def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
     return _level(exchange, units.bit_length() - 1), f"{bits}.{name}"
 
 
+def delay_of(address: str) -> float:
+    """The delay, in seconds, that is written in a routing key by `delay_address`."""
+    return round(int("".join(address.split(".")[:LEVELS]), 2) * SHORTEST_DELAY, 1)
+
+
 def check_name(name: str, what: str) -> str:
     """The name of a subscriber or an exchange, if the topology above can be built from it.
 

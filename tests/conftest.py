@@ -24,6 +24,10 @@ from bench import Bench
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
 
+from domain_events.pytest_plugin import event_broker
+
+__all__ = ["event_broker"]  # the fixture that users have, for the tests of it
+
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None

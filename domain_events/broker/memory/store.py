@@ -131,6 +131,12 @@ class Store:
         with self._lock:
             return self._timers[0][0] if self._timers else None
 
+    def next_expiry(self) -> int | None:
+        """When the next message that waits somewhere moves on."""
+        with self._lock:
+            heads = (queue.ready[0].expires for queue in self._queues.values() if queue.ready)
+            return min((expires for expires in heads if expires is not None), default=None)
+
     def now(self) -> int:
         """The time."""
         return self._clock.now()

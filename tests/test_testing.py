@@ -1,0 +1,400 @@
+"""The testing kit: what users' own tests are written with. No RabbitMQ here, and no waiting."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import domain_events
+from domain_events import (
+    Backoff,
+    DeadLetters,
+    DomainEvent,
+    Publisher,
+    Reject,
+    Retry,
+    Subscriber,
+    publish_domain_event,
+    settings,
+)
+from domain_events.publisher import publish_domain_event as imported_elsewhere
+from domain_events.testing import EventBroker, Outcome
+
+NOWHERE = "amqp://guest:guest@localhost:1/%2F"
+
+
+@pytest.fixture(autouse=True)
+def a_program_that_is_configured() -> Iterator[None]:
+    """By default the code under test would look for a broker where there is none."""
+    domain_events.configure(NOWHERE)
+    yield
+    domain_events.configure()
+
+
+def ignore(event: DomainEvent) -> None:
+    pass
+
+
+# ------------------------------------------------------------------ what was published
+
+
+@pytest.mark.parametrize(
+    "publish",
+    [
+        lambda: domain_events.publish_domain_event("user.registered", {"name": "Ada"}),
+        lambda: imported_elsewhere("user.registered", {"name": "Ada"}),
+        lambda: publish_domain_event("user.registered", {"name": "Ada"}, connection_settings=None),
+        lambda: publish_domain_event(
+            "user.registered", {"name": "Ada"}, connection_settings=NOWHERE
+        ),
+        lambda: Publisher(NOWHERE).publish(DomainEvent("user.registered", {"name": "Ada"})),
+        lambda: Publisher().publish_many([DomainEvent("user.registered", {"name": "Ada"})]),
+    ],
+)
+def test_every_way_of_publishing_is_caught(event_broker: EventBroker, publish: object) -> None:
+    """Wherever it was imported from, and whatever broker it asks for."""
+    assert callable(publish)
+    publish()
+    event = event_broker.assert_published("user.*", {"name": "Ada"}, times=1)
+    assert event_broker.published == [event]
+
+
+def test_publisher_made_before_is_caught_and_goes_back_to_its_broker() -> None:
+    """A publisher that a module keeps works with the broker of the day."""
+    publisher = Publisher("memory://before")
+    for _ in range(2):
+        with EventBroker() as broker:
+            publisher.publish(DomainEvent("a.b", None))
+            broker.assert_published("a.b", times=1)
+    subscriber = Subscriber("memory://before")
+    seen: list[DomainEvent] = []
+    subscriber.register(seen.append, "seen", ["#"])
+    event = publisher.publish(DomainEvent("a.c", None))
+    subscriber.start_consuming(timeout=0.01)
+    assert seen == [event]
+    publisher.close()
+
+
+def test_published_by_threads_is_caught(event_broker: EventBroker) -> None:
+    """It is the process that is switched over, not the thread."""
+    threads = [
+        threading.Thread(target=publish_domain_event, args=("a.b", number)) for number in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    event_broker.assert_published("a.b", times=8)
+    assert sorted(event.data for event in event_broker.published) == list(range(8))
+
+
+def test_nothing_is_left_for_the_next_test() -> None:
+    """Neither events nor queues, dead letters, publishers or settings."""
+    publishers = dict(domain_events.publisher._publishers)
+    for _ in range(2):
+        with EventBroker() as broker:
+            assert broker.published == []
+            subscriber = Subscriber()
+            subscriber.register(ignore, "mailer", ["#"])
+            publish_domain_event("a.b", None)
+            assert len(broker.deliver(subscriber)) == 1
+            publish_domain_event("a.b", None)  # waits, when this ends
+    assert settings.resolve() == (NOWHERE,)
+    assert domain_events.publisher._publishers == publishers
+    with pytest.raises(domain_events.BrokerUnavailable):
+        publish_domain_event("a.b", None, timeout=0.1)
+    domain_events.publisher.close_publisher((NOWHERE,))
+
+
+def test_brokers_may_be_nested(event_broker: EventBroker) -> None:
+    """The inner one has its events for itself."""
+    publish_domain_event("outer", None)
+    with EventBroker() as inner:
+        publish_domain_event("inner", None)
+        inner.assert_not_published("outer")
+    publish_domain_event("outer", None)
+    event_broker.assert_published("outer", times=2)
+    event_broker.assert_not_published("inner")
+
+
+def test_failed_assertion_shows_what_was_published_instead(event_broker: EventBroker) -> None:
+    """Each event with what is different, so that the test need not be run again to see."""
+    publish_domain_event("user.registered", {"name": "Ada", "tags": ["a", {"b": 1}]}, 7)
+    publish_domain_event("user.registered", {"nom": "Ada"}, 8)
+    publish_domain_event("invoice.issued", 12)
+    with pytest.raises(AssertionError) as caught:
+        event_broker.assert_published("user.*", {"name": "Grace"})
+    assert str(caught.value) == (
+        "Expected an event 'user.*' with {'name': 'Grace'}; 3 events were published:\n"
+        "  user.registered {'name': 'Ada', 'tags': ['a', {'b': 1}]}   <- data['name'] is 'Ada'\n"
+        "  user.registered {'nom': 'Ada'}   <- data['name'] is missing\n"
+        "  invoice.issued 12   <- another routing key"
+    )
+    with pytest.raises(AssertionError, match=r"about 9; .*\n.*domain_object_id is 7"):
+        event_broker.assert_published("user.*", domain_object_id=9)
+    with pytest.raises(AssertionError, match=r"data\['tags'\]\[1\]\['b'\] is 1"):
+        event_broker.assert_published("user.*", {"tags": ["a", {"b": 2}]})
+    with pytest.raises(AssertionError, match=r"data\['tags'\] has 2 entries"):
+        event_broker.assert_published("user.*", {"tags": ["a"]})
+    with pytest.raises(AssertionError, match=r"'user.\*' with {}, 1 times; 3 events"):
+        event_broker.assert_published("user.*", {}, times=1)
+    with pytest.raises(AssertionError, match=r"Not expected: an event 'invoice.#'; 3 events"):
+        event_broker.assert_not_published("invoice.#")
+    event_broker.assert_published("user.registered", {"tags": ["a", {}]}, domain_object_id=7)
+    event_broker.assert_not_published("user.*", {"name": "Grace"})
+    event_broker.clear()
+    event_broker.assert_not_published()
+    with pytest.raises(AssertionError, match=r"Expected an event 'a'; nothing was published\."):
+        event_broker.assert_published("a")
+
+
+def test_event_that_cannot_be_sent_is_not_published(event_broker: EventBroker) -> None:
+    """What RabbitMQ would not take, the kit does not either."""
+    for routing_key, data in (("", None), ("a.*", None), ("a", object())):
+        with pytest.raises(domain_events.InvalidEvent):
+            publish_domain_event(routing_key, data)
+    with pytest.raises(domain_events.EventUnroutable):
+        publish_domain_event("a", None, mandatory=True)
+    event_broker.assert_not_published()
+
+
+# ------------------------------------------------------------------ deliveries
+
+
+def test_events_reach_their_handlers_in_this_thread(event_broker: EventBroker) -> None:
+    """What waits is handled when the test says so, and not before."""
+    threads: list[threading.Thread] = []
+    subscriber = Subscriber(workers=4)
+    subscriber.register(lambda _event: threads.append(threading.current_thread()), "a", ["user.*"])
+    subscriber.register(ignore, "b", ["#"])
+    publish_domain_event("user.registered", 1)
+    publish_domain_event("invoice.issued", 2)
+    assert threads == []
+    deliveries = event_broker.deliver(subscriber)
+    assert threads == [threading.current_thread()]
+    reached = [(each.subscriber, each.event.data) for each in deliveries if each.event]
+    assert sorted(reached) == [("a", 1), ("b", 1), ("b", 2)]
+    assert {each.outcome for each in deliveries} == {"handled"}
+    assert event_broker.deliver(subscriber) == []
+
+
+def test_given_event_is_delivered(event_broker: EventBroker) -> None:
+    """Without code that publishes it; twice, to see that the handler is idempotent."""
+    users: dict[str, object] = {}
+    subscriber = Subscriber(exchange="another")
+    subscriber.register(
+        lambda event: users.setdefault(event.uuid_string, event.data), "users", ["user.*"]
+    )
+    event = DomainEvent("user.registered", {"name": "Ada"})
+    deliveries = event_broker.deliver(subscriber, event, event)
+    assert [each.outcome for each in deliveries] == [Outcome.HANDLED] * 2
+    assert users == {event.uuid_string: {"name": "Ada"}}
+    assert event_broker.deliver(subscriber, DomainEvent("invoice.issued", None)) == []
+
+
+def test_retry_comes_when_time_has_moved(event_broker: EventBroker) -> None:
+    """Not before, and without anybody waiting for it."""
+    retries: list[int] = []
+
+    def handle(event: DomainEvent) -> None:
+        retries.append(event.retries)
+        if event.retries < 2:
+            raise Retry(3600)
+
+    subscriber = Subscriber()
+    subscriber.register(handle, "slow", ["#"], max_retries=2)
+    begun = time.monotonic()
+    (first,) = event_broker.deliver(subscriber, DomainEvent("a.b", None))
+    assert (first.outcome, first.delay) == (Outcome.RETRY, 3600)
+    assert isinstance(first.error, Retry)
+    event_broker.advance(3599.9)
+    assert event_broker.deliver(subscriber) == []
+    event_broker.advance(0.1)
+    (second,) = event_broker.deliver(subscriber)
+    assert second.event is not None
+    assert (second.event.retries, second.outcome) == (1, Outcome.RETRY)
+    (third,) = event_broker.deliver_all(subscriber)
+    assert third.outcome is Outcome.HANDLED
+    assert retries == [0, 1, 2]
+    assert time.monotonic() - begun < 5
+    event_broker.assert_published("a.b", times=1)  # a retry is not published again
+
+
+def test_delay_told_is_the_one_to_advance(event_broker: EventBroker) -> None:
+    """Delays are rounded up to tenths of a second, and jittered; what is told is what it takes."""
+    subscriber = Subscriber()
+
+    def fail(_event: DomainEvent) -> None:
+        raise ConnectionError
+
+    backoff = Backoff(first=0.123, factor=3.3, maximum=1000, jitter=0.5)
+    subscriber.register(
+        fail, "flaky", ["#"], max_retries=9, retry_on=ConnectionError, backoff=backoff
+    )
+    deliveries = event_broker.deliver(subscriber, DomainEvent("a", None))
+    for _ in range(9):
+        (delivered,) = deliveries
+        assert delivered.delay is not None
+        event_broker.advance(delivered.delay)
+        deliveries = event_broker.deliver(subscriber)
+    assert [each.outcome for each in deliveries] == ["dead letter"]
+
+
+def test_dead_letters_can_be_seen_and_replayed(event_broker: EventBroker) -> None:
+    """With the reason, as an operator would see them."""
+    broken = True
+
+    def handle(event: DomainEvent) -> None:
+        if event.routing_key == "no":
+            raise Reject("never")
+        if broken:
+            raise ValueError(f"cannot read {event.data}")
+
+    subscriber = Subscriber()
+    subscriber.register(handle, "reader", ["#"])
+    deliveries = event_broker.deliver(subscriber, DomainEvent("a", 1), DomainEvent("no", 2))
+    assert [each.outcome for each in deliveries] == [Outcome.DEAD_LETTER] * 2
+    assert repr(deliveries[0]) == "<reader: a -> dead letter (ValueError('cannot read 1'))>"
+    letters = event_broker.dead_letters("reader")
+    assert [(each.error_type, each.error_message) for each in letters] == [
+        ("ValueError", "cannot read 1"),
+        ("domain_events.retry.Reject", "never"),
+    ]
+    broken = False
+    with DeadLetters("reader") as dead_letters:
+        assert dead_letters.replay_all() == 2
+    deliveries = event_broker.deliver(subscriber)
+    assert [each.outcome for each in deliveries] == [Outcome.HANDLED, Outcome.DEAD_LETTER]
+
+
+def test_what_is_dropped_is_said(event_broker: EventBroker) -> None:
+    """A subscriber without dead letters loses what it fails on; the outcome says so."""
+    subscriber = Subscriber()
+
+    def fail(_event: DomainEvent) -> None:
+        raise ValueError
+
+    subscriber.register(fail, "careless", ["#"], dead_letter=False)
+    (delivered,) = event_broker.deliver(subscriber, DomainEvent("a", None))
+    assert delivered.outcome is Outcome.DROPPED
+    assert isinstance(delivered.error, ValueError)
+
+
+def test_exit_of_a_handler_is_the_tests(event_broker: EventBroker) -> None:
+    """SystemExit ends a subscriber; a test has it raised, and the event comes again."""
+    calls: list[bool] = []
+
+    def leave(_event: DomainEvent) -> None:
+        calls.append(True)
+        if len(calls) == 1:
+            raise SystemExit(3)
+
+    subscriber = Subscriber()
+    subscriber.register(leave, "leaver", ["#"])
+    with pytest.raises(SystemExit):
+        event_broker.deliver(subscriber, DomainEvent("a", None))
+    (again,) = event_broker.deliver(subscriber)
+    assert again.outcome is Outcome.HANDLED
+
+
+def test_message_that_is_no_event_is_a_dead_letter(event_broker: EventBroker) -> None:
+    """Its delivery has no event to show."""
+    from domain_events.broker import memory
+    from domain_events.message import Message
+
+    subscriber = Subscriber()
+    subscriber.register(ignore, "reader", ["#"])
+    store = memory.store(event_broker.url.removeprefix("memory://"))
+    store.call(lambda: store.publish(Message("", "reader", b"no event")))
+    (delivered,) = event_broker.deliver(subscriber)
+    assert (delivered.event, delivered.outcome) == (None, Outcome.DEAD_LETTER)
+    assert "no event" in repr(delivered)
+
+
+def test_subscriber_registered_before_can_be_delivered_to() -> None:
+    """A module that registers its handlers when it is imported: on no broker, or on another."""
+    for connection_settings in (None, "memory://at-import"):
+        seen: list[DomainEvent] = []
+        subscriber = Subscriber(connection_settings)
+
+        @subscriber.on("user.*", name="module-level")
+        def handle(event: DomainEvent, seen: list[DomainEvent] = seen) -> None:
+            seen.append(event)
+
+        for _ in range(2):
+            with EventBroker() as broker:
+                broker.attach(subscriber)
+                event = publish_domain_event("user.registered", None)
+                assert [each.event for each in broker.deliver(subscriber)] == [event]
+        assert len(seen) == 2
+        subscriber.start_consuming(timeout=0.01)  # on its own broker again: nothing is there
+        assert len(seen) == 2
+        subscriber.close()
+
+
+def test_temporary_subscribers_are_delivered_to(event_broker: EventBroker) -> None:
+    """Exclusive, auto-delete and not durable; `deliver_all` ends, whatever else is timed."""
+    for option in ("exclusive", "auto_delete", "not durable"):
+        subscriber = Subscriber()
+        subscriber.register(
+            ignore,
+            "temporary",
+            ["#"],
+            exclusive=option == "exclusive",
+            auto_delete=option == "auto_delete",
+            durable=option != "not durable",
+        )
+        publish_domain_event("a", None)
+        assert len(event_broker.deliver_all(subscriber)) == 1
+        event_broker.advance(61)
+
+
+def test_events_of_handlers_are_delivered_too(event_broker: EventBroker) -> None:
+    """A chain of handlers in one service, with cause and all; and one that has no end."""
+    subscriber = Subscriber()
+    subscriber.register(lambda event: publish_domain_event("b", event.data), "first", ["a"])
+    subscriber.register(ignore, "second", ["b"])
+    deliveries = event_broker.deliver(subscriber, DomainEvent("a", 1))
+    assert [each.subscriber for each in deliveries] == ["first", "second"]
+
+    endless = Subscriber()
+    endless.register(lambda _event: publish_domain_event("c", None), "endless", ["c"])
+    with pytest.raises(AssertionError, match="no end"):
+        event_broker.deliver(endless, DomainEvent("c", None))
+
+
+def test_real_time_for_subscribers_in_threads() -> None:
+    """Where a test wants the whole machinery, time passes by itself."""
+    seen: list[int] = []
+    with EventBroker(virtual_time=False) as broker:
+        subscriber = Subscriber()
+
+        def handle(event: DomainEvent) -> None:
+            seen.append(event.retries)
+            if event.retries:
+                subscriber.stop_consuming()
+            else:
+                raise Retry(0.1)
+
+        subscriber.register(handle, "threaded", ["#"], max_retries=1)
+        thread = threading.Thread(target=subscriber.start_consuming)
+        thread.start()
+        publish_domain_event("a", None)
+        thread.join(10)
+        assert not thread.is_alive()
+        with pytest.raises(RuntimeError, match="passes by itself"):
+            broker.advance(1)
+    assert seen == [0, 1]
+
+
+def test_misuse_is_said(event_broker: EventBroker) -> None:
+    """In words that say what to do."""
+    with pytest.raises(RuntimeError, match="on already"):
+        event_broker.start()
+    with pytest.raises(ValueError, match="assert_not_published"):
+        event_broker.assert_published("a", times=0)
+    with pytest.raises(RuntimeError, match="switched off"):
+        EventBroker().advance(1)
