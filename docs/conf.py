@@ -24,6 +24,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|datetime|decimal|enum|types|typing|uuid)\..*"),
     (r"py:obj", r"Delivery"),
+    (r"py:.*", r"(domain_events\.testing\.broker\.)?(Store|memory)"),
     (r"py:.*", r"(domain_events\.subscription\.)?Handler"),
     (r"py:.*", r"(domain_events\.subscriber\.)?AnyHandler"),
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),

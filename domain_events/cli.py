@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from domain_events import __version__, demo, settings
-from domain_events.errors import ConfigurationError, DomainEventsError
+from domain_events.errors import DomainEventsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,15 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demonstrate.add_argument(
         "--broker",
         metavar="URL",
-        help="an AMQP URL; by default that of the environment "
-        f"({', '.join(settings.ENVIRONMENT)}), else a RabbitMQ on this machine",
+        help="the URL of a RabbitMQ; without it, the embedded broker, which needs no set-up",
     )
     options = parser.parse_args(arguments)
     try:
-        urls = settings.resolve(options.broker or settings.DEFAULT)
-        if urls is None:
-            raise ConfigurationError("No broker is configured.")
-        demo.run(",".join(urls))
+        urls = settings.resolve(options.broker) if options.broker else None
+        demo.run(",".join(urls) if urls else demo.EMBEDDED)
     except DomainEventsError as error:
         print(f"domain-events: {error}", file=sys.stderr)
         return 1

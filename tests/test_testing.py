@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,7 @@ from domain_events import (
 from domain_events.publisher import publish_domain_event as imported_elsewhere
 from domain_events.testing import EventBroker, Outcome
 
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 NOWHERE = "amqp://guest:guest@localhost:1/%2F"
 
 
@@ -398,3 +402,37 @@ def test_misuse_is_said(event_broker: EventBroker) -> None:
         event_broker.assert_published("a", times=0)
     with pytest.raises(RuntimeError, match="switched off"):
         EventBroker().advance(1)
+
+
+def test_snippets_work_on_the_embedded_broker() -> None:
+    """The mission's lines in one script, with nothing but another address."""
+    seen: list[object] = []
+    domain_events.configure("memory://snippets")
+    subscriber = Subscriber()
+
+    def handle_user_event(event: DomainEvent) -> None:
+        seen.append(event.data)
+        subscriber.stop_consuming()
+
+    subscriber.register(handle_user_event, "print-user-event", ["user.*"])
+    publish_domain_event("user.registered", {"user_id": 42})
+    subscriber.start_consuming()
+    assert seen == [{"user_id": 42}]
+
+
+@pytest.mark.parametrize(
+    "command", [["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"], ["unittest"]]
+)
+def test_examples_of_the_documentation_pass(command: list[str]) -> None:
+    """As a user runs them: pytest finds the fixture by itself."""
+    tests = {"pytest": "test_shop.py", "unittest": "test_shop_unittest"}[command[0]]
+    ran = subprocess.run(
+        [sys.executable, "-m", *command, tests],
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "6 passed" in ran.stdout or "Ran 2 tests" in ran.stderr

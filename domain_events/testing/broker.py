@@ -136,8 +136,8 @@ class EventBroker:
     def attach(self, *subscribers: Subscriber) -> None:
         """Have the queues of these subscribers here.
 
-        `Subscriber.register` does it by itself; this is for subscribers that registered their
-        handlers before this broker was switched on, as at the import of a module.
+        `~domain_events.Subscriber.register` does it by itself; this is for subscribers that
+        registered before this broker was switched on, as at the import of a module.
         """
         for each in subscribers:
             subscriber.declare(each)
@@ -188,7 +188,10 @@ class EventBroker:
         self._running().advance(seconds)
 
     def dead_letters(self, name: str) -> list[DeadLetter]:
-        """The dead letters of a subscriber, to look at. To replay them, use `DeadLetters`."""
+        """The dead letters of a subscriber, to look at.
+
+        `domain_events.DeadLetters` replays and discards them.
+        """
         with DeadLetters(name) as dead_letters:
             return list(dead_letters)
 
