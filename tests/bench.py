@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from support import Names
 
@@ -38,3 +40,19 @@ def stops_after(number: int, subscriber: Subscriber, seen: Events) -> Callable[[
             subscriber.stop_consuming()
 
     return handle
+
+
+@contextmanager
+def running(*subscribers: Subscriber) -> Iterator[None]:
+    """Have the subscribers consume, each in a thread, until the block ends."""
+    threads = [threading.Thread(target=subscriber.start_consuming) for subscriber in subscribers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for subscriber in subscribers:
+            subscriber.stop_consuming()
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads)

@@ -88,8 +88,8 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def broker_url(request: pytest.FixtureRequest) -> str:
-    """The URL of the broker that all tests share; tests use names of their own on it."""
+def rabbitmq_url(request: pytest.FixtureRequest) -> str:
+    """The URL of the RabbitMQ that all tests share; tests use names of their own on it."""
     given = _given_url()
     if given is not None:
         return given
@@ -104,6 +104,12 @@ def broker_url(request: pytest.FixtureRequest) -> str:
     except NodeError as error:
         pytest.fail(f"{error}\nor set DOMAIN_EVENTS_TEST_URL", pytrace=False)
     return node.url
+
+
+@pytest.fixture(scope="session")
+def broker_url(rabbitmq_url: str) -> str:
+    """The broker of a test. The tests in conformance/ run once on each kind of broker."""
+    return rabbitmq_url
 
 
 def _new_node(**options: Any) -> Node:

@@ -1,14 +1,21 @@
-"""A look at the broker that does not go through the library: plain pika, blocking."""
+"""A look at the broker that does not go through the library: plain pika, blocking.
+
+The embedded broker has no other door than the library's: there, see `embedded`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import embedded
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
+
+from domain_events.message import Properties
 
 
 @contextmanager
@@ -24,18 +31,22 @@ def channel(url: str) -> Iterator[BlockingChannel]:
 
 def count(url: str, queue: str) -> int:
     """How many messages are ready in a queue."""
+    if embedded.is_embedded(url):
+        return embedded.count(url, queue)
     with channel(url) as onlooker:
         return int(onlooker.queue_declare(queue, passive=True).method.message_count)
 
 
 def consumers(url: str, queue: str) -> int:
-    """How many consumers a queue has."""
+    """How many consumers a queue has (on RabbitMQ only)."""
     with channel(url) as onlooker:
         return int(onlooker.queue_declare(queue, passive=True).method.consumer_count)
 
 
 def exists(url: str, queue: str) -> bool:
     """Whether there is such a queue."""
+    if embedded.is_embedded(url):
+        return embedded.exists(url, queue)
     with channel(url) as onlooker:
         try:
             onlooker.queue_declare(queue, passive=True)
@@ -44,8 +55,12 @@ def exists(url: str, queue: str) -> bool:
         return True
 
 
-def take(url: str, queue: str) -> tuple[pika.BasicProperties, bytes]:
+def take(url: str, queue: str) -> tuple[Properties, bytes]:
     """Take the next message out of a queue."""
+    if embedded.is_embedded(url):
+        taken = embedded.take(url, queue, 1)
+        assert taken, f"{queue} is empty"
+        return taken[0]
     with channel(url) as onlooker:
         method, properties, body = onlooker.basic_get(queue, auto_ack=True)
         assert method is not None, f"{queue} is empty"
@@ -56,6 +71,8 @@ def take(url: str, queue: str) -> tuple[pika.BasicProperties, bytes]:
 
 def take_all(url: str, queue: str) -> list[bytes]:
     """Take all messages out of a queue; their bodies."""
+    if embedded.is_embedded(url):
+        return [body for _, body in embedded.take(url, queue, sys.maxsize)]
     bodies: list[bytes] = []
     with channel(url) as onlooker:
         while True:
@@ -73,6 +90,9 @@ def publish(
     **properties: Any,
 ) -> None:
     """Publish as any other program might."""
+    if embedded.is_embedded(url):
+        embedded.publish(url, exchange, routing_key, body, **properties)
+        return
     with channel(url) as onlooker:
         onlooker.confirm_delivery()
         onlooker.basic_publish(
@@ -82,7 +102,31 @@ def publish(
 
 def bind_queue(url: str, queue: str, exchange: str, binding_key: str, **options: Any) -> None:
     """Declare a queue and bind it, as any other program might."""
+    if embedded.is_embedded(url):
+        embedded.bind_queue(url, queue, exchange, binding_key, **options)
+        return
     with channel(url) as onlooker:
         onlooker.exchange_declare(exchange, "topic", durable=True)
         onlooker.queue_declare(queue, durable=True, arguments=options or None)
         onlooker.queue_bind(queue, exchange, binding_key)
+
+
+def declare_exchange(url: str, exchange: str, exchange_type: str) -> None:
+    """Declare an exchange; an error if it is there with another type."""
+    if embedded.is_embedded(url):
+        embedded.declare_exchange(url, exchange, exchange_type)
+        return
+    with channel(url) as onlooker:
+        onlooker.exchange_declare(exchange, exchange_type, durable=True)
+
+
+def delete(url: str, *, queues: Iterable[str] = (), exchanges: Iterable[str] = ()) -> None:
+    """Delete them; to delete what is not there is no error."""
+    if embedded.is_embedded(url):
+        embedded.delete(url, list(queues), list(exchanges))
+        return
+    with channel(url) as onlooker:
+        for queue in queues:
+            onlooker.queue_delete(queue)
+        for exchange in exchanges:
+            onlooker.exchange_delete(exchange)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import pika
+import onlooker
 
 T = TypeVar("T")
 
@@ -68,15 +68,11 @@ class Names:
         """Delete them; to delete what is not there is no error. A few ms, also for an exchange."""
         if not self._queues and not self._exchanges:
             return
-        connection = pika.BlockingConnection(pika.URLParameters(self.url))
-        try:
-            channel = connection.channel()
-            for queue in dict.fromkeys(self._queues):
-                channel.queue_delete(queue)
-            for exchange in dict.fromkeys(self._exchanges):
-                channel.exchange_delete(exchange)
-        finally:
-            connection.close()
+        onlooker.delete(
+            self.url,
+            queues=dict.fromkeys(self._queues),
+            exchanges=dict.fromkeys(self._exchanges),
+        )
         self._queues.clear()
         self._exchanges.clear()
 

@@ -151,8 +151,7 @@ def test_discarded_is_gone_and_left_is_there(bench: Bench, queue: str) -> None:
 def test_replay_without_a_queue_keeps_the_dead_letter(bench: Bench, queue: str) -> None:
     """The replay is confirmed in the subscriber's queue before the dead letter is acked."""
     (event,) = fail_on(bench, 1, queue)
-    with onlooker.channel(bench.url) as channel:
-        channel.queue_delete(queue)
+    onlooker.delete(bench.url, queues=[queue])
     with DeadLetters(queue, bench.url) as dead_letters:
         for letter in dead_letters:
             with pytest.raises(TopologyError, match=queue):

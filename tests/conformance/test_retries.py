@@ -244,8 +244,7 @@ def test_retry_whose_subscriber_is_gone_is_kept_and_blocks_nobody(bench: Bench) 
     first.register(ask_and_leave, gone, ["gone.#"], max_retries=1)
     event = bench.publish("gone.away")
     first.start_consuming(timeout=20)
-    with onlooker.channel(bench.url) as channel:
-        channel.queue_delete(gone)
+    onlooker.delete(bench.url, queues=[gone])
     undelivered = f"{bench.exchange}.undelivered"
     wait_until(lambda: onlooker.count(bench.url, undelivered) == 1)
 
@@ -279,14 +278,13 @@ def test_deleted_retry_queues_are_made_again(
     def handle(event: DomainEvent) -> None:
         deliveries.append(event.retries)
         if len(deliveries) == 1:
-            with onlooker.channel(bench.url) as channel:
-                if broken == "level":
-                    channel.exchange_delete(f"{bench.exchange}.delay.00")
-                    channel.queue_delete(f"{bench.exchange}.delay.00")
-                elif broken == "due":
-                    channel.queue_delete(f"{bench.exchange}.delay.00")
-                else:
-                    channel.queue_delete(f"{queue}-dl")
+            level = f"{bench.exchange}.delay.00"
+            if broken == "level":
+                onlooker.delete(bench.url, queues=[level], exchanges=[level])
+            elif broken == "due":
+                onlooker.delete(bench.url, queues=[level])
+            else:
+                onlooker.delete(bench.url, queues=[f"{queue}-dl"])
         if broken == "dead letters":
             if len(deliveries) == 2:
                 subscriber.stop_consuming()
