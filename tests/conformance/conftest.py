@@ -8,26 +8,21 @@ import pytest
 from support import Names
 
 from conformance.peer import Peer
-
-# False only where there is no embedded broker yet.
-EMBEDDED = False
-
-BROKERS = ["memory", "rabbitmq"] if EMBEDDED else ["rabbitmq"]
+from domain_events.broker import memory
 
 
-@pytest.fixture(params=BROKERS)
-def broker_url(request: pytest.FixtureRequest, unique: str) -> str:
-    """The URL of the broker under test: the shared RabbitMQ, or an embedded one of the test's."""
-    if request.param == "memory":
-        return f"memory://{unique}"
-    url: str = request.getfixturevalue("rabbitmq_url")
+@pytest.fixture(params=["memory", "rabbitmq"])
+def broker_url(request: pytest.FixtureRequest) -> str:
+    """The URL of the broker under test."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 
 
 @pytest.fixture
-def both_urls(rabbitmq_url: str, unique: str) -> list[str]:
-    """The URLs of both brokers, for tests that run them side by side."""
-    return [f"memory://{unique}", rabbitmq_url] if EMBEDDED else [rabbitmq_url]
+def memory_url(unique: str) -> Iterator[str]:
+    """An embedded broker of the test's own."""
+    yield f"memory://{unique}"
+    memory.forget(unique)
 
 
 @pytest.fixture

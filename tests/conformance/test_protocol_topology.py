@@ -195,6 +195,8 @@ def test_exclusive_queue_is_its_connections_own(peer: Peer, names: Names) -> Non
         other.count(queue, TIMEOUT)
     with pytest.raises(TopologyError, match=queue):
         other.browse(queue, TIMEOUT).next(TIMEOUT)
+    with pytest.raises(TopologyError, match=queue):
+        other.delete([exclusive], TIMEOUT)
     assert peer.count(queue) == 1
     peer.consuming.close(TIMEOUT)
     peer.consuming = other
