@@ -64,7 +64,9 @@ def store(name: str, clock: Clock | None = None) -> Store:
 def forget(name: str) -> None:
     """Let go of the embedded broker of that name, and of all that is in it."""
     with _stores_lock:
-        _stores.pop(name, None)
+        forgotten = _stores.pop(name, None)
+    if forgotten is not None:
+        forgotten.stop_clock()
 
 
 def _after_fork() -> None:

@@ -23,6 +23,9 @@ class Clock(Protocol):
     def wake_at(self, when: int, tick: Callable[[], int | None]) -> None:
         """Have ``tick`` called when it is ``when``, or soon after."""
 
+    def stop(self) -> None:
+        """Nothing is due any more."""
+
 
 class RealTime:
     """Time that passes. A thread waits while something is due one day, and only then."""
@@ -51,6 +54,11 @@ class RealTime:
                     self._thread = thread
             else:
                 self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._next = None
+            self._changed.notify()
 
     def _run(self, tick: Callable[[], int | None]) -> None:
         while True:
@@ -82,3 +90,6 @@ class VirtualTime:
 
     def wake_at(self, when: int, tick: Callable[[], int | None]) -> None:
         pass  # whoever moves the time calls `tick`
+
+    def stop(self) -> None:
+        pass

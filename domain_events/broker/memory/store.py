@@ -137,6 +137,12 @@ class Store:
             heads = (queue.ready[0].expires for queue in self._queues.values() if queue.ready)
             return min((expires for expires in heads if expires is not None), default=None)
 
+    def stop_clock(self) -> None:
+        """What would happen by itself one day no longer does; no thread waits for it."""
+        with self._lock:
+            self._timers.clear()
+        self._clock.stop()
+
     def now(self) -> int:
         """The time."""
         return self._clock.now()
