@@ -9,9 +9,11 @@ had not settled is there again, as a redelivery. That is how a test makes a cras
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from domain_events.broker import Consumer, refusals
 from domain_events.broker.memory.clock import SECOND
@@ -288,6 +290,9 @@ class MemoryBrowser:
 
 def _delivery(entry: Entry, number: int) -> Delivery:
     message = entry.message
+    if message.headers:
+        # Other receivers have the same message, and this one may get it again.
+        message = replace(message, headers=copy.deepcopy(message.headers))
     return Delivery(
         message.exchange, message.routing_key, entry.redelivered, message, message.body, number
     )

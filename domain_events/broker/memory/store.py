@@ -13,6 +13,7 @@ was here is its parent's.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import logging
@@ -282,6 +283,9 @@ class Store:
         """Put the message into every queue that it is routed to; what stands against it, if so."""
         if message.exchange and message.exchange not in self._exchanges:
             return refusals.no_exchange(message, "there is no such exchange")
+        if message.headers:
+            # The sender may go on to change its own.
+            message = replace(message, headers=copy.deepcopy(dict(message.headers)))
         if not self._route(message) and message.mandatory:
             return refusals.unroutable(message)
         self.on_publish(message)
