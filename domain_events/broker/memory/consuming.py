@@ -51,7 +51,7 @@ class MemoryConsuming:
     def delete(self, topology: Topology, timeout: float) -> None:
         """Delete the queues and exchanges among this."""
         self._check_open()
-        self._store.call(lambda: self._store.delete(topology))
+        self._store.call(lambda: self._store.delete(topology, self))
 
     def count(self, queue: str, timeout: float) -> int:
         """How many messages are ready in the queue."""

@@ -224,13 +224,15 @@ class Store:
         source.bindings[binding.destination, binding.to_exchange, binding.binding_key] = None
         self._routes.clear()
 
-    def delete(self, declarations: Topology) -> None:
-        """Delete the queues and exchanges among this, with all that is in them."""
+    def delete(self, declarations: Topology, user: object) -> None:
+        """Delete the queues and exchanges among this, with all that is in them.
+
+        :raises DomainEventsError: a queue is another connection's.
+        """
         for declaration in declarations:
             if isinstance(declaration, Queue):
-                queue = self._queues.get(declaration.name)
-                if queue is not None:
-                    self._delete_queue(queue)
+                if declaration.name in self._queues:
+                    self._delete_queue(self.queue(declaration.name, user))
             elif isinstance(declaration, Exchange):
                 self._exchanges.pop(declaration.name, None)
                 self._unbind(declaration.name, to_exchange=True)
