@@ -45,17 +45,17 @@ class MemoryConsuming:
 
     def declare(self, topology: Topology, timeout: float) -> None:
         """Make sure that all of this exists."""
-        self._check_open()
+        self.check_open()
         self._store.call(lambda: self._store.declare(topology, self))
 
     def delete(self, topology: Topology, timeout: float) -> None:
         """Delete the queues and exchanges among this."""
-        self._check_open()
+        self.check_open()
         self._store.call(lambda: self._store.delete(topology, self))
 
     def count(self, queue: str, timeout: float) -> int:
         """How many messages are ready in the queue."""
-        self._check_open()
+        self.check_open()
         return self._store.call(lambda: len(self._store.queue(queue, self).ready))
 
     def consume(
@@ -66,7 +66,7 @@ class MemoryConsuming:
         deliver: Callable[[Delivery, Consumer], None],
     ) -> MemoryConsumer:
         """Start to consume."""
-        self._check_open()
+        self.check_open()
         consumer = MemoryConsumer(self._store, self, queue, topology, prefetch_count, deliver)
         self._consumers.append(consumer)
         self._store.soon(consumer.open)
@@ -74,7 +74,7 @@ class MemoryConsuming:
 
     def browse(self, queue: str, timeout: float) -> MemoryBrowser:
         """Look at the messages of a queue."""
-        self._check_open()
+        self.check_open()
         browser = MemoryBrowser(self._store, self, queue)
         self._browsers.append(browser)
         return browser
@@ -100,7 +100,8 @@ class MemoryConsuming:
             browser.held.give_back(failed=True)
         self._store.release(self)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Else a `BrokerUnavailable` is raised."""
         if self._pid != os.getpid():
             self._begin_anew()
         if self._closed:
@@ -257,10 +258,12 @@ class MemoryBrowser:
 
     def next(self, timeout: float) -> Delivery | None:
         """The next message, or None."""
+        self._owner.check_open()
         return self._store.call(self._get)
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
         """Take the message out of the queue."""
+        self._owner.check_open()
         if self._store.call(lambda: self.held.remove(delivery.receipt)) is None:
             raise BrokerUnavailable(
                 f"The message was given back to {self._queue!r} meanwhile; begin again."
