@@ -285,7 +285,7 @@ class MemoryBrowser:
         self._store.used(queue)
         if not queue.ready:
             return None
-        entry = queue.ready.popleft()
+        entry = queue.get()
         delivery = _delivery(entry, self.held.add(entry))
         delivery.message_count = len(queue.ready)
         return delivery

@@ -45,6 +45,8 @@ class QueueState:
     #: The connection that an exclusive queue belongs to.
     owner: object = None
     ready: deque[Entry] = field(default_factory=deque)
+    #: How many of those that are ready were given back to a quorum queue: they stand in front.
+    returned: int = 0
     takers: deque[Taker] = field(default_factory=deque)
     #: Entries that could not be handed to where dead letters go: there is no queue yet.
     parked: list[tuple[Entry, str]] = field(default_factory=list)
@@ -73,10 +75,27 @@ class QueueState:
     def keeps_what_it_cannot_move(self) -> bool:
         return bool(self.argument("x-dead-letter-strategy") == "at-least-once")
 
+    def get(self) -> Entry:
+        """Take out the first entry that is ready."""
+        self.returned = max(0, self.returned - 1)
+        return self.ready.popleft()
+
     def put_back(self, entries: Iterable[Entry]) -> None:
-        """Return entries to the places that they had."""
-        for entry in sorted(entries, key=_position, reverse=True):
+        """Return entries that were held, in the order in which they were delivered.
+
+        A classic queue has them where they were. A quorum queue has them in front, behind those
+        that were given back before.
+        """
+        entries = list(entries)
+        for entry in entries:
             entry.redelivered = True
+        if self.argument("x-queue-type") == "quorum":
+            self.ready.rotate(-self.returned)
+            self.ready.extendleft(reversed(entries))
+            self.ready.rotate(self.returned)
+            self.returned += len(entries)
+            return
+        for entry in sorted(entries, key=_position, reverse=True):
             if not self.ready or entry.position < self.ready[0].position:
                 self.ready.appendleft(entry)
             else:

@@ -346,7 +346,7 @@ class Store:
     def feed(self, queue: QueueState) -> None:
         """Hand what is ready to whoever has room."""
         while queue.ready and (taker := queue.next_taker()) is not None:
-            taker.take(queue.ready.popleft())
+            taker.take(queue.get())
 
     def give_back(self, queue: QueueState, entries: Iterable[Entry], *, failed: bool) -> None:
         """Return entries that somebody held; ``failed`` when whoever held them was lost."""
@@ -367,7 +367,7 @@ class Store:
     def _expire(self, queue: QueueState) -> None:
         now = self.now()
         while queue.ready and (expires := queue.ready[0].expires) is not None and expires <= now:
-            self._dead_letter(queue, queue.ready.popleft(), "expired")
+            self._dead_letter(queue, queue.get(), "expired")
 
     def _dead_letter(self, queue: QueueState, entry: Entry, reason: str) -> None:
         exchange = queue.argument("x-dead-letter-exchange")
