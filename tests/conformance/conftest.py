@@ -26,6 +26,14 @@ def memory_url(unique: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def shared_names(rabbitmq_url: str, unique: str) -> Iterator[Names]:
+    """Names for tests that run both brokers side by side, deleted from RabbitMQ afterwards."""
+    names = Names(rabbitmq_url, unique)
+    yield names
+    names.delete()
+
+
+@pytest.fixture
 def peer(broker_url: str, names: Names) -> Iterator[Peer]:
     """Someone who talks to the broker by its protocol; closed before the names are deleted."""
     peer = Peer(broker_url)
