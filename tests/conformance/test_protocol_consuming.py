@@ -155,6 +155,19 @@ def test_stopped_consumer_takes_no_more_and_settles_what_it_has(peer: Peer, queu
     assert peer.take_all(queue) == [b"2", b"3"]
 
 
+def test_stopping_twice_takes_no_time(peer: Peer, queue: str) -> None:
+    """There is nothing to wait for the second time, nor where the queue is gone."""
+    stopped, gone = peer.consume(queue), peer.consume(queue)
+    peer.publish("", queue, b"1")
+    wait_until(lambda: stopped.deliveries or gone.deliveries)
+    begun = time.monotonic()
+    stopped.consumer.stop(TIMEOUT)
+    stopped.consumer.stop(TIMEOUT)
+    peer.delete(Queue(queue))
+    gone.consumer.stop(TIMEOUT)
+    assert time.monotonic() - begun < TIMEOUT / 2
+
+
 def test_consumers_share_what_comes(peer: Peer, queue: str) -> None:
     """Each message goes to one; both have work, and neither holds more than it may."""
     first = peer.consume(queue, prefetch=2)

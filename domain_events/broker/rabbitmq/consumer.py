@@ -66,6 +66,7 @@ class RabbitConsumer:
         self._channel: Channel | None = None
         self._opening: Opening | None = None
         self._stopping = False
+        self._stopped = threading.Event()
         self._tag = ""
         self._trouble = ""
         self._failures = 0
@@ -112,17 +113,18 @@ class RabbitConsumer:
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries."""
-        stopped = threading.Event()
 
         def stop() -> None:
+            if self._stopping:
+                return  # pika would never answer a second cancel
             self._stopping = True
             if self._channel is None or not self._channel.is_open:
-                stopped.set()
+                self._stopped.set()
                 return
-            self._channel.basic_cancel(self._tag, callback=lambda _frame: stopped.set())
+            self._channel.basic_cancel(self._tag, callback=lambda _frame: self._stopped.set())
 
         if self._wake(stop):
-            stopped.wait(timeout)
+            self._stopped.wait(timeout)
 
     def _wake(self, callback: Callable[[], None]) -> bool:
         try:
