@@ -21,12 +21,16 @@ from typing import Any
 import pytest
 import rabbitmq_node
 from bench import Bench
+from hypothesis import settings
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
 
 from domain_events.pytest_plugin import event_broker
 
 __all__ = ["event_broker"]  # the fixture that users have, for the tests of it
+
+# For tests that make up what they do: pytest --hypothesis-profile=thorough
+settings.register_profile("thorough", max_examples=300, deadline=None)
 
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
