@@ -88,6 +88,24 @@ def pytest_report_header() -> str:
     return f"broker: RabbitMQ {found.version if found else f'({_release()}) is not installed'}"
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many guarantees of conformance/ were held on both kinds of broker."""
+    held: dict[str, set[str]] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        brokers = {value for name, value in report.user_properties if name == "conformance"}
+        held.setdefault(report.nodeid.partition("[")[0], set()).update(brokers)
+    failed = [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]
+    for report in failed:
+        held.pop(report.nodeid.partition("[")[0], None)
+    number = sum(brokers == {"memory", "rabbitmq"} for brokers in held.values())
+    if number:
+        found = rabbitmq_node.find(_release()) if _given_url() is None else None
+        version = found.version if found else "at DOMAIN_EVENTS_TEST_URL"
+        terminalreporter.write_line(
+            f"conformance: {number} guarantees on memory:// and RabbitMQ {version}"
+        )
+
+
 # ------------------------------------------------------------------ brokers
 
 

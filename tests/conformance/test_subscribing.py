@@ -12,8 +12,10 @@ import pytest
 from bench import Bench, Events, running, stops_after
 from support import Names, wait_until
 
+from conformance.peer import Peer
 from domain_events import (
     ConfigurationError,
+    DeadLetters,
     DomainEvent,
     Publisher,
     Reject,
@@ -559,3 +561,90 @@ def test_our_own_mistake_over_a_message_does_not_stop_the_subscriber(
     subscriber.start_consuming(timeout=10)
     assert seen == [events[1], events[0]]
     assert "a mistake" in caplog.text
+
+
+def test_event_of_a_crashed_process_comes_again(bench: Bench, peer: Peer) -> None:
+    """The same event, with the same id, to whoever consumes then."""
+    queue = bench.names.queue()
+    seen: Events = []
+    subscriber = bench.subscriber()
+    subscriber.register(stops_after(2, subscriber, seen), queue, ["#"])
+    events = [bench.publish("user.registered", n) for n in range(2)]
+    connection = peer.another_connection()
+    (delivery,) = peer.consume(queue, prefetch=1, connection=connection).wait(1)
+    assert delivery.properties.message_id == events[0].uuid_string
+    connection.close(10)
+    subscriber.start_consuming(timeout=10)
+    assert sorted(event.data for event in seen) == [0, 1]
+    assert {event.uuid_string for event in seen} == {event.uuid_string for event in events}
+
+
+def test_event_that_kills_every_process_ends_among_the_dead_letters(
+    bench: Bench, peer: Peer
+) -> None:
+    """The broker moves it when it was delivered a hundred times in vain; the next goes on."""
+    queue = bench.names.queue()
+    seen: Events = []
+    subscriber = bench.subscriber()
+    subscriber.register(stops_after(1, subscriber, seen), queue, ["user.#"])
+    poison = bench.publish("user.registered", "poison")
+    for _ in range(101):
+        connection = peer.another_connection()
+        peer.consume(queue, prefetch=1, connection=connection).wait(1)
+        connection.close(10)
+    event = bench.publish("user.registered", "next")
+    subscriber.start_consuming(timeout=10)
+    assert seen == [event]
+    with DeadLetters(queue, bench.url) as dead_letters:
+        (letter,) = dead_letters
+        assert letter.event == poison
+        assert (letter.error_type, letter.subscriber) == ("delivery limit", queue)
+        assert letter.routing_key == "user.registered"
+
+
+def test_classic_queue_that_exists_is_taken_over(bench: Bench) -> None:
+    """`queue_type="classic"`: whatever its arguments, with what waits in it."""
+    queue = bench.names.queue()
+    onlooker.bind_queue(bench.url, queue, bench.exchange, "user.*", **{"x-max-length": 1000})
+    waiting = bench.publish("user.registered", "waiting")
+    seen: Events = []
+    subscriber = bench.subscriber()
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        if event.data == "new":
+            subscriber.stop_consuming()
+            raise Reject("kept")
+        if event.retries == 0:
+            raise Retry(0.1)
+        bench.publish("user.registered", "new")
+
+    subscriber.register(handle, queue, ["user.*"], max_retries=1, queue_type="classic")
+    subscriber.start_consuming(timeout=10)
+    assert [event.data for event in seen] == ["waiting", "waiting", "new"]
+    assert seen[0] == waiting
+    assert onlooker.count(bench.url, queue) == 0
+    assert onlooker.count(bench.url, f"{queue}-dl") == 1
+
+
+def test_exchanges_are_apart(broker_url: str, names: Names) -> None:
+    """Events and retries of one do not reach the subscribers of another."""
+    seen: dict[str, list[int]] = {"one": [], "two": []}
+    exchanges = {name: names.exchange(name) for name in seen}
+    subscribers = {name: Subscriber(broker_url, exchange) for name, exchange in exchanges.items()}
+
+    def handler(name: str) -> Callable[[DomainEvent], None]:
+        def handle(event: DomainEvent) -> None:
+            seen[name].append(event.retries)
+            if event.retries == 0:
+                raise Retry(0.1)
+
+        return handle
+
+    for name, subscriber in subscribers.items():
+        subscriber.register(handler(name), names.queue(name), ["#"], max_retries=1)
+    with running(*subscribers.values()):
+        with Publisher(broker_url, exchanges["one"]) as publisher:
+            publisher.publish(DomainEvent("user.registered", {}))
+        wait_until(lambda: seen["one"] == [0, 1])
+    assert seen["two"] == []
