@@ -39,6 +39,16 @@ _configured: ConnectionSettings = DEFAULT
 _replacements: list[tuple[str, ...]] = []
 _app_id: str | None = None
 
+
+class _Addresses(tuple[str, ...]):
+    """URLs whose passwords are not seen in a debugger, or in whatever shows what holds them."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"({', '.join(map(shown, self))})"
+
+
 # A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
 _BETWEEN_URLS = re.compile(r"\s*,\s*(?=[a-z]+://)", re.IGNORECASE)
 
@@ -129,9 +139,10 @@ def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
     if connection_settings is DEFAULT or connection_settings == "":
         return ()
     if isinstance(connection_settings, str):
-        urls = tuple(_BETWEEN_URLS.split(connection_settings.strip()))
+        urls = _Addresses(_BETWEEN_URLS.split(connection_settings.strip()))
     else:
-        urls = tuple(connection_settings) if isinstance(connection_settings, Sequence) else ()
+        given = connection_settings if isinstance(connection_settings, Sequence) else ()
+        urls = _Addresses(given)
     # The settings themselves are not shown: there may be a password in them.
     if not urls or not all(isinstance(url, str) and url for url in urls):
         raise ConfigurationError(
