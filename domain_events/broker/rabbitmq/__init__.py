@@ -1,8 +1,9 @@
 """RabbitMQ over pika: the only room that knows pika.
 
 ``nodes``: addresses and refusals. ``link``: one connection on one I/O thread, kept open.
-``publishing``, ``consuming``: what is done on it. ``opening``, ``declaring``: channels and the
-topology. ``consumer``, ``browser``: a queue. ``sending``: a message.
+``joining``: its frames, in few sends. ``publishing``, ``consuming``: what is done on it.
+``opening``, ``declaring``: channels and the topology. ``consumer``, ``browser``: a queue.
+``sending``: a message.
 
 Why an I/O thread and pika's SelectConnection: confirms can be pipelined, heartbeats go on however
 long a handler runs or a publisher idles, and any thread may publish.
