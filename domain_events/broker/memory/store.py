@@ -381,7 +381,11 @@ class Store:
             headers=_with_death(message, queue.name, reason),
             mandatory=False,
         )
-        if not self._route(moved) and queue.keeps_what_it_cannot_move:
+        queues = self._destinations(moved.exchange, moved.routing_key)
+        for each in queues:
+            if not _would_go_in_circles(moved, each.name):
+                self._put(each, moved)
+        if not queues and queue.keeps_what_it_cannot_move:
             queue.parked.append((entry, reason))
 
     def _unpark(self) -> None:
@@ -434,6 +438,28 @@ def _matches(exchange_type: str, binding_key: str, routing_key: str) -> bool:
     return topology.matches(binding_key, routing_key)
 
 
+def _would_go_in_circles(message: Message, queue: str) -> bool:
+    """Whether the message was in that queue, and has come all the way since by itself.
+
+    RabbitMQ drops it then: https://www.rabbitmq.com/docs/dlx#routing
+    """
+    for death in _deaths(message):
+        if death["reason"] == "rejected":
+            return False
+        if death["queue"] == queue:
+            return True
+    return False
+
+
+def _deaths(message: Message) -> list[dict[str, Any]]:
+    """What the message tells of its moves; anybody may have put anything there."""
+    deaths = message.headers.get("x-death")
+    if not isinstance(deaths, list):
+        return []
+    wanted = {"queue", "reason", "count"}
+    return [each for each in deaths if isinstance(each, dict) and wanted <= each.keys()]
+
+
 def _with_death(message: Message, queue: str, reason: str) -> dict[str, Any]:
     """The headers with what the broker tells of a message that it moves by itself.
 
@@ -448,7 +474,7 @@ def _with_death(message: Message, queue: str, reason: str) -> dict[str, Any]:
         "exchange": message.exchange,
         "routing-keys": [message.routing_key],
     }
-    others = list(headers.get("x-death", ()))
+    others = _deaths(message)
     for index, other in enumerate(others):
         if (other["queue"], other["reason"]) == (queue, reason):
             death = {**other, "count": other["count"] + 1}
