@@ -100,7 +100,10 @@ class Browser(Protocol):
         """
 
     def rewind(self) -> None:
-        """Give back all that was not acked, in its old order; `next` then sees it again."""
+        """Give back all that was not acked; `next` then sees it again.
+
+        A quorum queue puts it in front, but behind what was given back before.
+        """
 
     def close(self, timeout: float) -> None:
         """Give back all that was not acked, and end."""

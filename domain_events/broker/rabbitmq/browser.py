@@ -1,6 +1,6 @@
 """A look at a queue: a channel that gets message after message, and holds what it got.
 
-What is not acked goes back to the queue, in its old order, when the channel closes.
+What is not acked goes back to the queue when the channel closes.
 """
 
 from __future__ import annotations
