@@ -1,8 +1,8 @@
 """Dead letters: what a subscriber failed on, to be browsed, replayed, discarded, or left.
 
 Browsing takes nothing out. A replay is one movement: the event is confirmed in the subscriber's
-queue before it is acked among the dead letters. What is left stays; each walk
-sees a dead letter once, so that a walk ends even while new ones arrive.
+queue before it is acked among the dead letters. What is left stays; each walk sees a dead letter
+once, so that a walk ends even while new ones arrive.
 """
 
 from __future__ import annotations
