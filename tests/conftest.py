@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import onlooker
 import pytest
 import rabbitmq_node
 from bench import Bench
@@ -25,6 +26,7 @@ from hypothesis import settings
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
 
+from domain_events import Publisher
 from domain_events.pytest_plugin import event_broker
 
 __all__ = ["event_broker"]  # the fixture that users have, for the tests of it
@@ -206,6 +208,25 @@ def bench(broker_url: str, names: Names) -> Iterator[Bench]:
     bench = Bench(broker_url, names)
     yield bench
     bench.publisher.close()
+
+
+@pytest.fixture
+def queue(names: Names, broker_url: str) -> str:
+    """A queue that receives everything published to the exchange of the same test."""
+    queue, exchange = names.queue(), names.exchange()
+    onlooker.bind_queue(broker_url, queue, exchange, "#")
+    return queue
+
+
+@pytest.fixture
+def exchange(names: Names) -> str:
+    return names.exchange()
+
+
+@pytest.fixture
+def publisher(broker_url: str, exchange: str) -> Iterator[Publisher]:
+    with Publisher(broker_url, exchange) as publisher:
+        yield publisher
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -33,25 +33,6 @@ from domain_events import (
     publish_domain_event,
 )
 from domain_events.publisher import _close_publishers
-
-
-@pytest.fixture
-def queue(names: Names, broker_url: str) -> str:
-    """A queue that receives everything published to the exchange of the same test."""
-    queue, exchange = names.queue(), names.exchange()
-    onlooker.bind_queue(broker_url, queue, exchange, "#")
-    return queue
-
-
-@pytest.fixture
-def exchange(names: Names) -> str:
-    return names.exchange()
-
-
-@pytest.fixture
-def publisher(broker_url: str, exchange: str) -> Iterator[Publisher]:
-    with Publisher(broker_url, exchange) as publisher:
-        yield publisher
 
 
 def test_events_are_persistent(publisher: Publisher, queue: str, broker_url: str) -> None:

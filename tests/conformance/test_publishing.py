@@ -25,25 +25,6 @@ from domain_events.publisher import _close_publishers
 
 
 @pytest.fixture
-def queue(names: Names, broker_url: str) -> str:
-    """A queue that receives everything published to the exchange of the same test."""
-    queue, exchange = names.queue(), names.exchange()
-    onlooker.bind_queue(broker_url, queue, exchange, "#")
-    return queue
-
-
-@pytest.fixture
-def exchange(names: Names) -> str:
-    return names.exchange()
-
-
-@pytest.fixture
-def publisher(broker_url: str, exchange: str) -> Iterator[Publisher]:
-    with Publisher(broker_url, exchange) as publisher:
-        yield publisher
-
-
-@pytest.fixture
 def _default_publishers_closed() -> Iterator[None]:
     """The process's own publishers live until exit; tests close them."""
     yield
