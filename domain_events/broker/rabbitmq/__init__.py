@@ -1,8 +1,8 @@
 """RabbitMQ over pika: the only room that knows pika.
 
 ``nodes``: addresses and refusals. ``link``: one connection on one I/O thread, kept open.
-``joining``: its frames, in few sends. ``publishing``, ``consuming``: what is done on it.
-``opening``, ``declaring``: channels and the topology. ``consumer``, ``browser``: a queue.
+``joining``, ``frames``: what goes out and comes in. ``publishing``, ``consuming``: what is done on
+it. ``opening``, ``declaring``: channels and the topology. ``consumer``, ``browser``: a queue.
 ``sending``: a message.
 
 Why an I/O thread and pika's SelectConnection: confirms can be pipelined, heartbeats go on however

@@ -12,6 +12,7 @@ import pika
 from pika.channel import Channel
 from pika.spec import Basic
 
+from domain_events.broker.rabbitmq.frames import text
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.request import Call, fail, succeed
@@ -105,8 +106,8 @@ class RabbitBrowser:
             _channel: Channel, method: Basic.GetOk, properties: pika.BasicProperties, body: bytes
         ) -> None:
             delivery = Delivery(
-                method.exchange or "",
-                method.routing_key or "",
+                text(method.exchange),
+                text(method.routing_key),
                 method.redelivered,
                 properties,
                 body,

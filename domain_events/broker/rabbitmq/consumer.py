@@ -22,6 +22,7 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker import Consumer
+from domain_events.broker.rabbitmq.frames import text
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
@@ -241,8 +242,8 @@ class RabbitConsumer:
     ) -> None:
         self._deliver(
             Delivery(
-                method.exchange or "",
-                method.routing_key or "",
+                text(method.exchange),
+                text(method.routing_key),
                 method.redelivered,
                 properties,
                 body,

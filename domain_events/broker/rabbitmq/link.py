@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import pika
 from pika.adapters.select_connection import IOLoop
 
-from domain_events.broker.rabbitmq.joining import JoiningConnection
+from domain_events.broker.rabbitmq.frames import Connection
 from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
@@ -240,7 +240,7 @@ class Link:
             self._attempt_failed(error)
             return
         self._attempt += 1
-        self._workflow = JoiningConnection.create_connection(
+        self._workflow = Connection.create_connection(
             [parameters],
             on_done=self.guarded(partial(self._attempted, self._attempt)),
             custom_ioloop=self._loop,
