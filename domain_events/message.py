@@ -46,6 +46,8 @@ LARGEST_BODY = 128 * 2**20
 _ROOM_FOR_HEADERS = 124 * 1024
 _LONGEST_MESSAGE = 2 * 1024
 _LONGEST_TRACEBACK = 16 * 1024
+_DEEPEST_HEADER = 32
+_MOST_RETRIES = 2**31 - 1
 
 
 class Properties(Protocol):
@@ -113,7 +115,10 @@ class Delivery:
     def retries(self) -> int:
         """How often the event was retried; what others may have put there counts as never."""
         retries = self.headers.get(RETRIES)
-        return retries if isinstance(retries, int) and retries > 0 else 0
+        if isinstance(retries, bool) or not isinstance(retries, int):
+            return 0
+        # pika reads a large one as a type of its own, and would not write the largest again.
+        return max(0, min(int(retries), _MOST_RETRIES))
 
 
 #: The event that this thread (or task) is handling, and its delivery, if any. What is published
@@ -313,12 +318,17 @@ def _seconds(timestamp: object) -> int | None:
     return int(timestamp) if 0 <= timestamp < 2**63 else None
 
 
-def _sendable(value: object) -> object:
-    """A received header's value, as text where pika can read it but not write it."""
+def _sendable(value: object, depth: int = 0) -> object:
+    """A received header's value, as text where pika can read it but not write it.
+
+    What is nested deeper than anybody means is left out, for it could be too deep to be walked.
+    """
+    if isinstance(value, Mapping | list) and depth == _DEEPEST_HEADER:
+        return "..."
     if isinstance(value, Mapping):
-        return {name: _sendable(entry) for name, entry in value.items()}
+        return {name: _sendable(entry, depth + 1) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_sendable(entry) for entry in value]
+        return [_sendable(entry, depth + 1) for entry in value]
     if isinstance(value, int) and abs(value) >= 2**63:
         return str(value)
     return str(value) if isinstance(value, float) else value

@@ -767,3 +767,30 @@ def test_a_traceback_tells_causes() -> None:
     assert trace.count("TheError: text") == 2
     assert "direct cause" in trace
     assert traceback.format_exc() not in trace
+
+
+# --- headers that nobody should send -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("forged", "retries"),
+    [(True, 0), (-1, 0), ("1", 0), (None, 0), (2, 2), (2**63 - 1, 2**31 - 1), (10**30, 2**31 - 1)],
+)
+def test_forged_retry_count_can_be_counted_on_and_sent_on(forged: object, retries: int) -> None:
+    """One that no frame could carry would keep the event from its dead letters."""
+    received = delivery(headers={message.RETRIES: forged})
+    assert received.retries == retries
+    assert type(received.retries) is int
+    for sent in (
+        message.retry(received, "domain-events", "print", 1.0),
+        message.dead_letter(received, "print", ValueError()),
+    ):
+        assert header_frame(sent)
+
+
+def test_header_that_is_nested_too_deep_is_sent_on_cut() -> None:
+    """Also one that takes all of the stack to be walked."""
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert header_frame(message.replay(delivery(headers={"deep": value, "other": 1}), "print"))
