@@ -28,7 +28,7 @@ def test_only_the_headers_are_left_out(others: dict[str, bytes | int]) -> None:
     """What stands before and behind them is as it was."""
     before = struct.pack(">HHQ", 60, 0, 1)
     sent = raw.Properties(UNREADABLE, **others)
-    with pytest.raises(ValueError, match="year"):
+    with pytest.raises((ValueError, OverflowError)):
         pika.BasicProperties().decode(sent.data)
     payload = without_headers(before + sent.data)
     assert payload.startswith(before)
