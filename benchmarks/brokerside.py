@@ -1,0 +1,126 @@
+"""What the runner does on the broker: queues for those who declare none, and events in them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+
+from benchmarks.peers.driver import EXCHANGE, ROUTING_KEY, data_of, envelope
+
+# What the clients make beside a queue, by their names for it.
+_COMPANIONS = ("", "-dl", ".DQ", ".XQ", ".dlq", ".retry.1", "-delay-1000", "-delay-6000")
+
+_FILL_SECONDS = 300.0
+_PERSISTENT = pika.BasicProperties(
+    content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent
+)
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What events look like for a client: a template, and where they go.
+
+    ``__N__`` in the template is an event's number, ``__ID__`` its id.
+    """
+
+    template: str
+    exchange: str = EXCHANGE
+    routing_keys: tuple[str, ...] = (ROUTING_KEY,)
+
+    @classmethod
+    def asked_for(cls, told: dict[str, Any], options: dict[str, Any]) -> Letter:
+        """As a driver wants it, by what it said when it was ready."""
+        if "body" in told:
+            return cls(told["body"], told["exchange"], (told["routing_key"],))
+        spread = options.get("handlers") or options.get("bindings") or 0
+        keys = tuple(f"bench.k{number}" for number in range(spread)) or (ROUTING_KEY,)
+        return cls(event_template(), EXCHANGE, keys)
+
+    def body(self, number: int) -> bytes:
+        text = self.template.replace("__N__", str(number)).replace("__ID__", str(uuid.uuid4()))
+        return text.encode()
+
+    def routing_key(self, number: int) -> str:
+        return self.routing_keys[number % len(self.routing_keys)]
+
+
+def event_template() -> str:
+    """The event of all scenarios as JSON, with its number and its id left open."""
+    event = envelope(data_of(0))
+    fields = (
+        f'"routing_key": "{ROUTING_KEY}"',
+        f'"data": {{"n": __N__, "text": "{event["data"]["text"]}"}}',
+        f'"domain_object_id": "{event["domain_object_id"]}"',
+        '"uuid_string": "__ID__"',
+        f'"timestamp": {event["timestamp"]!r}',
+    )
+    return "{" + ", ".join(fields) + "}"
+
+
+@contextlib.contextmanager
+def channel(url: str) -> Iterator[BlockingChannel]:
+    connection = pika.BlockingConnection(pika.URLParameters(url))
+    try:
+        yield connection.channel()
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+def declare(url: str, queue: str | None, queue_type: str) -> None:
+    """The exchange, and a queue that gets every event, for who does not declare its own."""
+    with channel(url) as on:
+        on.exchange_declare(EXCHANGE, "topic", durable=True)
+        if queue is not None:
+            on.queue_declare(queue, durable=True, arguments={"x-queue-type": queue_type})
+            on.queue_bind(queue, EXCHANGE, "bench.*")
+
+
+def delete(url: str, queue: str, handlers: int = 0) -> None:
+    """The queue and what stands beside it."""
+    with channel(url) as on:
+        for name in [queue + each for each in _COMPANIONS]:
+            on.queue_delete(name)
+        for number in range(handlers):
+            on.queue_delete(f"{queue}-{number}")
+
+
+def fill(url: str, queues: list[str], letter: Letter, count: int, taken: int = 0) -> None:
+    """Put so many events into the queues, and wait until they are there.
+
+    :param taken: so many of them a client takes at once.
+    """
+    with channel(url) as on:
+        for number in range(count):
+            key = letter.routing_key(number)
+            on.basic_publish(letter.exchange, key, letter.body(number), _PERSISTENT)
+    deadline = time.monotonic() + _FILL_SECONDS
+    with channel(url) as on:
+        while (there := _ready(on, queues)) < count - taken:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{there} of {count} events in {queues[0]} after a long wait")
+            time.sleep(0.02)
+
+
+def feed(url: str, letter: Letter, count: int, rate: float) -> None:
+    """Publish so many events at a steady rate."""
+    with channel(url) as on:
+        begun = time.monotonic()
+        for number in range(count):
+            pause = begun + number / rate - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)
+            key = letter.routing_key(number)
+            on.basic_publish(letter.exchange, key, letter.body(number), _PERSISTENT)
+
+
+def _ready(on: BlockingChannel, queues: Iterable[str]) -> int:
+    # A passive declaration asks only.
+    return sum(on.queue_declare(queue, passive=True).method.message_count for queue in queues)
