@@ -4,11 +4,13 @@
 BIN := .venv/bin
 # Two workers: tests wait for brokers more than they compute. PYTEST_ARGS= runs them in one.
 PYTEST_ARGS ?= -n 2
+# More of them: python -m benchmarks --help
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo test matrix lint types docs build broker clean
+.PHONY: help demo test matrix bench lint types docs build broker clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -22,6 +24,9 @@ test: broker lint types docs build ## everything that must pass: lint, types, do
 
 matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
+
+bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3'
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ class Peer:
     """A client library, and the driver that uses it as its own documentation recommends.
 
     :ivar needs: what pip installs into its virtual environment; empty for what needs none.
-    :ivar module: what a program imports first.
+    :ivar module: what a program imports before it can publish.
     :ivar synchronous: its best documented way to publish in bulk is a synchronous one.
     :ivar declares: it declares its own queue; for the others the runner does.
     :ivar is_task_queue: it publishes to its own queues only.
@@ -60,7 +60,7 @@ PEERS = (
         OURS,
         "this library",
         "ours_driver.py",
-        module="domain_events",
+        module="domain_events.broker.rabbitmq",  # with pika, which the first event loads
         distribution="domain-events-rabbitmq",
         declares=True,
         way="publish_many; publish_domain_event one at a time and from threads",

@@ -56,8 +56,8 @@ def plan(chosen: Sequence[Scenario], peers: tuple[Peer, ...], rounds: int | None
             taking_part = scenario.taking_part(variant, peers)
             for number in range(1, min(scenario.rounds, rounds or scenario.rounds) + 1):
                 seed = f"{scenario.name} {variant.label} {number}"
-                for peer in shuffled(taking_part, seed):
-                    turns.append(Turn(scenario, variant, peer, number))
+                order = shuffled(taking_part, seed)
+                turns += [Turn(scenario, variant, peer, number) for peer in order]
     return turns
 
 
@@ -100,7 +100,8 @@ def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) ->
             failures[key] = failures.get(key, 0) + 1
         sample = Sample(*key, turn.round, figures, error)
         results.samples.append(sample)
-        say(f"{progress} {_named(turn)}: {error and 'FAILED, ' + error or _shown(turn, figures)}")
+        came_out = f"FAILED, {error}" if error else _shown(turn, figures)
+        say(f"{progress} {_named(turn)}: {came_out}")
         if node is not None:
             node.start()  # if a sample left it dead
     results.seconds += time.monotonic() - begun

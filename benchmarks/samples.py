@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import pika.exceptions
 from rabbitmq_node import Node
 
 from benchmarks import brokerside, environments
@@ -57,6 +58,8 @@ def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node 
             return _CONDUCTORS.get(scenario.does, _conduct)(driver, options, node)
     except (environments.Unavailable, TimeoutError) as error:
         raise SampleFailed(str(error)) from error
+    except pika.exceptions.AMQPError as error:
+        raise SampleFailed(f"the runner's own connection: {error!r}") from error
     finally:
         with contextlib.suppress(Exception):  # the next sample has a queue of its own
             brokerside.delete(url, options["queue"], options.get("handlers", 0))
@@ -92,6 +95,7 @@ class _Driver:
         options = {**options, "spawned_at": time.monotonic()}
         words += _c_arguments(does, options) if peer.is_c else [does, json.dumps(options)]
         self._peer = peer
+        self._options = options
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
@@ -103,7 +107,10 @@ class _Driver:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.twin = lambda other: _Driver(peer, other, options)
+
+    def twin(self, does: str) -> _Driver:
+        """Another process of the same peer, for the other half of a scenario."""
+        return _Driver(self._peer, does, self._options)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -125,6 +132,8 @@ class _Driver:
             with contextlib.suppress(ValueError):  # something that its library prints
                 said = json.loads(line)
                 if isinstance(said, dict):
+                    if "error" in said:
+                        raise SampleFailed(said["error"])
                     return said
 
     def go(self) -> None:

@@ -12,7 +12,7 @@ from driver import EXCHANGE, ROUTING_KEY, AsyncPeer, Data, Handle, body_of
 class AioPika(AsyncPeer):
     def load(self) -> None:
         global aio_pika
-        import aio_pika  # noqa: PLC0415
+        import aio_pika
 
     # -- publishing
 

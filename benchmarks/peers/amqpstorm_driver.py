@@ -14,7 +14,7 @@ from driver import EXCHANGE, ROUTING_KEY, Data, Handle, Peer, body_of
 class AmqpStorm(Peer):
     def load(self) -> None:
         global amqpstorm
-        import amqpstorm  # noqa: PLC0415
+        import amqpstorm
 
     # -- publishing
 

@@ -11,7 +11,7 @@ from driver import ROUTING_KEY, Data, Handle, Peer
 class DomainEventBroker(Peer):
     def load(self) -> None:
         global domain_event_broker
-        import domain_event_broker  # noqa: PLC0415
+        import domain_event_broker
 
     # -- publishing
 

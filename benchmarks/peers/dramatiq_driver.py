@@ -15,8 +15,8 @@ from driver import Data, Handle, Peer, data_of, envelope
 class Dramatiq(Peer):
     def load(self) -> None:
         global dramatiq, rabbitmq
-        import dramatiq  # noqa: PLC0415
-        from dramatiq.brokers import rabbitmq  # noqa: PLC0415
+        import dramatiq
+        from dramatiq.brokers import rabbitmq
 
         self.broker = rabbitmq.RabbitmqBroker(url=self.url, confirm_delivery=True)
         dramatiq.set_broker(self.broker)

@@ -32,7 +32,7 @@ EXCHANGE = "domain-events"
 ROUTING_KEY = "bench.registered"
 
 # The JSON around the text of an event without any.
-_ENVELOPE_BYTES = 190
+_ENVELOPE_BYTES = 186
 _WARM_UP = 200
 # Concurrent tasks of an asynchronous client whose confirms are awaited together.
 _GATHERED = 500
@@ -228,12 +228,10 @@ class Peer:
 
     def at_rate(self, rate: float, seconds: float) -> None:
         """Publish so many a second; the time of sending is in each event's data."""
-        begun = time.monotonic()
-        for number in range(int(rate * seconds)):
-            pause = begun + number / rate - time.monotonic()
+        for data, pause in paced(rate, seconds):
             if pause > 0:
                 time.sleep(pause)
-            self.publish({"n": number, "sent": time.monotonic(), "text": "x" * 8})
+            self.publish({**data, "sent": time.monotonic()})
 
 
 class AsyncPeer(Peer):
@@ -306,12 +304,10 @@ class AsyncPeer(Peer):
 
     def at_rate(self, rate: float, seconds: float) -> None:
         async def publish() -> None:
-            begun = time.monotonic()
-            for number in range(int(rate * seconds)):
-                pause = begun + number / rate - time.monotonic()
+            for data, pause in paced(rate, seconds):
                 if pause > 0:
                     await asyncio.sleep(pause)
-                await self.apublish({"n": number, "sent": time.monotonic(), "text": "x" * 8})
+                await self.apublish({**data, "sent": time.monotonic()})
 
         self.run(publish())
 
@@ -332,6 +328,21 @@ def until(deadline: float, body_bytes: int = 0) -> Iterator[Data]:
     while time.perf_counter() < deadline:
         yield data_of(number, body_bytes)
         number += 1
+
+
+def paced(rate: float, seconds: float) -> Iterator[tuple[Data, float]]:
+    """Each event of a steady stream, and how long to wait before it.
+
+    Who is far behind goes on with the last one at once, so that it comes to an end.
+    """
+    total = int(rate * seconds)
+    begun = time.monotonic()
+    for number in range(total):
+        pause = begun + number / rate - time.monotonic()
+        if pause < -seconds:
+            yield {**data_of(total - 1), "behind": True}, 0.0
+            return
+        yield data_of(number), pause
 
 
 # --- scenarios: publishing -------------------------------------------------------------------
@@ -441,6 +452,8 @@ def latency(peer: Peer) -> None:
 
     def handle(data: Data) -> float:
         with lock:
+            if data.get("behind"):
+                leave(error=f"it publishes less than {peer.options['rate']} events/s")
             if data["n"] >= skipped:
                 latencies.append(time.monotonic() - data["sent"])
             if data["n"] >= total - 1:
@@ -558,7 +571,7 @@ SCENARIOS: dict[str, Callable[[Peer], None]] = {
 
 def main(make: Callable[[Data], Peer]) -> None:
     """Run the scenario that the command line names."""
-    import logging  # noqa: PLC0415 - not in what `first` measures of a bare client
+    import logging
 
     logging.disable(logging.CRITICAL)
     SCENARIOS[sys.argv[1]](make(json.loads(sys.argv[2])))

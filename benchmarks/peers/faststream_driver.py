@@ -11,7 +11,7 @@ from driver import EXCHANGE, ROUTING_KEY, AsyncPeer, Data, Handle, envelope
 class FastStream(AsyncPeer):
     def load(self) -> None:
         global rabbit, AckPolicy
-        from faststream import AckPolicy, rabbit  # noqa: PLC0415
+        from faststream import AckPolicy, rabbit
 
     def exchange(self) -> Any:
         return rabbit.RabbitExchange(EXCHANGE, type=rabbit.ExchangeType.TOPIC, durable=True)

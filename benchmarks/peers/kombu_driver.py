@@ -11,8 +11,8 @@ from driver import EXCHANGE, ROUTING_KEY, Data, Handle, Peer, envelope
 class Kombu(Peer):
     def load(self) -> None:
         global kombu, pools, mixins
-        import kombu  # noqa: PLC0415
-        from kombu import mixins, pools  # noqa: PLC0415
+        import kombu
+        from kombu import mixins, pools
 
     def connection(self) -> Any:
         # kombu takes "%2F" for a name of its own.

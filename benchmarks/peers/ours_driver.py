@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import driver
-from driver import EXCHANGE, ROUTING_KEY, Data, Handle, Peer
+from driver import ROUTING_KEY, Data, Handle, Peer
 
 
 class Ours(Peer):
     def load(self) -> None:
         global DomainEvent, Publisher, Retry, Subscriber, publish_domain_event
-        from domain_events import (  # noqa: PLC0415
+        from domain_events import (
             DomainEvent,
             Publisher,
             Retry,

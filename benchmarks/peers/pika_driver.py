@@ -14,7 +14,7 @@ from driver import EXCHANGE, ROUTING_KEY, Data, Handle, Peer, body_of
 class Pika(Peer):
     def load(self) -> None:
         global pika
-        import pika  # noqa: PLC0415
+        import pika
 
     def connect(self) -> Any:
         return pika.BlockingConnection(pika.URLParameters(self.url)).channel()

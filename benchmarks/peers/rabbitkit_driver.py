@@ -18,8 +18,8 @@ class Again(Exception):
 class RabbitKit(Peer):
     def load(self) -> None:
         global rabbitkit, config, types, topology
-        import rabbitkit  # noqa: PLC0415
-        from rabbitkit.core import config, topology, types  # noqa: PLC0415
+        import rabbitkit
+        from rabbitkit.core import config, topology, types
 
     def settings(self, **others: Any) -> Any:
         connection = config.ConnectionConfig.from_url(self.url)
@@ -40,7 +40,7 @@ class RabbitKit(Peer):
         self.broker.publish(self.message(data)).raise_for_status()
 
     def publish_many(self, many: Iterable[Data]) -> None:
-        """"For high-throughput confirmed publishing use AsyncBroker + AsyncBatchPublisher"."""
+        """ "For high-throughput confirmed publishing use AsyncBroker + AsyncBatchPublisher"."""
         bulk = getattr(self, "bulk", None)
         if bulk is None:
             self.bulk = bulk = Bulk(self)

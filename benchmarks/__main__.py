@@ -1,0 +1,156 @@
+"""``python -m benchmarks``: this library beside its peers, on one broker, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(_TOOLS))
+
+from rabbitmq_node import RELEASES, Node, NodeError, install  # noqa: E402
+
+from benchmarks import plots, profiling, running, samples, scenarios, tables  # noqa: E402
+from benchmarks.registry import BY_NAME, PEERS, Peer  # noqa: E402
+from benchmarks.results import Results  # noqa: E402
+
+# What a bench fills a private node with is more than its alarms like.
+_NODE_CONFIG = "vm_memory_high_watermark.absolute = 8GiB\ndisk_free_limit.absolute = 500MB\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, as ``--help`` shows them."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    broker = options.add_mutually_exclusive_group()
+    broker.add_argument(
+        "--release",
+        default="host",
+        choices=RELEASES,
+        help="RabbitMQ of the private node that is started",
+    )
+    broker.add_argument(
+        "--url", help="a broker to use instead; nothing that kills it is measured then"
+    )
+    options.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SCENARIO",
+        choices=scenarios.names(),
+        help=f"some of: {', '.join(scenarios.names())}",
+    )
+    options.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="PEER",
+        choices=list(BY_NAME),
+        help=f"some of: {', '.join(BY_NAME)}",
+    )
+    options.add_argument("--quick", action="store_true", help="short samples, one round")
+    options.add_argument("--rounds", type=_at_least_one, help="how often each sample is taken")
+    options.add_argument("--json", type=Path, metavar="FILE", help="where to keep the results")
+    options.add_argument(
+        "--show", type=Path, metavar="FILE", help="measure nothing; show what was kept"
+    )
+    options.add_argument("--rst", type=Path, metavar="FILE", help="the tables for the docs")
+    options.add_argument("--svg", type=Path, metavar="FOLDER", help="the plots")
+    options.add_argument(
+        "--profile", choices=profiling.WHAT, help="show where our own time goes, and no more"
+    )
+    return options
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("a number from 1 up")
+    return number
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The whole of it; an exit code."""
+    options = parser().parse_args(words)
+    try:
+        if options.show:
+            results = Results.load(options.show)
+        elif options.profile:
+            with _Broker(options) as broker:
+                profiling.profile(options.profile, broker.url)
+            return 0
+        else:
+            results = _measure(options)
+    except (NodeError, OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    _show(results, options)
+    return 0
+
+
+class _Broker:
+    """The broker that is measured: a private node, or the one that the user names."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.node: Node | None = None
+        self.url: str = options.url or ""
+        if not options.url:
+            install([options.release])
+            running.say(f"starting RabbitMQ ({options.release})")
+            self.node = Node(options.release, config=_NODE_CONFIG)
+
+    @property
+    def version(self) -> str:
+        return self.node.version if self.node else "at the given URL"
+
+    def __enter__(self) -> _Broker:
+        if self.node is not None:
+            self.node.__enter__()
+            self.url = self.node.url
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.node is not None:
+            self.node.close()
+
+
+def _measure(options: argparse.Namespace) -> Results:
+    chosen = [
+        scenario
+        for scenario in scenarios.scenarios(quick=options.quick)
+        if not options.only or scenario.name in options.only
+    ]
+    asked = tuple(peer for peer in PEERS if not options.peers or peer.name in options.peers)
+    peers: list[Peer] = []
+    results = Results("", options.release, options.quick, running.machine())
+    for peer, version, missing in samples.available(asked):
+        if missing:
+            running.say(f"{peer.title} is left out: {missing}")
+            results.missing[peer.name] = missing
+        else:
+            results.versions[peer.name] = version
+            peers.append(peer)
+    rounds = options.rounds or (1 if options.quick else None)
+    turns = running.plan(chosen, tuple(peers), rounds)
+    with _Broker(options) as broker:
+        results.rabbitmq = broker.version
+        try:
+            running.run(results, turns, broker.url, broker.node)
+        except KeyboardInterrupt:
+            running.say("interrupted; here is what there is")
+    return results
+
+
+def _show(results: Results, options: argparse.Namespace) -> None:
+    if options.json:
+        results.save(options.json)
+    names = plots.write(results, options.svg) if options.svg else []
+    if options.rst:
+        # As seen from the page that includes the tables.
+        paths = [os.path.relpath(options.svg / name, options.rst.parent) for name in names]
+        options.rst.write_text(tables.as_rst(results, paths))
+    print(tables.as_text(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

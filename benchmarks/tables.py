@@ -1,0 +1,175 @@
+"""Results as tables: for the terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.registry import BY_NAME, PEERS
+from benchmarks.results import Results
+from benchmarks.scenarios import Figure, Scenario, scenarios
+from benchmarks.summary import Summary, short
+from benchmarks.targets import Verdict, verdicts
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def value(number: float, figure: Figure) -> str:
+    """One figure with its unit."""
+    text = short(number * figure.scale)
+    return f"{text}{figure.unit}" if figure.unit.startswith("/") else f"{text} {figure.unit}"
+
+
+def spread(summary: Summary, figure: Figure) -> str:
+    """Median (lowest-highest), in the figure's unit, which stands in the head."""
+    median, low, high = (
+        short(number * figure.scale) for number in (summary.median, summary.low, summary.high)
+    )
+    return median if summary.samples == 1 else f"{median} ({low}-{high})"
+
+
+def tables(results: Results) -> list[Table]:
+    """All that was measured, and what it comes to."""
+    shown = [
+        _of_scenario(results, scenario)
+        for scenario in scenarios(quick=results.quick)
+        if results.peers(scenario.name)
+    ]
+    return [*shown, _of_targets(verdicts(results)), _of_peers(results)]
+
+
+def _of_scenario(results: Results, scenario: Scenario) -> Table:
+    names = [peer.name for peer in PEERS if peer.name in results.peers(scenario.name)]
+    variants = results.variants(scenario.name)
+    notes = [scenario.note] if scenario.note else []
+    if scenario.series and len(names) == 1:
+        # One peer along an axis: the axis goes down, the figures go across.
+        head = (scenario.series, *(f"{each.title}, {each.unit}" for each in scenario.figures))
+        rows = [
+            (label, *(_cell(results, scenario, label, names[0], each) for each in scenario.figures))
+            for label in variants
+        ]
+        return Table(f"{scenario.title} (this library)", head, tuple(rows), tuple(notes))
+    columns = [(label, figure) for label in variants for figure in scenario.figures]
+    head = ("", *(_column(scenario, label, figure) for label, figure in columns))
+    rows = []
+    for name in names:
+        cells = (_cell(results, scenario, label, name, figure) for label, figure in columns)
+        mark = " [*]" if BY_NAME[name].lacks else ""
+        rows.append((BY_NAME[name].title + mark, *cells))
+        errors = {results.error(scenario.name, label, name) for label in variants} - {""}
+        notes += [f"{BY_NAME[name].title}: failed: {error}" for error in sorted(errors)]
+    left_out = [peer for peer in PEERS if scenario.name in peer.cannot and not scenario.peers]
+    notes += [f"{peer.title}: {peer.cannot[scenario.name]}" for peer in left_out]
+    return Table(scenario.title, head, tuple(rows), tuple(notes))
+
+
+def _column(scenario: Scenario, label: str, figure: Figure) -> str:
+    unit = figure.unit.lstrip("/") if figure.more_is_better else figure.unit
+    what = f"{figure.title}/{unit}" if figure.unit.startswith("/") else f"{figure.title}, {unit}"
+    where = f"{scenario.series} {label}" if scenario.series else label
+    return f"{where}: {what}" if where else what
+
+
+def _cell(results: Results, scenario: Scenario, label: str, name: str, figure: Figure) -> str:
+    summary = results.summary(scenario.name, label, name, figure.key)
+    if summary is not None:
+        return spread(summary, figure)
+    return "failed" if results.error(scenario.name, label, name) else "-"
+
+
+def _of_targets(found: Sequence[Verdict]) -> Table:
+    rows = tuple((each.text, each.variant, each.wanted, each.measured, each.word) for each in found)
+    return Table("Targets", ("", "", "target", "measured", ""), rows)
+
+
+def _of_peers(results: Results) -> Table:
+    rows = []
+    notes = []
+    for peer in PEERS:
+        if peer.name in results.versions:
+            rows.append((peer.title, results.versions[peer.name], peer.way))
+            if peer.lacks:
+                notes.append(f"[*] {peer.title} {peer.lacks}.")
+        elif peer.name in results.missing:
+            rows.append((peer.title, "left out", results.missing[peer.name]))
+    return Table("Who was measured, and how", ("", "version", "way"), tuple(rows), tuple(notes))
+
+
+def heading(results: Results) -> str:
+    """Where and how these figures were made."""
+    machine = results.machine
+    rounds = max((sample.round for sample in results.samples), default=0)
+    return (
+        f"RabbitMQ {results.rabbitmq}, Python {machine.get('python', '?')}, "
+        f"{machine.get('cores', '?')} cores of {machine.get('processor', '?')}, broker and "
+        f"clients on the same machine. Events of about 200 bytes, persistent. "
+        f"Median (lowest-highest) of at most {rounds} interleaved rounds"
+        f"{', short samples' if results.quick else ''}; {results.seconds / 60:.0f} minutes in all."
+    )
+
+
+# --- for the terminal --------------------------------------------------------------------------
+
+
+def as_text(results: Results) -> str:
+    parts = [heading(results)]
+    parts += [
+        f"{table.title}\n{'-' * len(table.title)}\n{_aligned(table)}" for table in tables(results)
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _aligned(table: Table) -> str:
+    lines = [table.head, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
+    shown = [
+        "  ".join(
+            # The first column is a name; so are the words of a table of words.
+            cell.ljust(width) if column == 0 or not _is_number(cell) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*shown, *(f"  {note}" for note in table.notes)])
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit()
+
+
+# --- for the documentation -----------------------------------------------------------------------
+
+
+def as_rst(results: Results, plots: Sequence[str] = ()) -> str:
+    """Tables and plots, to be included by a page of the documentation.
+
+    :param plots: names of image files.
+    """
+    parts = [heading(results)]
+    for table in tables(results):
+        parts.append(_list_table(table))
+        parts += [f".. note:: {note}" for note in table.notes]
+    parts += [f".. image:: {name}" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def _list_table(table: Table) -> str:
+    lines = [f".. list-table:: {table.title}", "   :header-rows: 1", "   :stub-columns: 1", ""]
+    for row in (table.head, *table.rows):
+        for number, cell in enumerate(row):
+            mark = "   * -" if number == 0 else "     -"
+            lines.append(f"{mark} {_escaped(cell)}".rstrip())
+    return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("*", r"\*").replace("_", r"\_")
