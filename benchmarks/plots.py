@@ -52,11 +52,12 @@ def pictures(results: Results) -> Iterator[tuple[str, str]]:
     """Name and content of each."""
     for scenario in scenarios(quick=results.quick):
         figure = scenario.figures[0]
-        unit = f"{figure.title}{figure.unit}" if figure.unit[:1] == "/" else figure.unit
+        unit = f"{figure.title}{'' if figure.unit[:1] == '/' else ', '}{figure.unit}"
         if scenario.series:
             lines = _lines_of(results, scenario)
             if lines:
-                yield f"{scenario.name}.svg", line_chart(scenario.title, scenario.series, lines)
+                title = f"{scenario.title} ({unit})"
+                yield f"{scenario.name}.svg", line_chart(title, scenario.series, lines)
             continue
         for variant in results.variants(scenario.name):
             bars = _bars_of(results, scenario, variant)

@@ -89,7 +89,7 @@ _MEMORY = Figure("bytes", "memory", "MiB", scale=1 / 2**20)
 _MILLISECONDS = Figure("seconds", "time", "ms", scale=1000)
 
 # So many events wait for a consumer, so that the fastest is not done at once.
-_EVENTS = (50_000, 10_000)
+_EVENTS = (30_000, 10_000)
 
 _Choice = Callable[[Any, Any], Any]
 
@@ -112,7 +112,7 @@ def _along(key: str, values: tuple[int, ...], **options: Any) -> tuple[Variant, 
 
 
 def _headline(either: _Choice) -> tuple[Scenario, ...]:
-    seconds = either(2.0, 0.5)
+    seconds = either(1.5, 0.5)
     events = either(*_EVENTS)
     return (
         Scenario(
@@ -148,7 +148,7 @@ def _headline(either: _Choice) -> tuple[Scenario, ...]:
             "From publishing to handling, two processes, 500 events/s",
             "latency",
             (_P50, _P99),
-            _kinds(seconds=either(8.0, 1.0), rate=500),
+            _kinds(seconds=either(5.0, 1.0), rate=500),
             rounds=3,
         ),
     )
@@ -182,8 +182,8 @@ def _single(either: _Choice) -> tuple[Scenario, ...]:
             "restart",
             (_MILLISECONDS,),
             (Variant("", {"count": 1}),),
-            rounds=either(3, 1),
-            peers=either((), (OURS, PIKA, "aio-pika")),
+            rounds=either(2, 1),
+            peers=either((), (OURS,)),
             own_node=True,
         ),
         Scenario(
@@ -214,8 +214,8 @@ def _single(either: _Choice) -> tuple[Scenario, ...]:
 
 
 def _series(either: _Choice) -> tuple[Scenario, ...]:
-    seconds = either(2.0, 0.4)
-    events = either(*_EVENTS)
+    seconds = either(1.5, 0.4)
+    events = either(20_000, 8_000)
     reach = either((1, 10, 100, 1000), (1, 100))
     few = either(20_000, 4_000)
     return (
@@ -232,7 +232,7 @@ def _series(either: _Choice) -> tuple[Scenario, ...]:
                 count=events,
             ),
             series="prefetch",
-            rounds=3,
+            rounds=2,
         ),
         Scenario(
             "workers",

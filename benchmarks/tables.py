@@ -129,21 +129,17 @@ def as_text(results: Results) -> str:
 
 
 def _aligned(table: Table) -> str:
-    lines = [table.head, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
-    shown = [
-        "  ".join(
-            # The first column is a name; so are the words of a table of words.
-            cell.ljust(width) if column == 0 or not _is_number(cell) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([*shown, *(f"  {note}" for note in table.notes)])
+    columns = list(zip(table.head, *table.rows, strict=True))
+    shown = [_column_of(cells) for cells in columns]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*shown, strict=True)]
+    return "\n".join([*lines, *(f"  {note}" for note in table.notes)])
 
 
-def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit()
+def _column_of(cells: Sequence[str]) -> list[str]:
+    """Cells of one width: figures to the right, words to the left."""
+    width = max(len(cell) for cell in cells)
+    figures = all(cell[:1].isdigit() or cell in ("-", "failed") for cell in cells[1:])
+    return [cell.rjust(width) if figures else cell.ljust(width) for cell in cells]
 
 
 # --- for the documentation -----------------------------------------------------------------------
@@ -157,7 +153,7 @@ def as_rst(results: Results, plots: Sequence[str] = ()) -> str:
     parts = [heading(results)]
     for table in tables(results):
         parts.append(_list_table(table))
-        parts += [f".. note:: {note}" for note in table.notes]
+        parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
     parts += [f".. image:: {name}" for name in plots]
     return "\n\n".join(parts) + "\n"
 
@@ -172,4 +168,5 @@ def _list_table(table: Table) -> str:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("*", r"\*").replace("_", r"\_")
+    text = cell.replace("*", r"\*").replace("_", r"\_")
+    return r"\-" if text == "-" else text  # it would begin a list

@@ -11,6 +11,9 @@ from typing import Any
 import driver
 from driver import Data, Handle, Peer, data_of, envelope
 
+# Stands where an event's number is to stand; nothing else in a message looks like it.
+_NUMBER = 987654321987
+
 
 class Dramatiq(Peer):
     def load(self) -> None:
@@ -39,9 +42,13 @@ class Dramatiq(Peer):
     def prepare(self) -> Data:
         self.broker.declare_queue(self.queue, ensure=True)
         # What the runner fills the queue with, an id and a number put in.
-        message = self.actor.message(envelope(data_of(-1)))
+        message = self.actor.message(envelope(data_of(_NUMBER)))
         body = message.copy(message_id="__ID__").encode().decode()
-        return {"body": body.replace("-1", "__N__", 1), "exchange": "", "routing_key": self.queue}
+        return {
+            "body": body.replace(str(_NUMBER), "__N__"),
+            "exchange": "",
+            "routing_key": self.queue,
+        }
 
     def consume(self, handle: Handle) -> None:
         self.call = handle
