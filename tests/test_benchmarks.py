@@ -296,7 +296,7 @@ def test_growth_is_from_the_shallowest_backlog_to_the_deepest() -> None:
 def test_this_library_is_measured(name: str, broker_url: str) -> None:
     [scenario] = chosen(name, quick=True)
     variant = scenario.variants[-1]
-    few = {"count": 20, "seconds": 0.2, "delay": 0.1}
+    few = {"count": 20, "seconds": 1.0, "delay": 0.1, "rate": 20}
     options = {key: few.get(key, value) for key, value in variant.options.items()}
     figures = samples.take(
         BY_NAME[OURS], scenario, replace(variant, options=options), broker_url, None
