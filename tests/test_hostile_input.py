@@ -1,0 +1,307 @@
+"""Whatever arrives, a subscriber goes on, handlers see events only, and nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import hostile
+import onlooker
+import pytest
+import raw_amqp as raw
+from bench import Bench, Events
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from live import consuming
+from support import wait_until
+
+from domain_events import DeadLetters, DomainEvent, Reject, Retry
+
+BATCHES = 50
+BATCH = 200
+
+# Headers with which pika can read no frame, or which it could not write again.
+UNREADABLE = {
+    "a timestamp in milliseconds": raw.number(b"T", 1_700_000_000_000),
+    "the last timestamp": raw.number(b"T", 2**64 - 1),
+    "nested too deep for pika": raw.nested(10_000),
+    "nested too deep to be copied": raw.nested(800),
+}
+READABLE = {
+    "a float": raw.number(b"d", 1.5),
+    "no value": raw.VOID,
+    "a decimal": raw.decimal(255, 2**32 - 1),
+    "bytes": raw.text(b"\xff\xfe", b"x"),
+    "text that is not UTF-8": raw.text(b"\xff\xfe"),
+    "a large number": raw.number(b"l", 2**63 - 1),
+    "tables in arrays": raw.array([raw.table({b"\xff": raw.array([raw.VOID])})] * 20),
+}
+
+
+def publish(bench: Bench, *messages: hostile.Hostile) -> None:
+    """As any other program might; returns when the broker has them."""
+    with onlooker.channel(bench.url) as channel:
+        channel.confirm_delivery()
+        for each in messages:
+            channel.basic_publish(
+                bench.exchange,
+                each.routing_key,  # type: ignore[arg-type]
+                each.body,
+                each.properties,
+                mandatory=True,
+            )
+
+
+def event_with(headers: dict[bytes, raw.Value], data: object = None) -> hostile.Hostile:
+    """An event that is as it should be, but for its headers."""
+    body = DomainEvent("user.registered", data).to_json().encode()
+    return hostile.Hostile(body, b"user.registered", raw.Properties(headers), "handled")
+
+
+@pytest.mark.parametrize("header", [*UNREADABLE, *READABLE])
+def test_event_with_strange_headers_is_handled_retried_kept_and_replayed(
+    bench: Bench, header: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The body stays what it was; the connection, too."""
+    queue = bench.names.queue()
+    value = (UNREADABLE | READABLE)[header]
+    seen: Events = []
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        raise Retry(0.1)
+
+    subscriber = bench.subscriber()
+    subscriber.register(handle, queue, ["#"], max_retries=1)
+    message = event_with({b"strange": value, b"domain-events-cause": value})
+    with consuming(subscriber, bench.url, queue):
+        publish(bench, message)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+        with DeadLetters(queue, bench.url) as dead_letters:
+            (letter,) = dead_letters
+            assert (letter.body, letter.retries) == (message.body, 1)
+            assert letter.error_type == "domain_events.retry.Retry"
+            letter.replay()
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+    assert [event.retries for event in seen] == [0, 1, 0, 1]
+    assert {event.to_json().encode() for event in seen} == {message.body}
+    assert "Lost the" not in caplog.text
+    assert "Internal error" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "retries"),
+    [
+        (raw.number(b"t", True), 0),
+        (raw.number(b"l", -(2**63)), 0),
+        (raw.number(b"d", 1.5), 1),  # pika reads it as a whole number
+        (raw.text("1"), 0),
+        (raw.number(b"I", 2), 2),
+        (raw.number(b"l", 2**63 - 1), 2**31 - 1),
+        (raw.number(b"d", 1e30), 2**31 - 1),
+    ],
+)
+def test_forged_retry_count_is_a_number_or_none_at_all(
+    bench: Bench, value: raw.Value, retries: int
+) -> None:
+    """Never negative, no bool, and no retry more than allowed."""
+    queue = bench.names.queue()
+    seen: Events = []
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        raise Retry(0.1)
+
+    subscriber = bench.subscriber()
+    subscriber.register(handle, queue, ["#"], max_retries=2)
+    with consuming(subscriber, bench.url, queue):
+        publish(bench, event_with({b"domain-events-retries": value}))
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+    counts = [event.retries for event in seen]
+    assert counts == list(range(retries, 3)) or counts == [retries]
+    assert {type(count) for count in counts} == {int}
+
+
+def test_routing_key_that_is_not_utf8(bench: Bench) -> None:
+    """It is handled as others are, and shown with its bytes escaped."""
+    queue = bench.names.queue()
+    seen: Events = []
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        raise Reject("told so")
+
+    subscriber = bench.subscriber()
+    subscriber.register(handle, queue, ["user.#"])
+    message = event_with({})._replace(routing_key=b"user.\xe9")
+    with consuming(subscriber, bench.url, queue):
+        publish(bench, message)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+    with DeadLetters(queue, bench.url) as dead_letters:
+        (letter,) = dead_letters
+        assert (letter.routing_key, letter.body) == ("user.\\xe9", message.body)
+
+
+# --- ten thousand of them ------------------------------------------------------------------------
+
+
+class Target:
+    """A live subscriber under fire, and the books: what came, and what became of it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.queue = bench.names.queue()
+        self.handled: Counter[str] = Counter()
+        self.nonsense: list[DomainEvent] = []
+        self.threads: set[int] = set()
+        self.dead: Counter[bytes] = Counter()
+        self.finished = 0  # calls of the handler that returned
+        self.subscriber = bench.subscriber()
+        self.subscriber.register(self.handle, self.queue, ["#"], max_retries=2)
+
+    def handle(self, event: DomainEvent) -> None:
+        self.threads.add(threading.get_ident())
+        if not is_sound(event):
+            self.nonsense.append(event)
+        answer = event.data.get("answer") if isinstance(event.data, dict) else None
+        if answer == "retry":
+            raise Retry(0.1)
+        if answer == "reject":
+            raise Reject("no")
+        self.handled[event.uuid_string] += 1
+        self.finished += 1
+
+    def fire(self, numbers: Iterable[int], batch: int) -> None:
+        """Publish the messages of these numbers, and see what becomes of each."""
+        messages = [hostile.message(n, f"{batch}-{at}") for at, n in enumerate(numbers)]
+        before = self.finished
+        with onlooker.channel(self.bench.url) as channel:
+            for each in messages:
+                channel.basic_publish(
+                    self.bench.exchange,
+                    each.routing_key,  # type: ignore[arg-type]
+                    each.body,
+                    each.properties,
+                )
+            dead: Counter[bytes] = Counter()
+            deadline = time.monotonic() + 60
+            # A consumer of its own for each batch; what it was given and did not ack goes back.
+            for method, _, body in channel.consume(f"{self.queue}-dl", inactivity_timeout=0.05):
+                if method is not None and method.delivery_tag and body is not None:
+                    dead[body] += 1
+                    channel.basic_ack(method.delivery_tag)
+                if self.finished - before + dead.total() >= len(messages):
+                    break
+                assert time.monotonic() < deadline, self.missing(messages, batch, dead)
+            channel.cancel()
+        self.check(messages, batch, dead)
+
+    def check(self, messages: list[hostile.Hostile], batch: int, dead: Counter[bytes]) -> None:
+        sent = Counter(each.body for each in messages)
+        assert dead <= sent  # byte for byte
+        for at, each in enumerate(messages):
+            if each.fate == "handled":
+                assert self.handled[f"{batch}-{at}"] == 1
+            elif each.fate == "dead":
+                assert dead[each.body] == sent[each.body], each
+        self.dead += dead
+
+    def missing(
+        self, messages: list[hostile.Hostile], batch: int, dead: Counter[bytes]
+    ) -> list[hostile.Hostile]:
+        return [
+            each
+            for at, each in enumerate(messages)
+            if not self.handled[f"{batch}-{at}"] and each.body not in dead
+        ]
+
+
+def is_sound(event: DomainEvent) -> bool:
+    """Whether each field is what a handler may count on."""
+    return (
+        isinstance(event.routing_key, str)
+        and isinstance(event.uuid_string, str)
+        and event.uuid_string != ""
+        and type(event.timestamp) in {int, float}
+        and math.isfinite(event.timestamp)
+        and type(event.retries) is int
+        and event.retries >= 0
+    )
+
+
+@pytest.fixture
+def surprises() -> Iterator[list[str]]:
+    """Log lines that are about no message, but about the subscriber itself."""
+    log = logging.getLogger("domain_events")
+    lines: list[str] = []
+    expected = ("got a message", "failed on", "rejected", "gave up on", "tries", "A message has")
+
+    def keep(record: logging.LogRecord) -> bool:
+        if not any(words in record.msg for words in expected):
+            lines.append(record.getMessage())
+        return False
+
+    log.addFilter(keep)
+    yield lines
+    log.removeFilter(keep)
+
+
+@pytest.mark.timeout(180)
+def test_ten_thousand_hostile_messages_stop_no_subscriber(
+    bench: Bench, surprises: list[str]
+) -> None:
+    """Good ones among them are handled once; bad ones are dead letters, byte for byte."""
+    target = Target(bench)
+    batches = 0
+
+    @settings(
+        max_examples=BATCHES,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.integers(0, 2**64))
+    def fire(first: int) -> None:
+        nonlocal batches
+        batches += 1
+        target.fire(range(first, first + BATCH), batches)
+
+    with consuming(target.subscriber, bench.url, target.queue):
+        fire()
+        assert batches >= BATCHES
+        assert target.finished + target.dead.total() == batches * BATCH
+        browse_and_replay(target)
+    assert not target.nonsense
+    assert len(target.threads) == 1
+    assert not surprises
+
+
+def browse_and_replay(target: Target) -> None:
+    """The dead letters of one more batch: each is shown, replayed, and fails once more."""
+    messages = [hostile.message(number, f"last-{number}") for number in range(BATCH)]
+    messages = [each for each in messages if each.fate == "dead"]
+    publish(target.bench, *messages)
+    sent = Counter(each.body for each in messages)
+    queue = target.queue
+
+    def all_dead() -> bool:
+        return onlooker.count(target.bench.url, f"{queue}-dl") == len(messages)
+
+    wait_until(all_dead, timeout=30)
+    with DeadLetters(queue, target.bench.url) as dead_letters:
+        letters = list(dead_letters)
+        assert Counter(letter.body for letter in letters) == sent
+        assert all(described(letter) for letter in letters)
+        assert dead_letters.replay_all() == len(messages)
+    wait_until(all_dead, timeout=30)
+    assert Counter(onlooker.take_all(target.bench.url, f"{queue}-dl")) == sent
+
+
+def described(letter: Any) -> bool:
+    return bool(letter.subscriber and letter.error_type and letter.failed_at and repr(letter))
