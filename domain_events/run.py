@@ -231,13 +231,13 @@ class Lanes:
         """To the inbox, or behind what is under way for the same object."""
         try:
             event = messages.to_event(work.delivery)
-        except InvalidEvent:
+            key = f"{work.subscription.options.name} {event.domain_object_id!r}"
+        except (InvalidEvent, RecursionError):
             self._inbox.put(work)  # the worker will see, and say
             return
         if event.domain_object_id is None:
             self._inbox.put(work)
             return
-        key = f"{work.subscription.options.name} {event.domain_object_id!r}"
         work = work._replace(lane=key)
         with self._lock:
             if key in self._lanes:

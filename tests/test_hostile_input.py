@@ -127,6 +127,24 @@ def test_forged_retry_count_is_a_number_or_none_at_all(
     assert {type(count) for count in counts} == {int}
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_object_id_that_cannot_be_named_stops_nobody(bench: Bench, ordered: bool) -> None:
+    """Nested as deep as JSON may be."""
+    queue = bench.names.queue()
+    seen: Events = []
+    subscriber = bench.subscriber(workers=4)
+    subscriber.register(seen.append, queue, ["#"], ordered=ordered)
+    with consuming(subscriber, bench.url, queue):
+        for depth in (10, 200, 400, 600, 800, 900, 950, 1000, 100_000):
+            about = "[" * depth + "]" * depth
+            body = f'{{"routing_key": "a.b", "data": {depth}, "domain_object_id": {about}}}'
+            properties = raw.Properties(message_id=b"1")
+            publish(bench, hostile.Hostile(body.encode(), b"a.b", properties, "any"))
+        bench.publish("a.b", "good", "x")
+        wait_until(lambda: len(seen) + onlooker.count(bench.url, f"{queue}-dl") == 10)
+    assert any(event.data == "good" for event in seen)
+
+
 def test_routing_key_that_is_not_utf8(bench: Bench) -> None:
     """It is handled as others are, and shown with its bytes escaped."""
     queue = bench.names.queue()
