@@ -188,8 +188,8 @@ class Subscription:
             log.error(
                 "%s keeps no dead letters; dropped: %s %s",
                 self.options.name,
-                delivery.original_routing_key,
-                delivery.properties.message_id,
+                _shown(delivery.original_routing_key),
+                _shown(delivery.properties.message_id),
             )
             consumer.settle(delivery)
 
@@ -262,7 +262,7 @@ class Moves:
         else:
             log.error(
                 "%s could not be moved to %r: %s Its delivery is given back.",
-                delivery.original_routing_key,
+                _shown(delivery.original_routing_key),
                 publication.message.exchange or publication.message.routing_key,
                 error,
             )
@@ -308,4 +308,10 @@ def _at_least(name: str, option: str, value: object, least: int) -> None:
 
 
 def _named(event: DomainEvent) -> str:
-    return f"{event.routing_key} {event.uuid_string}"
+    return f"{_shown(event.routing_key)} {_shown(event.uuid_string)}"
+
+
+def _shown(text: object) -> str:
+    """What a sender has chosen, in a log line: it must not make lines of its own, nor long ones."""
+    shown = str(text)[: topology.LONGEST_NAME]
+    return shown if shown.isprintable() else repr(shown)

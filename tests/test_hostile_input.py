@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -163,6 +164,32 @@ def test_routing_key_that_is_not_utf8(bench: Bench) -> None:
     with DeadLetters(queue, bench.url) as dead_letters:
         (letter,) = dead_letters
         assert (letter.routing_key, letter.body) == ("user.\\xe9", message.body)
+
+
+def test_sender_cannot_write_lines_into_the_log(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor very long ones: its words are shown on one line, cut and escaped."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber()
+
+    def handle(event: DomainEvent) -> None:
+        raise Reject("told so")
+
+    subscriber.register(handle, queue, ["#"])
+    forged = "\n2026-01-01 CRITICAL forged\x1b[2J"
+    envelope = {"routing_key": forged, "data": {}, "uuid_string": forged + "u" * 100_000}
+    message = hostile.Hostile(
+        json.dumps(envelope).encode(), forged.encode(), raw.Properties(), "dead"
+    )
+    with consuming(subscriber, bench.url, queue):
+        publish(bench, message)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "domain_events"]
+    assert any("told so" in line for line in lines)
+    for line in lines:
+        assert line.isprintable()
+        assert len(line) < 2000
 
 
 # --- ten thousand of them ------------------------------------------------------------------------
