@@ -6,11 +6,18 @@ BIN := .venv/bin
 PYTEST_ARGS ?= -n 2
 # More of them: python -m benchmarks --help
 BENCH_ARGS ?=
+# For `faults`: how long, which schedule, which RabbitMQ, where to write a report, and whatever
+# else `python tests/faults --help` knows.
+SECONDS ?= 60
+SEED ?= 1
+RELEASE ?= host
+REPORT ?=
+FAULTS_ARGS ?=
 
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo test matrix bench lint types docs build broker clean
+.PHONY: help demo test matrix bench faults lint types docs build broker clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -27,6 +34,11 @@ matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python 
 
 bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3'
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+faults: .venv/.ready ## lose nothing while all fails: SECONDS=300 SEED=7 RELEASE=4.3 REPORT=FILE
+	$(BIN)/python tools/rabbitmq_node.py install $(RELEASE)
+	$(BIN)/python tests/faults --seconds $(SECONDS) --seed $(SEED) --release $(RELEASE) \
+		$(if $(REPORT),--report $(REPORT)) $(FAULTS_ARGS)
 
 lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check

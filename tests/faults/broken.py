@@ -1,0 +1,140 @@
+"""Worse versions of the library, made at run time in the programs, never in the package.
+
+The harness is worth something only if it finds each of them guilty. Each reaches deep into the
+library: when one of these names is gone, the mistake is to be made again in the new code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from domain_events import subscription, topology
+from domain_events.broker.rabbitmq import consumer as consuming
+from domain_events.broker.rabbitmq import publishing
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake, and the scenario in which it cannot hide."""
+
+    about: str
+    scenario: str
+    seconds: float
+    make: Callable[[], None]
+
+
+class _Acked:
+    """A consumer whose delivery is acked already."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+
+    def is_current(self, delivery: Any) -> bool:
+        return bool(self._consumer.is_current(delivery))
+
+    def settle(self, delivery: Any, *, requeue: bool = False) -> None:
+        pass
+
+    def flush(self) -> None:
+        self._consumer.flush()
+
+    def requeue_later(self, delivery: Any, seconds: float) -> None:
+        pass
+
+
+def _patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace an attribute that must exist by what is made of it."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _ack_first() -> None:
+    def handle_acked(handle: Any) -> Any:
+        def broken(self: Any, delivery: Any, consumer: Any) -> None:
+            consumer.settle(delivery)
+            consumer.flush()
+            handle(self, delivery, _Acked(consumer))
+
+        return broken
+
+    _patch(subscription.Subscription, "handle", handle_acked)
+
+
+def _retry_after_ack() -> None:
+    def move_acked(move: Any) -> Any:
+        def broken(self: Any, message: Any, delivery: Any, consumer: Any) -> None:
+            consumer.settle(delivery)
+            consumer.flush()
+            move(self, message, delivery, _Acked(consumer))
+
+        return broken
+
+    _patch(subscription.Moves, "move", move_acked)
+
+
+def _classic_delays() -> None:
+    def classic(declaration: topology.Declaration) -> topology.Declaration:
+        if not isinstance(declaration, topology.Queue) or not declaration.arguments:
+            return declaration
+        kept = ("x-message-ttl", "x-dead-letter-exchange")
+        arguments = {
+            name: declaration.arguments[name] for name in kept if name in declaration.arguments
+        }
+        return topology.Queue(declaration.name, {"x-queue-type": "classic", **arguments})
+
+    _patch(topology, "delays", lambda delays: lambda exchange: [*map(classic, delays(exchange))])
+
+
+def _no_confirms() -> None:
+    def pump_and_forget(pump: Any) -> Any:
+        def broken(self: Any) -> None:
+            pump(self)
+            for publication in list(self._unconfirmed.values()):
+                self._finish(publication, None)
+
+        return broken
+
+    _patch(publishing.RabbitPublishing, "_pump", pump_and_forget)
+
+
+def _stale_tags() -> None:
+    def one_for_all(_method: Any) -> Any:
+        return lambda self, delivery: True
+
+    _patch(consuming.RabbitConsumer, "is_current", one_for_all)
+    # All channels have the same number, so that a tag of an old one passes for one of the new.
+    consuming.RabbitConsumer._epoch = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
+
+
+MISTAKES = {
+    "ack-first": Mistake(
+        "a delivery is acked before its handler is called", "killed-subscribers", 12, _ack_first
+    ),
+    "retry-after-ack": Mistake(
+        "a retry or dead letter is published after the ack of the original",
+        "killed-in-an-alarm",
+        20,
+        _retry_after_ack,
+    ),
+    "classic-delays": Mistake(
+        "retries wait in classic queues, which dead-letter without confirms",
+        "waiting-retries",
+        60,
+        _classic_delays,
+    ),
+    "no-confirms": Mistake(
+        "a publish returns as soon as it is sent", "cut-in-full-flight", 12, _no_confirms
+    ),
+    "stale-tags": Mistake(
+        "tags of an old channel are acked on the new one",
+        "closed-under-slow-handlers",
+        20,
+        _stale_tags,
+    ),
+}
+
+
+def make(name: str) -> None:
+    """Make the mistake in this process."""
+    MISTAKES[name].make()

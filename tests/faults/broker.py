@@ -1,0 +1,220 @@
+"""The broker under test: nodes of our own or a given one, and proxies before them.
+
+Programs connect through the proxies; the harness itself looks past them, with plain pika.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pika
+import pika.exceptions
+from pika.adapters.blocking_connection import BlockingChannel
+from rabbitmq_node import Node
+
+from faults.proxy import Proxy
+
+# A level waits so many milliseconds before it hands on again what a dead node has not confirmed;
+# three minutes by default, which is longer than a run.
+_HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
+
+# Short, so that a connection whose other end is gone without a word is found out within seconds.
+_HEARTBEAT = 6
+
+_PATIENCE = 60.0
+
+
+class Broker:
+    """RabbitMQ on nodes of our own, one or a cluster of three; or one that was given by its URL."""
+
+    def __init__(self, release: str = "host", *, cluster: bool = False, url: str = "") -> None:
+        self.nodes: list[Node] = []
+        self.proxies: list[Proxy] = []
+        self._given = url
+        self._turn = 0
+        try:
+            if not url:
+                for _ in range(3 if cluster else 1):
+                    self.nodes.append(Node(release))
+                self._start(self.nodes)
+            for parameters in map(pika.URLParameters, self._direct()):
+                self.proxies.append(Proxy(str(parameters.host), int(parameters.port)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, nodes: Sequence[Node]) -> None:
+        first, *others = nodes
+        for node in nodes:
+            if others:
+                (node.folder / "advanced.config").write_text(_HAND_ON)
+            node.start(wait=False)
+        first.start()
+        for node in others:
+            node.join(first)
+
+    @property
+    def urls(self) -> list[str]:
+        """Where programs connect: through the proxies."""
+        urls = []
+        for direct, proxy in zip(self._direct(), self.proxies, strict=True):
+            parameters = pika.URLParameters(direct)
+            netloc = f"{parameters.host}:{parameters.port}"
+            before, _, after = direct.partition("@")
+            assert after.startswith(netloc), "a URL for the harness has a user, a host and a port"
+            url = f"{before}@127.0.0.1:{proxy.port}{after.removeprefix(netloc)}"
+            urls.append(f"{url}{'&' if '?' in url else '?'}heartbeat={_HEARTBEAT}")
+        return urls
+
+    @property
+    def version(self) -> str:
+        """RabbitMQ's own word for it."""
+        with self.channel() as channel:
+            properties = channel.connection._impl.server_properties  # type: ignore[attr-defined]
+        return str(properties["version"])
+
+    @property
+    def old(self) -> bool:
+        """Whether it is of the line 3."""
+        return bool(self.nodes) and self.nodes[0].version.startswith("3.")
+
+    def next_node(self) -> Node:
+        """Each one in its turn."""
+        self._turn += 1
+        return self.nodes[self._turn % len(self.nodes)]
+
+    def sync(self) -> None:
+        """See `Node.sync`: a quorum queue younger than a second may be forgotten in a crash."""
+        for node in self.nodes:
+            node.sync()
+        if not self.nodes:
+            time.sleep(2)  # we can only hope
+
+    def close(self) -> None:
+        for proxy in self.proxies:
+            proxy.close()
+        for node in self.nodes:
+            node.close()
+
+    # --- a look past the proxies -----------------------------------------------------------------
+
+    @contextmanager
+    def channel(self) -> Iterator[BlockingChannel]:
+        """A channel of its own on a node that answers; waits a minute for one."""
+        connection = self._connection()
+        try:
+            yield connection.channel()
+        finally:
+            with contextlib.suppress(pika.exceptions.AMQPError):
+                connection.close()
+
+    def counts(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many messages are ready in each queue that exists."""
+        counts: dict[str, int] = {}
+
+        def count(channel: BlockingChannel, queue: str) -> None:
+            declared = channel.queue_declare(queue, passive=True)
+            counts[queue] = int(declared.method.message_count)
+
+        self._each(queues, count)
+        return counts
+
+    def held(self, queues: Sequence[str]) -> int:
+        """How many messages these queues hold, those too that nobody else can see.
+
+        A quorum queue that dead-letters at least once still holds what it is handing on, and
+        counts it as neither ready nor unacknowledged. Only the node itself tells; of a given
+        broker it is not known, and 0.
+        """
+        if not self.nodes:
+            return 0
+        lines = self.nodes[0].ctl("list_queues", "name", "messages").splitlines()
+        counts = (line.split("\t") for line in lines)
+        return sum(int(words[1]) for words in counts if words[0] in queues and words[1].isdigit())
+
+    def take_all(self, queue: str) -> Counter[str]:
+        """Take all messages out of the queue: how often each event was among them."""
+        ids: Counter[str] = Counter()
+
+        def take(channel: BlockingChannel, queue: str) -> None:
+            while True:
+                method, _, body = channel.basic_get(queue, auto_ack=True)
+                if method is None or body is None:
+                    return
+                ids[json.loads(body)["uuid_string"]] += 1
+
+        self._each([queue], take)
+        return ids
+
+    def delete(self, *, queue: str = "", exchange: str = "") -> None:
+        """Delete either, or both."""
+        with self.channel() as channel:
+            if queue:
+                channel.queue_delete(queue)
+            if exchange:
+                channel.exchange_delete(exchange)
+
+    def _each(
+        self, queues: Sequence[str], function: Callable[[BlockingChannel, str], None]
+    ) -> None:
+        """Call it with each queue that exists; again when the broker is not ready for it."""
+        left = list(queues)
+        deadline = time.monotonic() + _PATIENCE
+        while left:
+            try:
+                with self.channel() as channel:
+                    while left:
+                        function(channel, left[0])
+                        left.pop(0)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                if error.reply_code == 404 and "no queue" in error.reply_text:
+                    left.pop(0)
+                    continue
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            except pika.exceptions.AMQPError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _direct(self) -> list[str]:
+        return [node.url for node in self.nodes] or [self._given]
+
+    def _connection(self) -> pika.BlockingConnection:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            for url in self._direct():
+                parameters = pika.URLParameters(url)
+                parameters.socket_timeout = 5
+                parameters.blocked_connection_timeout = 60
+                with contextlib.suppress(pika.exceptions.AMQPError, OSError):
+                    return pika.BlockingConnection(parameters)
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"no broker answered within {_PATIENCE:.0f} s")
+            time.sleep(0.2)
+
+
+def together(*functions: Callable[[], object]) -> None:
+    """Run them at the same time, and wait for all; an error of any is raised."""
+    errors: list[BaseException] = []
+
+    def run(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,119 @@
+"""The command line: ``python tests/faults --seconds 60 --seed 1``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import rabbitmq_node
+from rabbitmq_node import NodeError
+
+from faults import report
+from faults.broken import MISTAKES
+from faults.harness import HarnessError, Settings, run
+from faults.scenarios import SCENARIOS
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: all is as promised. 1: it is not. 2: it could not be tried."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The publisher of the side exchange runs in this process; its troubles are made by us.
+    logging.getLogger("domain_events").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        settings = _settings(options)
+        result = run(settings, _say)
+    except (NodeError, HarnessError, OSError, ValueError) as error:
+        print(f"faults: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("faults: interrupted; all that was started is ended", file=sys.stderr)
+        return _INTERRUPTED
+    print(report.text(result), flush=True)
+    command = shlex.join(["python", "tests/faults", *_without_files(words)])
+    if options.report:
+        options.report.write_text(report.rst(result, command))
+    if options.json:
+        options.json.write_text(report.as_json(result))
+    return 1 if result.verdict.violations() else 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if options.release not in rabbitmq_node.RELEASES:
+        known = ", ".join(rabbitmq_node.RELEASES)
+        raise HarnessError(f"unknown release {options.release!r}; known are {known}")
+    mistake = MISTAKES.get(options.broken)
+    if options.broken and mistake is None:
+        raise HarnessError(f"unknown mistake {options.broken!r}; known are {', '.join(MISTAKES)}")
+    name = options.scenario or (mistake.scenario if mistake else "mixed")
+    if options.cluster:
+        name = "cluster"
+    if name not in SCENARIOS:
+        raise HarnessError(f"unknown scenario {name!r}; known are {', '.join(SCENARIOS)}")
+    scenario = SCENARIOS[name]
+    if scenario.waiting and options.events:
+        scenario = dataclasses.replace(scenario, waiting=options.events)
+    if options.url and (scenario.cluster or not options.url.startswith("amqp://")):
+        raise HarnessError("--url takes one amqp:// URL, and a scenario without a cluster")
+    seconds = options.seconds or (mistake.seconds if mistake else 60.0)
+    return Settings(
+        scenario, seconds, options.seed, options.release, options.url, options.broken, options.keep
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    scenarios = "\n".join(f"  {each.name:26}{each.about}" for each in SCENARIOS.values())
+    mistakes = "\n".join(f"  {name:26}{each.about}" for name, each in MISTAKES.items())
+    parser = argparse.ArgumentParser(
+        prog="python tests/faults",
+        description="Programs publish and handle events while their broker, their network and they "
+        "themselves fail; at the end every event is accounted for.",
+        epilog=f"scenarios:\n{scenarios}\n\n"
+        f"mistakes, each tried in a scenario of its own:\n{mistakes}\n\n"
+        "exit status: 0 all is as promised, 1 it is not, 2 it could not be tried.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--seconds", type=float, default=0.0, help="how long faults are injected (default: 60)")
+    add("--seed", type=int, default=1, help="replays the same schedule (default: 1)")
+    add("--release", default="host", help=f"of RabbitMQ: {', '.join(rabbitmq_node.RELEASES)}")
+    add("--url", default="", help="a broker to use instead; faults of its process are left out")
+    add("--scenario", default="", help="one of those below (default: mixed)")
+    add("--cluster", action="store_true", help="three nodes: the scenario `cluster`")
+    add("--events", type=int, default=0, help="how many wait, with waiting-retries")
+    add("--broken", default="", metavar="MISTAKE", help="use the library with a mistake made in it")
+    add("--report", type=Path, metavar="FILE", help="write the result as an RST fragment")
+    add("--keep", type=Path, metavar="FOLDER", help="keep all records and logs there")
+    add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    return parser
+
+
+def _without_files(words: Sequence[str]) -> list[str]:
+    """The command that reproduces a run, without where its results went."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and not word.startswith(("--report", "--json", "--keep")):
+            kept.append(word)
+        skip = word in ("--report", "--json", "--keep")
+    return kept
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,109 @@
+"""What the records say about each event, gathered as they are written. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+#: After these errors an event was surely not sent.
+SURELY_NOT_SENT = frozenset({"BrokerUnavailable", "InvalidEvent"})
+
+
+@dataclass
+class Publication:
+    """One event, and what came of each attempt to publish it."""
+
+    routing_key: str
+    taken: int = 0
+    outcomes: list[str] = field(default_factory=list)
+    last: float = 0.0
+
+    @property
+    def returned(self) -> bool:
+        return "returned" in self.outcomes
+
+    @property
+    def surely_not_sent(self) -> bool:
+        """Every attempt ended, and each with an error that says so."""
+        return self.taken == len(self.outcomes) and SURELY_NOT_SENT.issuperset(self.outcomes)
+
+
+@dataclass
+class Handling:
+    """One event at one subscriber."""
+
+    begun: Counter[int] = field(default_factory=Counter)  # how often, by the number of retries
+    returned: set[int] = field(default_factory=set)
+    last: float = 0.0
+
+
+class Usage(NamedTuple):
+    """What a process used: threads, descriptors, kilobytes; and when."""
+
+    threads: int
+    descriptors: int
+    kilobytes: int
+    time: float
+
+
+class Evidence:
+    """All records of a run."""
+
+    def __init__(self) -> None:
+        self.publications: dict[str, Publication] = {}
+        self.handlings: dict[tuple[str, str], Handling] = defaultdict(Handling)
+        self.published = 0  # events whose publish returned
+        self.handled = 0  # handlers that ended, however
+        self.outcomes: Counter[str] = Counter()
+        self.latest_publish = float("-inf")  # most seconds that a publish ended after its deadline
+        #: When handlers ended, of each subscriber.
+        self.ended_at: dict[str, list[float]] = defaultdict(list)
+        #: The first and the last of each process.
+        self.usage: dict[str, tuple[Usage, Usage]] = {}
+        self._warm: set[str] = set()
+        self.ready: set[str] = set()
+        self.latest = 0.0  # when a handler was last begun or ended
+
+    def add(self, process: str, words: list[str]) -> None:
+        """Take one record in."""
+        word, *rest = words
+        at = float(rest.pop())
+        if word == "take":
+            publication = self.publications.setdefault(rest[0], Publication(rest[1]))
+            publication.taken += 1
+        elif word == "done":
+            self._done(self.publications[rest[0]], rest[1], float(rest[2]), at)
+        elif word == "begin":
+            handling = self.handlings[rest[0], rest[1]]
+            handling.begun[int(rest[2])] += 1
+            handling.last = at
+            self.latest = max(self.latest, at)
+        elif word == "ended":
+            self._ended(rest[0], rest[1], int(rest[2]), rest[3], at)
+        elif word == "usage":
+            usage = Usage(int(rest[0]), int(rest[1]), int(rest[2]), at)
+            # The very first is of a program that has not begun; the second counts as the start.
+            first = self.usage[process][0] if process in self._warm else usage
+            if process in self.usage:
+                self._warm.add(process)
+            self.usage[process] = (first, usage)
+        elif word == "ready":
+            self.ready.add(process)
+
+    def _done(self, publication: Publication, outcome: str, beyond: float, at: float) -> None:
+        if outcome == "returned" and not publication.returned:
+            self.published += 1
+        publication.outcomes.append(outcome)
+        publication.last = at
+        self.outcomes[outcome] += 1
+        self.latest_publish = max(self.latest_publish, beyond)
+
+    def _ended(self, subscriber: str, event: str, retries: int, outcome: str, at: float) -> None:
+        self.handled += 1
+        handling = self.handlings[subscriber, event]
+        handling.last = at
+        if outcome == "returned":
+            handling.returned.add(retries)
+        self.ended_at[subscriber].append(at)
+        self.latest = max(self.latest, at)

@@ -1,0 +1,435 @@
+"""A run: starts all, has the faults come, waits until all is handled, and judges."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support import DELAY_LEVELS, Names
+
+from faults.broker import Broker, together
+from faults.evidence import Evidence, Usage
+from faults.injectors import NotNow, World, inject
+from faults.programs import Program
+from faults.records import Reader
+from faults.scenarios import Scenario, Subscribing
+from faults.schedule import KINDS, Group
+from faults.side import Side, all_handled
+from faults.verdict import LONGEST_SILENCE, Injected, Remains, Verdict, judge
+
+_START_SECONDS = 90.0
+_DRAIN_SECONDS = 240.0
+# Nothing was handled for so long: then all is done that is on its way in the broker ...
+_QUIET = 2.5
+# ... and if something is missing, it must have come back by now: a failed move after five
+# seconds.
+_QUIET_ENOUGH = 12.0
+_SIDE = "side"
+
+
+class HarnessError(Exception):
+    """The harness itself cannot go on; the message is for its user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asks for."""
+
+    scenario: Scenario
+    seconds: float = 60.0
+    seed: int = 1
+    release: str = "host"
+    url: str = ""
+    broken: str = ""
+    keep: Path | None = None  # a folder for the records, and the logs of programs and nodes
+
+
+@dataclass
+class Result:
+    """What a run has come to."""
+
+    settings: Settings
+    version: str
+    verdict: Verdict = field(default_factory=Verdict)
+    faults: list[Injected] = field(default_factory=list)
+    #: Faults that could not be injected, and why.
+    left_out: list[str] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    usage: dict[str, tuple[Usage, Usage]] = field(default_factory=dict)
+    starts: int = 0
+    deaths: int = 0
+    seconds: float = 0.0
+
+
+class Harness:
+    """One run. ``say`` is called with each line of progress."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._scenario = settings.scenario
+        self._say = say
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._evidence = Evidence()
+        self._programs: list[Program] = []
+        self._faults: list[Injected] = []
+        self._left_out: list[str] = []
+
+    def run(self) -> Result:
+        """All of it. Whatever happens, nothing is left running."""
+        settings = self._settings
+        self._folder = Path(tempfile.mkdtemp(prefix="faults-"))
+        self._reader = Reader(self._folder)
+        if not settings.url:
+            self._say(f"starting RabbitMQ ({settings.release})")
+        self._broker = Broker(settings.release, cluster=self._scenario.cluster, url=settings.url)
+        prefix = "faults" if not settings.url else f"faults-{secrets.token_hex(3)}"
+        self._names = Names(settings.url, prefix)
+        self._side: Side | None = None
+        try:
+            with self._looked_after():
+                return self._run()
+        finally:
+            self._ending.set()
+            self._close()
+
+    def _run(self) -> Result:
+        result = Result(self._settings, self._broker.version)
+        self._set_up()
+        begun = time.monotonic()
+        self._say(f"RabbitMQ {result.version}; {len(self._programs)} programs; faults begin")
+        self._inject(begun)
+        self._say("faults are over; waiting until everything is handled")
+        stopped = self._stop_publishers()
+        remains = self._drain(stopped)
+        with self._lock:
+            self._poll()
+            verdict = judge(self._evidence, remains, self._limits(), self._faults, stopped)
+        for program in self._programs:
+            verdict.misbehaved += program.misbehaved
+        result.verdict = verdict
+        result.faults = self._faults
+        result.left_out += self._left_out
+        result.outcomes = self._evidence.outcomes
+        result.usage = self._evidence.usage
+        result.starts = sum(program.starts for program in self._programs)
+        result.deaths = sum(program.deaths for program in self._programs)
+        result.seconds = time.monotonic() - begun
+        return result
+
+    # --- before ----------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        self._exchange = self._names.exchange("events")
+        for label, subscribing in self._scenario.subscribers.items():
+            self._add_subscriber(label, self._exchange, "event.#", subscribing)
+        self._side_exchange = self._names.exchange(_SIDE)
+        if {"queue-deleted", "exchange-deleted"} & self._scenario.needed():
+            self._add_subscriber(_SIDE, self._side_exchange, "side.#", Subscribing(1, 1, 0))
+            self._side = Side(self._broker.urls, self._side_exchange, self._folder)
+        subscribers = list(self._programs)
+        for program in subscribers:
+            program.start()
+        if not self._pause(_START_SECONDS, lambda: all(map(self._is_ready, subscribers))):
+            raise HarnessError(f"the subscribers are not ready within {_START_SECONDS:.0f} s")
+        # From here on a crash of the broker may lose nothing.
+        self._broker.sync()
+        due = time.monotonic() + 4 + self._scenario.waiting / 1000
+        for number in range(self._scenario.publishing.processes):
+            self._add_publisher(f"p{number}", due)
+        for program in self._publishers:
+            program.start()
+        if self._side is not None:
+            self._side.start()
+        if self._scenario.waiting:
+            self._pause(due - time.monotonic())
+        else:
+            self._pause(_START_SECONDS, lambda: all(map(self._is_ready, self._publishers)))
+
+    def _add_subscriber(
+        self, label: str, exchange: str, binding_key: str, subscribing: Subscribing
+    ) -> None:
+        name = self._names.queue(label)
+        # On RabbitMQ 3.10 a node fails when a quorum queue that dead-letters at least once is
+        # deleted soon after a start; so there what is to be deleted is a classic queue.
+        queue_type = "classic" if label == _SIDE and self._broker.old else "quorum"
+        for number in range(subscribing.processes):
+            self._programs.append(
+                Program(
+                    "subscriber",
+                    f"{label}{number}",
+                    self._folder,
+                    lambda process: {
+                        "process": process,
+                        "name": name,
+                        "label": label,
+                        "urls": self._broker.urls,
+                        "exchange": exchange,
+                        "binding_key": binding_key,
+                        "folder": str(self._folder),
+                        "workers": subscribing.workers,
+                        "max_retries": subscribing.max_retries,
+                        "prefetch_count": subscribing.prefetch_count,
+                        "queue_type": queue_type,
+                        "slow": subscribing.slow,
+                        "broken": self._settings.broken,
+                    },
+                )
+            )
+
+    def _add_publisher(self, name: str, due: float) -> None:
+        publishing = self._scenario.publishing
+
+        def configure(process: str) -> dict[str, Any]:
+            return {
+                "name": process,
+                "urls": self._broker.urls,
+                "exchange": self._exchange,
+                "folder": str(self._folder),
+                "seed": f"{self._settings.seed} {process}",
+                "threads": publishing.threads,
+                "pause": publishing.pause,
+                "batch": publishing.batch,
+                "batch_pause": publishing.batch_pause,
+                "timeouts": list(publishing.timeouts),
+                "mix": dict(publishing.mix),
+                "broken": self._settings.broken,
+                "waiting": self._scenario.waiting,
+                "due": due,
+            }
+
+        self._programs.append(Program("publisher", name, self._folder, configure))
+
+    @property
+    def _publishers(self) -> list[Program]:
+        return [program for program in self._programs if program.role == "publisher"]
+
+    @property
+    def _subscribers(self) -> list[Program]:
+        return [program for program in self._programs if program.role == "subscriber"]
+
+    def _limits(self) -> dict[str, dict[str, int]]:
+        limits = {name: each.max_retries for name, each in self._scenario.subscribers.items()}
+        return {"event": limits, _SIDE: {_SIDE: 0}} if self._side else {"event": limits}
+
+    # --- the faults ------------------------------------------------------------------------------
+
+    def _inject(self, begun: float) -> None:
+        impossible = self._impossible()
+        for kind in sorted(impossible):
+            self._left_out.append(f"{kind} (needs control over the node)")
+        world = World(
+            self._broker,
+            self._publishers,
+            [each for each in self._subscribers if not each.name.startswith(_SIDE)],
+            self._side,
+            self._side_exchange,
+            f"{self._names.prefix}-{_SIDE}",
+            self._is_ready,
+            self._side_is_handled,
+            self._pause,
+        )
+        groups = self._scenario.schedule(self._settings.seed, sorted(impossible))
+        # Where no more is published, silence may also mean that nothing is left.
+        patience = LONGEST_SILENCE if not self._scenario.waiting else 5.0
+        for number, group in enumerate(groups):
+            self._pause(group.gap)
+            if time.monotonic() - begun >= self._settings.seconds or self._is_done():
+                return
+            at = time.monotonic() - begun
+            told = self._inject_group(world, group, number)
+            over = time.monotonic()
+            going_on = self._pause(patience, lambda: self._all_handled_since(over))  # noqa: B023
+            with self._lock:
+                counts = (
+                    f"{self._evidence.published:,} published, {self._evidence.handled:,} handled"
+                )
+            silence = f"{time.monotonic() - over:.1f} s" if going_on else "SILENCE"
+            self._say(f"{at:6.1f} s  {told}; goes on after {silence}; {counts}")
+
+    def _impossible(self) -> set[str]:
+        if self._broker.nodes:
+            return set()
+        return {kind for kind in self._scenario.needed() if KINDS[kind].needs}
+
+    def _is_done(self) -> bool:
+        """Whether all the events that waited are handled."""
+        waiting = self._scenario.waiting
+        return bool(waiting) and all(
+            len(self._evidence.ended_at[name]) >= 2 * waiting for name in self._scenario.subscribers
+        )
+
+    def _inject_group(self, world: World, group: Group, number: int) -> str:
+        """The faults of a group, each on a thread of its own; says whom they befell."""
+        told = [""] * len(group.faults)
+        errors: list[BaseException] = []
+
+        def run(index: int) -> None:
+            fault = group.faults[index]
+            self._pause(fault.offset)
+            begun = time.monotonic()
+            try:
+                victim = inject(world, fault)
+            except NotNow as error:
+                told[index] = f"not now: {fault.kind}, {error}"
+                self._left_out.append(f"{fault.kind} ({error})")
+                return
+            except Exception as error:  # noqa: BLE001 - raised below, by the main thread
+                errors.append(error)
+                return
+            self._faults.append(Injected(fault.kind, begun, time.monotonic(), number))
+            told[index] = f"{fault.kind} ({victim})" if victim else fault.kind
+
+        threads = [
+            threading.Thread(target=run, args=(index,), daemon=True)
+            for index in range(len(group.faults))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise HarnessError(f"{group}: {errors[0]}") from errors[0]
+        return " + ".join(told)
+
+    def _all_handled_since(self, time: float) -> bool:
+        """Whether each subscriber has handled something since; or there is nothing to handle."""
+        return self._is_done() or all(
+            self._evidence.ended_at[name] and self._evidence.ended_at[name][-1] > time
+            for name in self._scenario.subscribers
+        )
+
+    def _side_is_handled(self) -> bool:
+        with self._lock:
+            return all_handled(self._evidence, _SIDE)
+
+    def _is_ready(self, program: Program) -> bool:
+        return program.process_name in self._evidence.ready
+
+    # --- afterwards ------------------------------------------------------------------------------
+
+    def _stop_publishers(self) -> float:
+        """When silence ends to mean anything."""
+        if self._side is not None:
+            self._side.stop()
+        stopped = time.monotonic()
+        together(*(program.stop for program in self._publishers))
+        if self._scenario.waiting:
+            with self._lock:
+                return max(
+                    (times[-1] for times in self._evidence.ended_at.values()), default=stopped
+                )
+        return stopped
+
+    def _drain(self, stopped: float) -> Remains:
+        """Wait until nothing is on its way; then stop the subscribers, and see what is left."""
+        labels = [*self._scenario.subscribers, *([_SIDE] if self._side else [])]
+        queues = {label: f"{self._names.prefix}-{label}" for label in labels}
+        shared = [f"{self._exchange}.delay.{level:02}" for level in range(DELAY_LEVELS)]
+        shared.append(f"{self._exchange}.undelivered")
+        dead: dict[str, Counter[str]] = {label: Counter() for label in labels}
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        told = time.monotonic()
+        while time.monotonic() < deadline and not self._ending.is_set():
+            self._pause(0.5)
+            quiet = max(0.0, time.monotonic() - self._latest())
+            counts = sum(self._broker.counts([*queues.values(), *shared]).values())
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                self._say(f"          {counts:,} wait in queues; quiet for {quiet:.0f} s")
+            if counts or quiet < _QUIET:
+                continue
+            self._take_dead_letters(queues, dead)
+            with self._lock:
+                remains = Remains(dead, {})
+                verdict = judge(self._evidence, remains, self._limits(), self._faults, stopped)
+            if not verdict.lost:
+                break
+            if quiet > _QUIET_ENOUGH:
+                held = self._broker.held([*queues.values(), *shared])
+                if not held:
+                    break
+                self._say(f"          {held:,} are being handed on; quiet for {quiet:.0f} s")
+                self._pause(5.0)
+        together(*(program.stop for program in self._subscribers))
+        self._pause(1.0)  # what they have given back is on its way into the queues
+        self._take_dead_letters(queues, dead)
+        waiting = {label: self._broker.take_all(queue) for label, queue in queues.items()}
+        waiting[""] = sum((self._broker.take_all(queue) for queue in shared), Counter[str]())
+        return Remains(dead, waiting, self._broker.held([*queues.values(), *shared]))
+
+    def _take_dead_letters(self, queues: dict[str, str], dead: dict[str, Counter[str]]) -> None:
+        for label, queue in queues.items():
+            dead[label] += self._broker.take_all(f"{queue}-dl")
+
+    def _latest(self) -> float:
+        """When a handler was last begun or ended."""
+        with self._lock:
+            self._poll()
+            return self._evidence.latest
+
+    # --- all the time ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _looked_after(self) -> Iterator[None]:
+        """Programs that end are started again, and records are read, on a thread of its own."""
+        stopping = threading.Event()
+
+        def look_after() -> None:
+            while not stopping.wait(0.1):
+                for program in list(self._programs):
+                    program.look_after()
+                with self._lock:
+                    self._poll()
+
+        thread = threading.Thread(target=look_after, name="look-after", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            thread.join(30)
+
+    def _poll(self) -> None:
+        for process, words in self._reader.new():
+            self._evidence.add(process, words)
+
+    def _pause(self, seconds: float, until: Callable[[], bool] | None = None) -> bool:
+        """Wait so long, or until the condition is true; false when it never was."""
+        deadline = time.monotonic() + seconds
+        while not (until and until()):
+            left = deadline - time.monotonic()
+            if left <= 0 or self._ending.wait(min(left, 0.05 if until else left)):
+                return False
+        return True
+
+    def _close(self) -> None:
+        for program in self._programs:
+            program.close()
+        if self._side is not None:
+            with contextlib.suppress(Exception):
+                self._side.stop()
+        with contextlib.suppress(Exception):
+            if self._settings.url:
+                self._names.delete()
+        if self._settings.keep is not None:
+            shutil.copytree(self._folder, self._settings.keep, dirs_exist_ok=True)
+            for node in self._broker.nodes:
+                (self._settings.keep / f"{node.name}.log").write_text(node.log)
+        self._broker.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> Result:
+    """One run; see `Harness`."""
+    return Harness(settings, say).run()

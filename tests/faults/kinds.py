@@ -1,0 +1,59 @@
+"""The kinds of events: what their handler does, and what must become of them. Pure.
+
+The kind is in the routing key, ``event.<kind>``, so that a record of the key says it all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+RETURNED = "returned"
+DEAD_LETTER = "dead letter"
+
+#: How often each kind is published, among the others.
+MIXED: Mapping[str, float] = {
+    "ok": 850,
+    "slow": 40,  # the handler sleeps
+    "raise": 20,  # it raises: a dead letter
+    "reject": 10,  # it raises Reject: the same
+    "retry.1": 40,  # it raises Retry so often, then returns
+    "retry.2": 20,
+    "exhaust": 15,  # it raises Retry for ever
+    "die": 0.5,  # it kills its process, the first time
+}
+
+
+class Fate(NamedTuple):
+    """What must become of an event at one subscriber."""
+
+    end: str
+    last_retry: int  # it is seen with retries 0 to this, and never more
+
+
+def fate(routing_key: str, max_retries: int) -> Fate:
+    """What a subscriber with ``max_retries`` must make of an event."""
+    kind = routing_key.split(".")[1]
+    if kind in ("raise", "reject"):
+        return Fate(DEAD_LETTER, 0)
+    if kind == "exhaust":
+        return Fate(DEAD_LETTER, max_retries)
+    if kind == "retry":
+        wanted = int(routing_key.split(".")[2])
+        return Fate(RETURNED, wanted) if wanted <= max_retries else Fate(DEAD_LETTER, max_retries)
+    if kind == "later":
+        return Fate(RETURNED, 1)
+    return Fate(RETURNED, 0)
+
+
+class Mix:
+    """Draws kinds of events, as often as their weights say."""
+
+    def __init__(self, weights: Mapping[str, float], source: random.Random) -> None:
+        self._kinds: Sequence[str] = list(weights)
+        self._weights = list(weights.values())
+        self._source = source
+
+    def routing_key(self) -> str:
+        return "event." + self._source.choices(self._kinds, self._weights)[0]

@@ -1,0 +1,157 @@
+"""The programs under test: started, watched, killed, and started again when they end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from faults.subscriber import DIED
+
+_TESTS = Path(__file__).resolve().parent.parent
+# A program is started again at once, but not in a spin.
+_PAUSE_AFTER_A_FAILURE = 1.0
+
+#: Seconds for a program to end in order: its longest publish, and some.
+STOP_SECONDS = 45.0
+
+Configuration = Mapping[str, Any]
+
+
+class Program:
+    """One program: as many processes as it takes, one after the other."""
+
+    def __init__(
+        self, role: str, name: str, folder: Path, configure: Callable[[str], Configuration]
+    ) -> None:
+        self.role = role
+        self.name = name
+        self._folder = folder
+        self._configure = configure
+        self._lock = threading.RLock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._forked: list[int] = []  # process groups with children in them
+        self._asked = False  # to end
+        self._wanted = True
+        self._not_before = 0.0
+        self.starts = 0
+        self.deaths = 0  # that handlers died
+        self.misbehaved: list[str] = []
+
+    @property
+    def process_name(self) -> str:
+        """The name of the present process in the records."""
+        return f"{self.name}.{self.starts}"
+
+    def start(self) -> None:
+        with self._lock:
+            self.starts += 1
+            self._asked = False
+            config = json.dumps(self._configure(self.process_name))
+            # Coverage is not measured here: it would slow down what is to be under load.
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+            environment["PYTHONPATH"] = str(_TESTS)
+            with (self._folder / f"{self.name}.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", f"faults.{self.role}", config],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    # A group of its own: Ctrl-C is for the harness, which then ends the rest.
+                    start_new_session=True,
+                )
+
+    def look_after(self) -> None:
+        """Start it again if it has ended; note when it should not have."""
+        with self._lock:
+            process = self._process
+            if process is None or process.poll() is None:
+                return
+            self._judge_end(process.returncode)
+            if self._wanted and time.monotonic() >= self._not_before:
+                self.start()
+            else:
+                self._process = None if not self._wanted else process
+
+    def _judge_end(self, status: int) -> None:
+        if self._asked:
+            return
+        self._asked = True
+        if status in (DIED, -signal.SIGKILL):
+            self.deaths += 1
+            return
+        self._not_before = time.monotonic() + _PAUSE_AFTER_A_FAILURE
+        self.misbehaved.append(
+            f"{self.process_name} ended by itself with status {status}: {self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        lines = (self._folder / f"{self.name}.log").read_text(errors="replace").splitlines()
+        return lines[-1][:200] if lines else "(no word)"
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+        with self._lock:
+            if self._process is not None:
+                self._process.wait(10)
+
+    def fork(self) -> None:
+        """Have it fork; a publisher only."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.send_signal(signal.SIGUSR1)
+                self._forked.append(self._process.pid)
+
+    def terminate(self) -> None:
+        """SIGTERM; it must end in order, and in time."""
+        with self._lock:
+            process = self._process
+            name = self.process_name
+        self._signal(signal.SIGTERM)
+        if process is None:
+            return
+        try:
+            status = process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.misbehaved.append(f"{name} did not end within {STOP_SECONDS:.0f} s of SIGTERM")
+            process.kill()
+            process.wait()
+            return
+        # One that is just starting has no handler of signals yet.
+        if status not in (0, -signal.SIGTERM, -signal.SIGKILL, DIED):
+            self.misbehaved.append(
+                f"{name} ended with status {status} at SIGTERM: {self._last_words()}"
+            )
+
+    def stop(self) -> None:
+        """SIGTERM, and do not start it again."""
+        self._wanted = False
+        self.terminate()
+
+    def close(self) -> None:
+        """Kill all that is left of it, its forks too."""
+        self._wanted = False
+        with self._lock:
+            if self._process is not None:
+                self._asked = True
+                self._process.kill()
+                self._process.wait()
+            for group in self._forked:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._asked = True
+                self._process.send_signal(number)

@@ -1,0 +1,178 @@
+"""A result in words: a table for the terminal, an RST fragment for the docs, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from faults.evidence import Usage
+from faults.harness import Result
+from faults.verdict import LATEST
+
+# A process that lived shorter says nothing about what piles up.
+_LONG_ENOUGH = 15.0
+
+Row = tuple[str, str]
+
+
+def figures(result: Result) -> list[Row]:
+    """The figures of a run, each with its name; those that must be 0 say so."""
+    verdict = result.verdict
+    share = verdict.duplicates / verdict.calls if verdict.calls else 0.0
+    errors = {name: n for name, n in sorted(result.outcomes.items()) if name != "returned"}
+    rows = [
+        ("events whose publish returned", f"{verdict.published:,}"),
+        ("publishes that raised", _listed(errors)),
+        ("events handled, by subscriber", _listed(verdict.handled)),
+        ("dead-lettered, by subscriber", _listed(verdict.dead_lettered)),
+        ("still waiting (must be 0)", f"{verdict.waiting:,}"),
+        ("LOST (must be 0)", f"{len(verdict.lost):,}"),
+        ("duplicates", f"{verdict.duplicates:,} of {verdict.calls:,} calls, {share:.2%}"),
+        ("handled, surely not sent (must be 0)", f"{len(verdict.forbidden):,}"),
+        ("retried beyond their limit (must be 0)", f"{len(verdict.beyond_limit):,}"),
+        ("given up below their limit (must be 0)", f"{len(verdict.below_limit):,}"),
+        (
+            f"latest publish after its deadline (must be under {LATEST:g} s)",
+            f"{max(0.0, verdict.latest_publish):.2f} s",
+        ),
+        ("longest silence after faults", _longest_silence(result)),
+        ("processes started; ended by a handler", f"{result.starts:,}; {result.deaths:,}"),
+        ("programs that misbehaved (must be 0)", f"{len(verdict.misbehaved):,}"),
+    ]
+    return [*rows, *_usage(result)]
+
+
+def _listed(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items()) or "none"
+
+
+def _longest_silence(result: Result) -> str:
+    if not result.verdict.silences:
+        return "none"
+    group, (seconds, name) = max(result.verdict.silences.items(), key=lambda item: item[1])
+    kinds = " + ".join(fault.kind for fault in result.faults if fault.group == group)
+    return f"{seconds:.1f} s, {name} after {kinds}"
+
+
+def _usage(result: Result) -> Iterator[Row]:
+    """At the start and at the end, of the process of each program that lived longest."""
+    longest: dict[str, str] = {}
+    for name, (first, last) in sorted(result.usage.items(), key=lambda item: _lifetime(item[1])):
+        if last.time - first.time >= _LONG_ENOUGH:
+            longest[name.split(".")[0]] = name
+    for name in sorted(longest.values()):
+        first, last = result.usage[name]
+        grown = (
+            f"threads {first.threads} → {last.threads}, "
+            f"descriptors {first.descriptors} → {last.descriptors}, "
+            f"memory {first.kilobytes / 1024:.0f} → {last.kilobytes / 1024:.0f} MB"
+        )
+        yield f"{name}, over {last.time - first.time:.0f} s", grown
+
+
+def _lifetime(usage: tuple[Usage, Usage]) -> float:
+    return usage[1].time - usage[0].time
+
+
+def faults(result: Result) -> list[tuple[str, str, str, str]]:
+    """Each kind of fault: how often it came, what was lost in it, the longest silence after it."""
+    rows = []
+    counts = Counter(fault.kind for fault in result.faults)
+    for kind in sorted(counts):
+        groups = {fault.group for fault in result.faults if fault.kind == kind}
+        lost = sum(result.verdict.lost_in[group] for group in groups)
+        silence = max(result.verdict.silences.get(group, (0.0, ""))[0] for group in groups)
+        rows.append((kind, f"{counts[kind]:,}", f"{lost:,}", f"{silence:.1f} s"))
+    return rows
+
+
+# What was lost in a group of faults counts for each of them.
+_HEAD = ("Fault", "Injected", "Lost", "Longest silence after it")
+
+
+def text(result: Result) -> str:
+    """For the terminal."""
+    lines = ["", *_columns([_HEAD, *faults(result)]), "", *_columns(figures(result))]
+    lines += [f"left out: {each}" for each in result.left_out]
+    lines += [
+        f"lost: {event} ({key}) at {name}" for name, event, key, _ in result.verdict.lost[:10]
+    ]
+    for events in (
+        result.verdict.forbidden,
+        result.verdict.beyond_limit,
+        result.verdict.below_limit,
+        result.verdict.misbehaved,
+    ):
+        lines += [f"wrong: {each}" for each in events[:10]]
+    lines.append("")
+    lines += [f"NOT AS PROMISED: {each}." for each in result.verdict.violations()]
+    return "\n".join(lines if result.verdict.violations() else [*lines, "As promised."])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def rst(result: Result, command: str) -> str:
+    """A fragment for the documentation."""
+    settings = result.settings
+    scenario = settings.scenario
+    about = (
+        f"RabbitMQ {result.version}, scenario ``{scenario.name}`` ({scenario.about}), seed "
+        f"{settings.seed}, {settings.seconds:g} s of faults, {result.seconds:.0f} s in all. "
+        "To reproduce::"
+    )
+    lines = [
+        about,
+        "",
+        f"    {command}",
+        "",
+        *_table([_HEAD, *faults(result)]),
+        "",
+        *_table([("Figure", "Value"), *figures(result)]),
+        "",
+    ]
+    if result.left_out:
+        lines += ["Left out: " + "; ".join(result.left_out) + ".", ""]
+    verdict = result.verdict.violations()
+    lines.append("Not as promised: " + "; ".join(verdict) + "." if verdict else "All as promised.")
+    return "\n".join([*lines, ""])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for row in rows:
+        lines.append(f"   * - {row[0]}")
+        lines += [f"     - {cell}" for cell in row[1:]]
+    return lines
+
+
+def as_json(result: Result) -> str:
+    """For programs: the figures that are judged."""
+    verdict = result.verdict
+    return json.dumps(
+        {
+            "version": result.version,
+            "published": verdict.published,
+            "handled": verdict.handled,
+            "dead_lettered": verdict.dead_lettered,
+            "waiting": verdict.waiting,
+            "lost": len(verdict.lost),
+            "duplicates": verdict.duplicates,
+            "forbidden": len(verdict.forbidden),
+            "beyond_limit": len(verdict.beyond_limit),
+            "below_limit": len(verdict.below_limit),
+            "latest_publish": verdict.latest_publish,
+            "longest_silence": verdict.longest_silence,
+            "misbehaved": verdict.misbehaved,
+            "faults": dict(Counter(fault.kind for fault in result.faults)),
+            "left_out": result.left_out,
+            "violations": verdict.violations(),
+        },
+        indent=2,
+    )
