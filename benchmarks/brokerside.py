@@ -18,6 +18,8 @@ from benchmarks.peers.driver import EXCHANGE, ROUTING_KEY, data_of, envelope
 _COMPANIONS = ("", "-dl", ".DQ", ".XQ", ".dlq", ".retry.1", "-delay-1000", "-delay-6000")
 
 _FILL_SECONDS = 300.0
+# A count that has not changed for so many seconds will not.
+_STALLED = 3.0
 _PERSISTENT = pika.BasicProperties(
     content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent
 )
@@ -97,16 +99,32 @@ def fill(url: str, queues: list[str], letter: Letter, count: int, taken: int = 0
 
     :param taken: so many of them a client takes at once.
     """
+    sent = _send(url, letter, range(count))
+    deadline = time.monotonic() + _FILL_SECONDS
+    before, changed_at = 0, time.monotonic()
+    while True:
+        with channel(url) as on:
+            there = _ready(on, queues)
+        if there >= count - taken:
+            return
+        now = time.monotonic()
+        if now > deadline:
+            raise TimeoutError(f"{there} of {count} events in {queues[0]} after a long wait")
+        if there != before:
+            before, changed_at = there, now
+        elif now - changed_at > _STALLED:
+            # They are sent without confirms, for speed; what is missing is sent again.
+            sent += _send(url, letter, range(sent, sent + count - taken - there))
+            changed_at = now
+        time.sleep(0.02)
+
+
+def _send(url: str, letter: Letter, numbers: range) -> int:
     with channel(url) as on:
-        for number in range(count):
+        for number in numbers:
             key = letter.routing_key(number)
             on.basic_publish(letter.exchange, key, letter.body(number), _PERSISTENT)
-    deadline = time.monotonic() + _FILL_SECONDS
-    with channel(url) as on:
-        while (there := _ready(on, queues)) < count - taken:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{there} of {count} events in {queues[0]} after a long wait")
-            time.sleep(0.02)
+    return len(numbers)
 
 
 def feed(url: str, letter: Letter, count: int, rate: float) -> None:
