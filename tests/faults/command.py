@@ -23,15 +23,20 @@ from faults.scenarios import SCENARIOS
 _INTERRUPTED = 130
 
 
+def program() -> int:
+    """`main`, in a process of its own."""
+    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
+    # The publisher of the side exchange runs in this process; its troubles are made by us.
+    logging.getLogger("domain_events").setLevel(logging.CRITICAL)
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is as promised. 1: it is not. 2: it could not be tried."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
-    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The publisher of the side exchange runs in this process; its troubles are made by us.
-    logging.getLogger("domain_events").setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         settings = _settings(options)
         result = run(settings, _say)
