@@ -16,6 +16,15 @@ from domain_events.topology import Binding, Declaration, Exchange, Queue
 FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
 
 
+class Refused(Exception):
+    """What was asked for cannot be; with AMQP's code, and in its words."""
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(f"{said} ({code})")
+        self.code = code
+        self.said = said
+
+
 def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEventsError:
     """Why this could not be declared, what was asked for, and the ways out."""
     what, asked = _described(declaration)

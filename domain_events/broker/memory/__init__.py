@@ -6,8 +6,9 @@ holds for both.
 
 ``memory://`` is one broker, ``memory://NAME`` another for each name.
 
-``store``: exchanges, queues, routing, dead-lettering. ``queues``: one queue. ``clock``: real and
-virtual time. ``publishing``, ``consuming``: the two kinds of connection.
+``store``: the broker. ``routing``: exchanges and bindings. ``queues``: one queue. ``deaths``: what
+a dead letter tells. ``clock``: real and virtual time. ``publishing``, ``consuming``: the two kinds
+of connection.
 """
 
 from __future__ import annotations

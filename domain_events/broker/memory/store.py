@@ -1,4 +1,4 @@
-"""The embedded broker itself: exchanges, bindings, queues, and how messages go through them.
+"""The embedded broker itself: its lock, its timers, and how messages go through its queues.
 
 It does what RabbitMQ does, as far as `topology` asks for it: topic, direct and fanout exchanges,
 bindings between them, alternate exchanges, times to live, dead-lettering, delivery limits,
@@ -18,43 +18,24 @@ import heapq
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
-from domain_events import topology
 from domain_events.broker import refusals
 from domain_events.broker.memory.clock import SECOND, Clock, RealTime, VirtualTime
+from domain_events.broker.memory.deaths import with_death, would_go_in_circles
 from domain_events.broker.memory.queues import Entry, QueueState, Taker
+from domain_events.broker.memory.routing import Routing
+from domain_events.broker.refusals import Refused
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.message import Message
-from domain_events.topology import Binding, Declaration, Exchange, Queue, Topology
+from domain_events.topology import Declaration, Exchange, Queue, Topology
 
 log = logging.getLogger("domain_events")
 
 Result = TypeVar("Result")
-
-_ROUTES_REMEMBERED = 10_000
-_TYPES = ("topic", "direct", "fanout")
-
-
-class Refused(Exception):
-    """What was asked for cannot be; with AMQP's code, and in its words."""
-
-    def __init__(self, code: int, said: str) -> None:
-        super().__init__(f"{said} ({code})")
-        self.code = code
-        self.said = said
-
-
-@dataclass(eq=False)
-class _Exchange:
-    declaration: Exchange
-    #: (destination, whether that is an exchange, binding key); a dict for its order.
-    bindings: dict[tuple[str, bool, str], None] = field(default_factory=dict)
 
 
 class Store:
@@ -77,9 +58,8 @@ class Store:
         self._operations: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._exchanges: dict[str, _Exchange] = {}
+        self._routing = Routing()
         self._queues: dict[str, QueueState] = {}
-        self._routes: dict[tuple[str, str], tuple[QueueState, ...]] = {}
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -182,47 +162,24 @@ class Store:
 
     def _declare(self, declaration: Declaration, owner: object) -> None:
         if isinstance(declaration, Exchange):
-            self._declare_exchange(declaration)
+            self._routing.declare(declaration)
         elif isinstance(declaration, Queue):
             self._declare_queue(declaration, owner)
         else:
-            self._bind(declaration)
-
-    def _declare_exchange(self, declaration: Exchange) -> None:
-        existing = self._exchanges.get(declaration.name)
-        if existing is None:
-            if declaration.type not in _TYPES:
-                raise Refused(503, f"the embedded broker knows the types {', '.join(_TYPES)} only")
-            self._exchanges[declaration.name] = _Exchange(declaration)
-            self._routes.clear()
-        elif existing.declaration != declaration:
-            was = existing.declaration
-            raise Refused(refusals.REFUSED, f"it has the type {was.type!r}, {dict(was.arguments)}")
+            if not declaration.to_exchange and declaration.destination not in self._queues:
+                raise Refused(refusals.MISSING, f"there is no {declaration.destination!r}")
+            self._routing.bind(declaration)
 
     def _declare_queue(self, declaration: Queue, owner: object) -> None:
         queue = self._queues.get(declaration.name)
         if queue is None:
             queue = QueueState(declaration, owner if declaration.exclusive else None)
             self._queues[declaration.name] = queue
-            self._routes.clear()
         else:
             self._check_access(queue, owner)
             if not declaration.as_found and (different := queue.same_as(declaration)):
                 raise Refused(refusals.REFUSED, different)
         self.used(queue)
-
-    def _bind(self, binding: Binding) -> None:
-        source = self._exchanges.get(binding.exchange)
-        destinations = self._exchanges if binding.to_exchange else self._queues
-        for missing in (
-            binding.exchange if source is None else None,
-            binding.destination if binding.destination not in destinations else None,
-        ):
-            if missing is not None:
-                raise Refused(refusals.MISSING, f"there is no {missing!r}")
-        assert source is not None
-        source.bindings[binding.destination, binding.to_exchange, binding.binding_key] = None
-        self._routes.clear()
 
     def delete(self, declarations: Topology, user: object) -> None:
         """Delete the queues and exchanges among this, with all that is in them.
@@ -234,26 +191,18 @@ class Store:
                 if declaration.name in self._queues:
                     self._delete_queue(self.queue(declaration.name, user))
             elif isinstance(declaration, Exchange):
-                self._exchanges.pop(declaration.name, None)
-                self._unbind(declaration.name, to_exchange=True)
+                self._routing.delete(declaration.name)
 
     def _delete_queue(self, queue: QueueState) -> None:
         queue.deleted = True
         queue.ready.clear()
         queue.parked.clear()
         del self._queues[queue.name]
-        self._unbind(queue.name, to_exchange=False)
+        self._routing.unbind_queue(queue.name)
         takers = list(queue.takers)
         queue.takers.clear()
         for taker in takers:
             taker.cancelled()
-
-    def _unbind(self, destination: str, *, to_exchange: bool) -> None:
-        for exchange in self._exchanges.values():
-            for binding in list(exchange.bindings):
-                if binding[:2] == (destination, to_exchange):
-                    del exchange.bindings[binding]
-        self._routes.clear()
 
     def queue(self, name: str, user: object) -> QueueState:
         """The queue of that name.
@@ -283,7 +232,7 @@ class Store:
 
     def publish(self, message: Message) -> DomainEventsError | None:
         """Put the message into every queue that it is routed to; what stands against it, if so."""
-        if message.exchange and message.exchange not in self._exchanges:
+        if message.exchange and message.exchange not in self._routing:
             return refusals.no_exchange(message, "there is no such exchange")
         if message.headers:
             # The sender may go on to change its own.
@@ -294,45 +243,14 @@ class Store:
         return None
 
     def _route(self, message: Message) -> bool:
-        queues = self._destinations(message.exchange, message.routing_key)
+        queues = self._destinations(message)
         for queue in queues:
             self._put(queue, message)
         return bool(queues)
 
-    def _destinations(self, exchange: str, routing_key: str) -> tuple[QueueState, ...]:
-        if not exchange:
-            queue = self._queues.get(routing_key)
-            return (queue,) if queue is not None else ()
-        found = self._routes.get((exchange, routing_key))
-        if found is None:
-            if len(self._routes) >= _ROUTES_REMEMBERED:
-                self._routes.clear()
-            found = self._routes[exchange, routing_key] = self._walk(exchange, routing_key)
-        return found
-
-    def _walk(self, start: str, routing_key: str) -> tuple[QueueState, ...]:
-        found: dict[str, QueueState] = {}
-        seen = {start}
-        to_see = [start]
-        while to_see:
-            exchange = self._exchanges.get(to_see.pop())
-            if exchange is None:
-                continue  # an alternate exchange that was never declared
-            matched = False
-            for destination, is_exchange, binding_key in exchange.bindings:
-                if not _matches(exchange.declaration.type, binding_key, routing_key):
-                    continue
-                matched = True
-                if not is_exchange:
-                    found[destination] = self._queues[destination]
-                elif destination not in seen:
-                    seen.add(destination)
-                    to_see.append(destination)
-            alternate = exchange.declaration.arguments.get("alternate-exchange")
-            if not matched and isinstance(alternate, str) and alternate not in seen:
-                seen.add(alternate)
-                to_see.append(alternate)
-        return tuple(found.values())
+    def _destinations(self, message: Message) -> list[QueueState]:
+        names = self._routing.queues(message.exchange, message.routing_key)
+        return [self._queues[name] for name in names if name in self._queues]
 
     def _put(self, queue: QueueState, message: Message) -> None:
         entry = Entry(message, next(self._numbers))
@@ -378,12 +296,12 @@ class Store:
             message,
             exchange=exchange,
             routing_key=queue.argument("x-dead-letter-routing-key") or message.routing_key,
-            headers=_with_death(message, queue.name, reason),
+            headers=with_death(message, queue.name, reason),
             mandatory=False,
         )
-        queues = self._destinations(moved.exchange, moved.routing_key)
+        queues = self._destinations(moved)
         for each in queues:
-            if not _would_go_in_circles(moved, each.name):
+            if not would_go_in_circles(moved, each.name):
                 self._put(each, moved)
         if not queues and queue.keeps_what_it_cannot_move:
             queue.parked.append((entry, reason))
@@ -428,60 +346,3 @@ class Store:
                 self._delete_queue(queue)
 
         self.later(patience, expire)
-
-
-def _matches(exchange_type: str, binding_key: str, routing_key: str) -> bool:
-    if exchange_type == "fanout":
-        return True
-    if exchange_type == "direct":
-        return binding_key == routing_key
-    return topology.matches(binding_key, routing_key)
-
-
-def _would_go_in_circles(message: Message, queue: str) -> bool:
-    """Whether the message was in that queue, and has come all the way since by itself.
-
-    RabbitMQ drops it then: https://www.rabbitmq.com/docs/dlx#routing
-    """
-    for death in _deaths(message):
-        if death["reason"] == "rejected":
-            return False
-        if death["queue"] == queue:
-            return True
-    return False
-
-
-def _deaths(message: Message) -> list[dict[str, Any]]:
-    """What the message tells of its moves; anybody may have put anything there."""
-    deaths = message.headers.get("x-death")
-    if not isinstance(deaths, list):
-        return []
-    wanted = {"queue", "reason", "count"}
-    return [each for each in deaths if isinstance(each, dict) and wanted <= each.keys()]
-
-
-def _with_death(message: Message, queue: str, reason: str) -> dict[str, Any]:
-    """The headers with what the broker tells of a message that it moves by itself.
-
-    https://www.rabbitmq.com/docs/dlx#effects
-    """
-    headers = dict(message.headers)
-    death = {
-        "count": 1,
-        "reason": reason,
-        "queue": queue,
-        "time": datetime.fromtimestamp(int(time.time()), timezone.utc),
-        "exchange": message.exchange,
-        "routing-keys": [message.routing_key],
-    }
-    others = _deaths(message)
-    for index, other in enumerate(others):
-        if (other["queue"], other["reason"]) == (queue, reason):
-            death = {**other, "count": other["count"] + 1}
-            del others[index]
-            break
-    headers["x-death"] = [death, *others]
-    headers.setdefault("x-first-death-reason", reason)
-    headers.setdefault("x-first-death-queue", queue)
-    headers.setdefault("x-first-death-exchange", message.exchange)
-    return headers
