@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -149,7 +150,7 @@ class _Role:
         self._say(f"{float(event.data['amount']):.2f} is booked (retries: {event.retries})")
 
 
-class _Service:
+class _Service(ABC):
     """One of the services, whose words are told here: `_Process` or `_Thread`."""
 
     def __init__(self, label: str, *arguments: str) -> None:
@@ -184,13 +185,13 @@ class _Service:
             if not self._has_said(words):
                 raise SystemExit(f"The demo got stuck: {self._label} did not say {words!r}.")
 
+    @abstractmethod
     def stop(self) -> None:
         """End it in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, *options: str) -> None:
         """Do what the service does, and `_tell` what it says."""
-        raise NotImplementedError
 
     def _live(self, *options: str) -> None:
         try:
