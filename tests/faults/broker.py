@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ _HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
 _HEARTBEAT = 6
 
 _PATIENCE = 60.0
+# A broker that is down is asked again until it answers, or patience ends.
+_BETWEEN_ATTEMPTS = 0.3
 
 
 class Broker:
@@ -40,8 +43,9 @@ class Broker:
         self._turn = 0
         try:
             if not url:
-                for _ in range(3 if cluster else 1):
-                    self.nodes.append(Node(release))
+                with uninterrupted():
+                    for _ in range(3 if cluster else 1):
+                        self.nodes.append(Node(release))
                 self._start(self.nodes)
             for parameters in map(pika.URLParameters, self._direct()):
                 self.proxies.append(Proxy(str(parameters.host), int(parameters.port)))
@@ -94,13 +98,15 @@ class Broker:
         for node in self.nodes:
             node.sync()
         if not self.nodes:
-            time.sleep(2)  # we can only hope
+            # The table is written about a second later, and a broker elsewhere tells nobody when.
+            time.sleep(2)
 
     def close(self) -> None:
-        for proxy in self.proxies:
-            proxy.close()
-        for node in self.nodes:
-            node.close()
+        with uninterrupted():
+            for proxy in self.proxies:
+                proxy.close()
+            for node in self.nodes:
+                node.close()
 
     # --- a look past the proxies -----------------------------------------------------------------
 
@@ -178,11 +184,11 @@ class Broker:
                     continue
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.5)
+                time.sleep(_BETWEEN_ATTEMPTS)
             except pika.exceptions.AMQPError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.5)
+                time.sleep(_BETWEEN_ATTEMPTS)
 
     def _direct(self) -> list[str]:
         return [node.url for node in self.nodes] or [self._given]
@@ -198,7 +204,22 @@ class Broker:
                     return pika.BlockingConnection(parameters)
             if time.monotonic() > deadline:
                 raise ConnectionError(f"no broker answered within {_PATIENCE:.0f} s")
-            time.sleep(0.2)
+            time.sleep(_BETWEEN_ATTEMPTS)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until this is done: a node half made, or half closed, leaves its epmd behind."""
+    pending: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _frame: pending.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pending:
+        raise KeyboardInterrupt
 
 
 def together(*functions: Callable[[], object]) -> None:

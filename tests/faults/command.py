@@ -8,7 +8,8 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -23,23 +24,14 @@ from faults.scenarios import SCENARIOS
 _INTERRUPTED = 130
 
 
-def program() -> int:
-    """`main`, in a process of its own."""
-    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _interrupt)
-    # The publisher of the side exchange runs in this process; its troubles are made by us.
-    logging.getLogger("domain_events").setLevel(logging.CRITICAL)
-    return main()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is as promised. 1: it is not. 2: it could not be tried."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     try:
         settings = _settings(options)
-        result = run(settings, _say)
+        with _this_process():
+            result = run(settings, _say)
     except (NodeError, HarnessError, OSError, ValueError) as error:
         print(f"faults: {error}", file=sys.stderr)
         return 2
@@ -114,6 +106,26 @@ def _without_files(words: Sequence[str]) -> list[str]:
             kept.append(word)
         skip = word in ("--report", "--json", "--keep")
     return kept
+
+
+@contextmanager
+def _this_process() -> Iterator[None]:
+    """What a run changes for the whole process; as before afterwards, for it may be a test's."""
+    logger = logging.getLogger("domain_events")
+    level = logger.level
+    # The publisher of the side exchange runs in this process; its troubles are made by us.
+    logger.setLevel(logging.CRITICAL)
+    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt),
+    }
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from support import DELAY_LEVELS, Names
 
-from faults.broker import Broker, together
+from faults.broker import Broker, together, uninterrupted
 from faults.evidence import Evidence, Usage
 from faults.injectors import NotNow, World, inject
 from faults.programs import Program
@@ -35,6 +35,8 @@ _QUIET = 2.5
 # seconds.
 _QUIET_ENOUGH = 12.0
 _SIDE = "side"
+# The events that wait fall due over this share of the time: each kill meets some.
+_SPREAD = 0.6
 
 
 class HarnessError(Exception):
@@ -88,11 +90,11 @@ class Harness:
     def run(self) -> Result:
         """All of it. Whatever happens, nothing is left running."""
         settings = self._settings
-        self._folder = Path(tempfile.mkdtemp(prefix="faults-"))
-        self._reader = Reader(self._folder)
         if not settings.url:
             self._say(f"starting RabbitMQ ({settings.release})")
         self._broker = Broker(settings.release, cluster=self._scenario.cluster, url=settings.url)
+        self._folder = Path(tempfile.mkdtemp(prefix="faults-"))
+        self._reader = Reader(self._folder)
         prefix = "faults" if not settings.url else f"faults-{secrets.token_hex(3)}"
         self._names = Names(settings.url, prefix)
         self._side: Side | None = None
@@ -100,8 +102,9 @@ class Harness:
             with self._looked_after():
                 return self._run()
         finally:
-            self._ending.set()
-            self._close()
+            with uninterrupted():
+                self._ending.set()
+                self._close()
 
     def _run(self) -> Result:
         result = Result(self._settings, self._broker.version)
@@ -206,6 +209,7 @@ class Harness:
                 "broken": self._settings.broken,
                 "waiting": self._scenario.waiting,
                 "due": due,
+                "spread": self._settings.seconds * _SPREAD,
             }
 
         self._programs.append(Program("publisher", name, self._folder, configure))
@@ -426,8 +430,8 @@ class Harness:
             shutil.copytree(self._folder, self._settings.keep, dirs_exist_ok=True)
             for node in self._broker.nodes:
                 (self._settings.keep / f"{node.name}.log").write_text(node.log)
-        self._broker.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._broker.close()
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -38,7 +37,6 @@ class Program:
         self._configure = configure
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._forked: list[int] = []  # process groups with children in them
         self._asked = False  # to end
         self._wanted = True
         self._not_before = 0.0
@@ -110,7 +108,6 @@ class Program:
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGUSR1)
-                self._forked.append(self._process.pid)
 
     def terminate(self) -> None:
         """SIGTERM; it must end in order, and in time."""
@@ -139,16 +136,13 @@ class Program:
         self.terminate()
 
     def close(self) -> None:
-        """Kill all that is left of it, its forks too."""
+        """Kill it; the children of its forks then end by themselves."""
         self._wanted = False
         with self._lock:
             if self._process is not None:
                 self._asked = True
                 self._process.kill()
                 self._process.wait()
-            for group in self._forked:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock:

@@ -126,8 +126,8 @@ class Proxy:
                 self._pass_on(from_client, to_server, pair),
                 self._pass_on(from_server, to_client, pair),
             )
-        except OSError:
-            pass  # the broker is down, or either side has hung up
+        except (OSError, asyncio.CancelledError):
+            pass  # the broker is down, or either side has hung up, or the proxy is closed
         finally:
             pair.cut()
             self._pairs.discard(pair)

@@ -48,6 +48,7 @@ class Config:
     broken: str
     waiting: int  # publish so many events that wait for a retry until `due`, and nothing else
     due: float
+    spread: float
 
 
 class Program:
@@ -83,14 +84,19 @@ class Program:
             self._publish(next(events), 10.0)
 
     def publish_waiting(self) -> None:
-        """Events whose handler asks for a retry that is due at, or soon after, one time."""
+        """Events whose handler asks for a retry that is due at a certain time, or soon after."""
         source = random.Random(self._config.seed)
         due = self._config.due
         for begin in range(0, self._config.waiting, 1000):
             end = min(begin + 1000, self._config.waiting)
             self.publish_many(
                 [
-                    DomainEvent("event.later", due + source.uniform(0, 4), None, f"w{number}")
+                    DomainEvent(
+                        "event.later",
+                        due + source.uniform(0, self._config.spread),
+                        None,
+                        f"w{number}",
+                    )
                     for number in range(begin, end)
                 ],
                 60.0,
@@ -187,10 +193,11 @@ def _fork(config: Config, publisher: Publisher, number: int) -> int:
         return child_id
     status = 1
     try:
-        # It must not outlive its parent by much, should that be killed.
+        # It ends when its parent does, or when it takes too long.
         signal.alarm(_LONGEST_CHILD)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         child = Program(config, f"{config.name}f{number}", publisher)
+        watch(child.recorder)
         child.publish_a_few()
         publisher.close()
         status = 0

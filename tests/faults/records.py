@@ -64,17 +64,17 @@ class Reader:
 
 
 def watch(recorder: Recorder) -> None:
-    """Write down what this process uses, and end it when the harness is gone."""
-    harness = os.getppid()
+    """Write down what this process uses, and end it when the one that started it is gone."""
+    parent = os.getppid()
 
     def watch() -> None:
         while True:
             recorder.write("usage", *usage())
             until = time.monotonic() + USAGE_EVERY
             while time.monotonic() < until:
-                if os.getppid() != harness:
+                if os.getppid() != parent:
                     os._exit(1)
-                time.sleep(0.25)
+                time.sleep(0.25)  # a thread of its own: who the parent is can only be polled
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
 

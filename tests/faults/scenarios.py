@@ -87,7 +87,7 @@ SCENARIOS = {
             Publishing(processes=1, threads=0),
             {"mailer": Subscribing(processes=2, workers=1, max_retries=3, prefetch_count=200)},
             faults=[Fault("broker-killed")],
-            gaps=(0.2, 2.5),
+            gaps=(0.1, 1.5),
             waiting=20_000,
         ),
         Scenario(

@@ -63,6 +63,7 @@ class Handler:
     def _handle(self, event: DomainEvent) -> None:
         _, kind, *rest = event.routing_key.split(".")
         if kind == "slow":
+            # The slow handler that is asked for; nothing is waited for.
             time.sleep(random.uniform(*self._config.slow))
         elif kind == "raise":
             raise ValueError("as asked for")
