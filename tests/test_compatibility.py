@@ -723,7 +723,7 @@ def test_long_running_consumer(names: Names, unique: str, broker_url: str, probe
     finished: list[bool] = []
 
     def slow_nop(event: DomainEvent) -> None:
-        # The broker cuts a connection that was silent for two heartbeats.
+        # Slow on purpose: the broker cuts a connection that was silent for two heartbeats.
         time.sleep(3.0)
         finished.append(True)
 

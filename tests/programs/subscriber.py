@@ -17,6 +17,7 @@ def say(line: str) -> None:
 def handle(event: DomainEvent) -> None:
     say(f"begin {event.data['n']} {event.retries}")
     if event.data.get("seconds"):
+        # A slow handler, to be interrupted or killed in the middle.
         time.sleep(event.data["seconds"])
     say(f"end {event.data['n']}")
 
