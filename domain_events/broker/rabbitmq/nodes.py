@@ -57,16 +57,16 @@ class Nodes:
 
 def _parameters(url: str) -> pika.URLParameters:
     try:
-        parameters = pika.URLParameters(url)
+        return pika.URLParameters(url)
     except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ssl.SSLError) as error:
-        # Not `from error`: a password with a bare '/' or '#' in it ends up in such messages.
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
-        raise ConfigurationError(
-            f"{shown(url)} is no AMQP URL that pika can use ({reason}). The form is "
-            "amqp://user:password@host:5672/vhost; characters such as / # @ % in the user, the "
-            "password or the vhost must be percent-encoded; the vhost '/' is %2F."
-        ) from None
-    return parameters
+    # Not in the `except`, where even `from None` leaves the context to be looked at: a password
+    # with a bare '/' or '#' in it ends up in such messages.
+    raise ConfigurationError(
+        f"{shown(url)} is no AMQP URL that pika can use ({reason}). The form is "
+        "amqp://user:password@host:5672/vhost; characters such as / # @ % in the user, the "
+        "password or the vhost must be percent-encoded; the vhost '/' is %2F."
+    )
 
 
 def explain(error: BaseException | None) -> str:
@@ -83,7 +83,7 @@ def explain(error: BaseException | None) -> str:
         return "the connection broke"
     if isinstance(cause, pika.exceptions.IncompatibleProtocolError):
         # Also of a proxy that is up before its broker is, so this may pass.
-        return "it hangs up at once; does it speak AMQP 0-9-1?"
+        return "it hangs up at once; does it speak AMQP 0-9-1, or ask for a client's certificate?"
     if isinstance(cause, socket.gaierror):
         return f"the host's name cannot be resolved ({cause.strerror})"
     if isinstance(cause, OSError):
@@ -106,6 +106,8 @@ def hopeless(error: BaseException, node: str, *, was_connected: bool) -> Configu
         return None
     elif code == 530:
         hint = f"the vhost does not exist, or this user may not enter it ({words})"
+    elif alert := _TLS_ALERT.search(str(cause)):
+        hint = f"TLS is refused ({alert[1]}); does it ask for another certificate of the client's?"
     elif isinstance(cause, ssl.SSLCertVerificationError):
         hint = f"its certificate is not trusted ({cause.verify_message})"
     elif isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
@@ -134,6 +136,11 @@ def _innermost(error: BaseException | None) -> BaseException | None:
         if following is None:
             return error
         error = following
+
+
+# What the other end has against us. With TLS 1.3 it comes when the handshake is over for us, and
+# pika puts it into the text of another error. The connection may break before it is read.
+_TLS_ALERT = re.compile(r"\[SSL: (\w*ALERT\w*)\]")
 
 
 # During the handshake pika passes on what happened only as the repr of the error, behind the
