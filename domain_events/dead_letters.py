@@ -129,7 +129,6 @@ class DeadLetters:
         """The dead letters as messages: those that are there now, each one once."""
         if self._broker is None:
             return
-        given_back = len(self._held)
         if self._browser is None:
             self._browser = self._connection().browse(self._queue, self._timeout)
         else:
@@ -138,8 +137,6 @@ class DeadLetters:
         delivery = self._next()
         # Those that come while the walk goes on are left for the next one.
         behind = delivery.message_count if delivery is not None else 0
-        # A quorum queue has taken back but some thirty by now; the others follow.
-        behind = max(behind, given_back - 1)
         while delivery is not None:
             self._held.add(delivery)
             yield delivery

@@ -6,6 +6,7 @@ What is not acked goes back to the queue when the channel closes.
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from typing import Any
 
 import pika
@@ -20,6 +21,10 @@ from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
 from domain_events.message import Delivery
 
+# How long to wait for what was given back to be in the queue; others may have taken some of it.
+_LONGEST_RETURN = 2.0
+_LOOK_AGAIN = 0.01
+
 
 class RabbitBrowser:
     """See `domain_events.broker.Browser`."""
@@ -29,11 +34,15 @@ class RabbitBrowser:
         self._call = call
         self._queue = queue
         self._waiting: concurrent.futures.Future[Any] | None = None
+        self._held = 0  # got and not acked
+        self._given_back = 0  # as many as the queue must have again before the next is got
         self._channel: Channel = call(self._open, timeout)
 
     def next(self, timeout: float) -> Delivery | None:
         """The next message, or None."""
+        self._wait_until_back(timeout)
         delivery: Delivery | None = self._call(self._get, timeout)
+        self._held += delivery is not None
         return delivery
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
@@ -47,6 +56,7 @@ class RabbitBrowser:
                 fail(future, self._lost())
 
         self._call(ack, timeout)
+        self._held -= 1
 
     def rewind(self) -> None:
         """Give back all that was not acked; `next` then sees it again."""
@@ -57,11 +67,21 @@ class RabbitBrowser:
                 self._channel.basic_nack(0, multiple=True, requeue=True)
 
         self._link.wake(give_back)
+        self._given_back, self._held = self._held, 0
 
     def close(self, timeout: float) -> None:
         """Give back all that was not acked, and end."""
         self.rewind()
         self._call(self._close, timeout)
+
+    def _wait_until_back(self, timeout: float) -> None:
+        """A quorum queue takes many back some 32 at a time; until then it counts too few."""
+        deadline = time.monotonic() + min(timeout, _LONGEST_RETURN)
+        while self._given_back:
+            if self._call(self._count, timeout) >= self._given_back or time.monotonic() > deadline:
+                self._given_back = 0
+            else:
+                time.sleep(_LOOK_AGAIN)
 
     def _lost(self) -> BrokerUnavailable:
         return BrokerUnavailable(
@@ -94,6 +114,19 @@ class RabbitBrowser:
                 fail(self._waiting, unreadable(self._queue, code, explain(reason)))
 
         connection.channel(on_open_callback=guarded(on_open))
+
+    def _count(
+        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
+    ) -> None:
+        if not self._is_open():
+            fail(future, self._lost())
+            return
+        self._waiting = future
+        self._channel.queue_declare(
+            self._queue,
+            passive=True,
+            callback=self._link.guarded(lambda frame: succeed(future, frame.method.message_count)),
+        )
 
     def _get(
         self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
