@@ -15,6 +15,9 @@ from domain_events.topology import Binding, Declaration, Exchange, Queue
 # The codes of AMQP: https://www.rabbitmq.com/amqp-0-9-1-reference#constants
 FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
 
+#: What permissions call the exchange whose name is empty.
+DEFAULT_EXCHANGE = "amq.default"
+
 
 class Refused(Exception):
     """What was asked for cannot be; with AMQP's code, and in its words."""
@@ -30,8 +33,8 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
     what, asked = _described(declaration)
     if code == FORBIDDEN:
         return ConfigurationError(
-            f"{what} may not be declared by this user: {said}. Give the user the permissions, or "
-            "let another one that has them declare it first."
+            f"{what} may not be declared by this user: {said}. To declare it, also where it "
+            f"exists, takes the permissions {_permissions(declaration)}."
         )
     if code == LOCKED:
         return TopologyError(
@@ -57,7 +60,26 @@ def unreadable(queue: str, code: int, said: str) -> DomainEventsError:
     """Why there is nothing to see in this queue."""
     if code == MISSING:
         return TopologyError(f"There is no queue {queue!r}.")
+    if code == FORBIDDEN:
+        return unreadable_by_this_user(said)
     return TopologyError(f"The queue {queue!r} cannot be read: {said}.")
+
+
+def unreadable_by_this_user(said: str) -> ConfigurationError:
+    """This user may not consume from a queue, nor look into it."""
+    return ConfigurationError(
+        f"This user may not read from the queue: {said}. It takes the permission read on it, and "
+        "with some releases of RabbitMQ configure too, to look how many messages there are."
+    )
+
+
+def unwritable(message: Message, said: str) -> ConfigurationError:
+    """This user may not publish there."""
+    exchange = message.exchange or DEFAULT_EXCHANGE
+    return ConfigurationError(
+        f"This user may not write to the exchange {exchange!r}: {said}. It takes the permission "
+        "write on it."
+    )
 
 
 def unroutable(message: Message) -> DomainEventsError:
@@ -92,3 +114,23 @@ def _described(declaration: Declaration) -> tuple[str, str]:
     assert isinstance(declaration, Binding)
     what = f"The binding of {declaration.destination!r} to the exchange {declaration.exchange!r}"
     return f"{what} by {declaration.binding_key!r}", ""
+
+
+def _permissions(declaration: Declaration) -> str:
+    """Which permissions it takes; RabbitMQ says only from 4.0 on which one it has missed."""
+    if isinstance(declaration, Binding):
+        kind = "exchange" if declaration.to_exchange else "queue"
+        return (
+            f"write on the {kind} {declaration.destination!r} and read on the exchange "
+            f"{declaration.exchange!r}"
+        )
+    if isinstance(declaration, Exchange):
+        onward = declaration.arguments.get("alternate-exchange")
+    else:
+        onward = declaration.arguments.get("x-dead-letter-exchange")
+    if onward is None:
+        return f"configure on {declaration.name!r}"
+    return (
+        f"configure and read on {declaration.name!r} and write on the exchange "
+        f"{onward or DEFAULT_EXCHANGE!r}, to which it hands on"
+    )

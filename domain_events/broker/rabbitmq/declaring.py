@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pika.channel import Channel
 
 from domain_events.broker.rabbitmq.nodes import close_code, explain
-from domain_events.broker.refusals import MISSING, undeclarable
+from domain_events.broker.refusals import (
+    FORBIDDEN,
+    MISSING,
+    undeclarable,
+    unreadable_by_this_user,
+)
 from domain_events.errors import DomainEventsError, TopologyError
 from domain_events.topology import Exchange, Queue, Topology
 
@@ -76,6 +81,8 @@ class Declaring:
     def closed(self, reason: BaseException) -> DomainEventsError | None:
         """The channel was closed; None when the rest can be tried on another."""
         if self._next == len(self._topology):
+            if close_code(reason) == FORBIDDEN:
+                return unreadable_by_this_user(explain(reason))
             return TopologyError(f"The broker closed the channel: {explain(reason)}.")
         declaration = self._topology[self._next]
         if close_code(reason) == MISSING and isinstance(declaration, Queue):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pika
 
 from domain_events.broker.rabbitmq.nodes import explain
-from domain_events.broker.refusals import FORBIDDEN, MISSING, REFUSED, no_exchange
+from domain_events.broker.refusals import FORBIDDEN, MISSING, REFUSED, no_exchange, unwritable
 from domain_events.errors import (
-    ConfigurationError,
     DomainEventsError,
     EventNotConfirmed,
     EventRejected,
@@ -52,9 +51,7 @@ def blame(message: Message, code: int, reason: BaseException | None) -> DomainEv
     what = f"{_named(message)} ({len(message.body):,} bytes)"
     error: DomainEventsError
     if code == FORBIDDEN:
-        error = ConfigurationError(
-            f"This user may not write to the exchange {message.exchange!r}: {said}."
-        )
+        error = unwritable(message, said)
     elif code == MISSING:
         error = no_exchange(message, said)
     elif code == REFUSED:
