@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 import hostile
 import onlooker
@@ -195,6 +196,11 @@ def test_sender_cannot_write_lines_into_the_log(
 # --- ten thousand of them ------------------------------------------------------------------------
 
 
+def name(batch: int, at: int) -> str:
+    """An id that no other becomes when some of its bytes are changed."""
+    return str(uuid5(NAMESPACE_OID, f"{batch}-{at}"))
+
+
 class Target:
     """A live subscriber under fire, and the books: what came, and what became of it."""
 
@@ -223,7 +229,7 @@ class Target:
 
     def fire(self, numbers: Iterable[int], batch: int) -> None:
         """Publish the messages of these numbers, and see what becomes of each."""
-        messages = [hostile.message(n, f"{batch}-{at}") for at, n in enumerate(numbers)]
+        messages = [hostile.message(n, name(batch, at)) for at, n in enumerate(numbers)]
         before = self.finished
         with onlooker.channel(self.bench.url) as channel:
             for each in messages:
@@ -251,7 +257,7 @@ class Target:
         assert dead <= sent  # byte for byte
         for at, each in enumerate(messages):
             if each.fate == "handled":
-                assert self.handled[f"{batch}-{at}"] == 1
+                assert self.handled[name(batch, at)] == 1
             elif each.fate == "dead":
                 assert dead[each.body] == sent[each.body], each
         self.dead += dead
@@ -262,7 +268,7 @@ class Target:
         return [
             each
             for at, each in enumerate(messages)
-            if not self.handled[f"{batch}-{at}"] and each.body not in dead
+            if not self.handled[name(batch, at)] and each.body not in dead
         ]
 
 
