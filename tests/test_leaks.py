@@ -12,13 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from urllib.parse import urlsplit
 
 import pytest
 from bench import Bench
+from faults.proxy import Proxy
 from footprint import Allowed, assert_flat, footprint, tracing
 from live import consuming
-from proxy import Proxy
 from support import wait_until
 
 from domain_events import DomainEvent, Publisher, Retry, Subscriber
@@ -61,8 +62,17 @@ def test_reconnects_leave_nothing_behind(bench: Bench, monkeypatch: pytest.Monke
     monkeypatch.setattr(link, "_LASTING", 0.0)
     queue = bench.names.queue()
     handled = threading.Semaphore(0)
-    with Proxy(bench.url) as proxy, tracing(), Publisher(proxy.url, bench.exchange) as publisher:
-        subscriber = Subscriber(proxy.url, bench.exchange)
+    broker = urlsplit(bench.url)
+    assert broker.hostname is not None
+    assert broker.port is not None
+    with (
+        closing(Proxy(broker.hostname, broker.port)) as proxy,
+        tracing(),
+        Publisher(
+            url := bench.url.replace(f":{broker.port}/", f":{proxy.port}/"), bench.exchange
+        ) as publisher,
+    ):
+        subscriber = Subscriber(url, bench.exchange)
         subscriber.register(lambda _event: handled.release(), queue, ["#"])
 
         def cut(times: int) -> None:
