@@ -34,6 +34,7 @@ _QUIET = 2.5
 # ... and if something is missing, it must have come back by now: a failed move after five
 # seconds.
 _QUIET_ENOUGH = 12.0
+_HELD_PATIENCE = 15.0
 _SIDE = "side"
 # The events that wait fall due over this share of the time: each kill meets some.
 _SPREAD = 0.6
@@ -370,7 +371,10 @@ class Harness:
         self._take_dead_letters(queues, dead)
         waiting = {label: self._broker.take_all(queue) for label, queue in queues.items()}
         waiting[""] = sum((self._broker.take_all(queue) for queue in shared), Counter[str]())
-        return Remains(dead, waiting, self._broker.held([*queues.values(), *shared]))
+        everywhere = [*queues.values(), *shared]
+        # A node tells figures that are up to five seconds old.
+        self._pause(_HELD_PATIENCE, until=lambda: not self._broker.held(everywhere))
+        return Remains(dead, waiting, self._broker.held(everywhere))
 
     def _take_dead_letters(self, queues: dict[str, str], dead: dict[str, Counter[str]]) -> None:
         for label, queue in queues.items():
