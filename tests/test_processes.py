@@ -114,7 +114,8 @@ def test_killed_subscriber_loses_nothing(bench: Bench, start: Start) -> None:
     third.process.kill()
     wait_until(lambda: onlooker.count(bench.url, queue) >= 9)
     left = [DomainEvent.from_json(body) for body in onlooker.take_all(bench.url, queue)]
-    assert {event.data["n"] for event in left} == set(range(1, 10))
+    # The ack of the first one may just not have been told; then it comes again too.
+    assert {event.data["n"] for event in left} | {0} == set(range(10))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -72,7 +72,7 @@ class Consumer(Protocol):
         """Whether the delivery can still be settled; else it has gone back to the queue."""
 
     def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
-        """Ack the delivery, or give it back; at the latest when `flush` is called.
+        """Ack the delivery, or give it back; the broker is told soon, with `flush` at once.
 
         One that is not current is passed over: its tag died with its channel.
         """

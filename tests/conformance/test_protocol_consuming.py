@@ -82,6 +82,17 @@ def test_acked_is_gone_for_good(peer: Peer, queue: str) -> None:
     assert peer.take_all(queue) == [b"3"]
 
 
+def test_broker_is_told_of_an_ack_that_nobody_flushes(peer: Peer, queue: str) -> None:
+    """The next handler may take an hour; what was acked before it is not held back for it."""
+    peer.publish("", queue, b"1", b"2", b"3", b"4")
+    inbox = peer.consume(queue, prefetch=2)
+    first, _ = inbox.wait(2)
+    inbox.consumer.settle(first)
+    third = inbox.wait(3)[2]  # there is room only when the broker knows
+    inbox.consumer.settle(third)
+    assert inbox.wait(4)[3].body == b"4"
+
+
 def test_unsettled_returns_in_its_order_when_the_connection_ends(peer: Peer, queue: str) -> None:
     """In front of what was not delivered, marked as a redelivery, with the same properties."""
     peer.publish("", queue, *(b"%d" % n for n in range(6)))

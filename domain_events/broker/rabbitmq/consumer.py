@@ -38,6 +38,9 @@ _LONGEST_PAUSE = 10.0
 
 # Acks of a fast handler are told to the broker together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
+# Nor for longer than so many seconds: the next handler may take an hour, and to the broker what is
+# not acked is not handled.
+_LONGEST_WITHHELD = 0.1
 
 
 class RabbitConsumer:
@@ -76,6 +79,8 @@ class RabbitConsumer:
     def _forget_tags(self) -> None:
         self._lowest = 1  # every tag below it is settled
         self._above: set[int] = set()  # settled tags above it
+        self._highest = 0  # the last tag that was delivered
+        self._looking = False  # whether `_look` is going to be called
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -240,6 +245,9 @@ class RabbitConsumer:
         properties: pika.BasicProperties,
         body: bytes,
     ) -> None:
+        self._highest = method.delivery_tag or 0
+        if not self._looking:
+            self._look_later()
         self._deliver(
             Delivery(
                 text(method.exchange),
@@ -251,6 +259,20 @@ class RabbitConsumer:
             ),
             self,
         )
+
+    def _look_later(self) -> None:
+        self._looking = True
+        self._link.call_later(_LONGEST_WITHHELD, partial(self._look, self._epoch))
+
+    def _look(self, epoch: int) -> None:
+        """As long as something is unsettled: tell what was settled and nobody has flushed."""
+        if epoch != self._epoch:
+            return
+        self._looking = False
+        if self._settled:
+            self._tell()
+        if self._lowest <= self._highest:
+            self._look_later()
 
     def _tell(self) -> None:
         """Tell the broker what was settled: a run of acks that leaves no gap as one."""
