@@ -44,7 +44,7 @@ class Subscriber:
     :param exchange: where events are published. It is declared.
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
     :param workers: how many handlers run at the same time.
-    :param timeout: seconds within which `register` must reach the broker.
+    :param timeout: seconds within which the broker must give each answer that `register` needs.
     :raises ConfigurationError: for settings that cannot work.
     """
 

@@ -22,7 +22,7 @@ class Bench:
         self.exchange = names.exchange()
         self.publisher = Publisher(url, self.exchange)
 
-    def subscriber(self, **options: int) -> Subscriber:
+    def subscriber(self, **options: float) -> Subscriber:
         return Subscriber(self.url, self.exchange, **options)  # type: ignore[arg-type]
 
     def publish(

@@ -234,6 +234,30 @@ def test_deleted_queue_is_made_again(outage: Bench, caplog: pytest.LogCaptureFix
     assert caplog.text.count(f"{queue} consumes again") == 1
 
 
+def test_channel_whose_close_is_never_answered_does_not_silence_the_subscriber(
+    outage: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The consumer was cancelled, and waits for a CloseOk that never comes: it does not wait long.
+
+    RabbitMQ always answers; what the broker is not told is what it cannot answer.
+    """
+    queue = outage.names.queue()
+    seen: Events = []
+    subscriber = outage.subscriber()
+    subscriber.register(seen.append, queue, ["#"])
+    told = threading.Event()
+    with consuming(subscriber, outage.url, queue):
+        monkeypatch.setattr("domain_events.broker.rabbitmq.opening._ANSWER_TIMEOUT", 1.0)
+        with onlooker.channel(outage.url) as channel, monkeypatch.context() as untold:
+            untold.setattr("pika.channel.Channel.close", lambda *_arguments: told.set())
+            channel.queue_delete(queue)
+            assert told.wait(30)
+        wait_until(lambda: onlooker.exists(outage.url, queue))
+        wait_until(lambda: onlooker.consumers(outage.url, queue) == 1)
+        event = outage.publish("user.registered")
+        wait_until(lambda: event in seen)
+
+
 def test_overdue_ack_does_not_end_the_subscriber(
     outage: Bench, killable_node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -358,14 +358,13 @@ class Harness:
             with self._lock:
                 remains = Remains(dead, {})
                 verdict = judge(self._evidence, remains, self._limits(), self._faults, stopped)
-            if not verdict.lost:
+            if verdict.lost and quiet <= _QUIET_ENOUGH:
+                continue
+            held = self._broker.held([*queues.values(), *shared])
+            if not held:
                 break
-            if quiet > _QUIET_ENOUGH:
-                held = self._broker.held([*queues.values(), *shared])
-                if not held:
-                    break
-                self._say(f"          {held:,} are being handed on; quiet for {quiet:.0f} s")
-                self._pause(5.0)
+            self._say(f"          {held:,} are being handed on; quiet for {quiet:.0f} s")
+            self._pause(2.0)
         together(*(program.stop for program in self._subscribers))
         self._pause(1.0)  # what they have given back is on its way into the queues
         self._take_dead_letters(queues, dead)

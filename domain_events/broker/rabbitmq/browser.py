@@ -5,9 +5,7 @@ What is not acked goes back to the queue when the channel closes.
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
-from typing import Any
 
 import pika
 from pika.channel import Channel
@@ -16,7 +14,7 @@ from pika.spec import Basic
 from domain_events.broker.rabbitmq.frames import text
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
-from domain_events.broker.rabbitmq.request import Call, fail, succeed
+from domain_events.broker.rabbitmq.request import Answer, Call, fail, succeed
 from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
 from domain_events.message import Delivery
@@ -33,7 +31,7 @@ class RabbitBrowser:
         self._link = link
         self._call = call
         self._queue = queue
-        self._waiting: concurrent.futures.Future[Any] | None = None
+        self._waiting: Answer | None = None
         self._held = 0  # got and not acked
         self._given_back = 0  # as many as the queue must have again before the next is got
         self._channel: Channel = call(self._open, timeout)
@@ -48,12 +46,12 @@ class RabbitBrowser:
     def ack(self, delivery: Delivery, timeout: float) -> None:
         """Take the message out of the queue."""
 
-        def ack(_connection: pika.SelectConnection, future: concurrent.futures.Future[Any]) -> None:
+        def ack(_connection: pika.SelectConnection, answer: Answer) -> None:
             if self._is_open():
                 self._channel.basic_ack(delivery.receipt)
-                succeed(future, None)
+                succeed(answer, None)
             else:
-                fail(future, self._lost())
+                fail(answer, self._lost())
 
         self._call(ack, timeout)
         self._held -= 1
@@ -94,15 +92,13 @@ class RabbitBrowser:
         connection = self._link.connection
         return self._channel.connection is connection and bool(self._channel.is_open)
 
-    def _open(
-        self, connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
-    ) -> None:
+    def _open(self, connection: pika.SelectConnection, answer: Answer) -> None:
         guarded = self._link.guarded
 
         def on_open(channel: Channel) -> None:
             channel.add_on_close_callback(guarded(on_close))
             channel.add_callback(guarded(on_empty), [Basic.GetEmpty], one_shot=False)
-            succeed(future, channel)
+            succeed(answer, channel)
 
         def on_empty(_frame: object) -> None:
             if self._waiting is not None:
@@ -115,24 +111,20 @@ class RabbitBrowser:
 
         connection.channel(on_open_callback=guarded(on_open))
 
-    def _count(
-        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
-    ) -> None:
+    def _count(self, _connection: pika.SelectConnection, answer: Answer) -> None:
         if not self._is_open():
-            fail(future, self._lost())
+            fail(answer, self._lost())
             return
-        self._waiting = future
+        self._waiting = answer
         self._channel.queue_declare(
             self._queue,
             passive=True,
-            callback=self._link.guarded(lambda frame: succeed(future, frame.method.message_count)),
+            callback=self._link.guarded(lambda frame: succeed(answer, frame.method.message_count)),
         )
 
-    def _get(
-        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
-    ) -> None:
+    def _get(self, _connection: pika.SelectConnection, answer: Answer) -> None:
         if not self._is_open():
-            fail(future, self._lost())
+            fail(answer, self._lost())
             return
 
         def on_message(
@@ -147,17 +139,15 @@ class RabbitBrowser:
                 method.delivery_tag,
                 method.message_count or 0,
             )
-            succeed(future, delivery)
+            succeed(answer, delivery)
 
-        self._waiting = future
+        self._waiting = answer
         self._channel.basic_get(self._queue, self._link.guarded(on_message))
 
-    def _close(
-        self, _connection: pika.SelectConnection, future: concurrent.futures.Future[Any]
-    ) -> None:
+    def _close(self, _connection: pika.SelectConnection, answer: Answer) -> None:
         if not self._is_open():
-            succeed(future, None)
+            succeed(answer, None)
             return
         self._waiting = None
-        self._channel.add_on_close_callback(lambda _channel, _reason: succeed(future, None))
+        self._channel.add_on_close_callback(lambda _channel, _reason: succeed(answer, None))
         self._channel.close()

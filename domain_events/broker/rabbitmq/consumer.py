@@ -148,7 +148,7 @@ class RabbitConsumer:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return
-        if self._opening or self._channel is not None or self._stopping:
+        if self._opening or self._stopping:
             return
         self._opening = Opening(
             self._link,
@@ -185,14 +185,12 @@ class RabbitConsumer:
     def _consumes(self, _frame: object) -> None:
         if self._opening is not None:
             self._opening.usable()
-            self._opening = None
         self._failures = 0
         if self._trouble:
             log.warning("%s consumes again; %s.", self._queue, self._trouble)
             self._trouble = ""
 
     def _turned_away(self, error: DomainEventsError, _reason: BaseException) -> None:
-        self._opening = None
         if not self._stopping:
             log.error("%s cannot consume. %s", self._queue, error)
             self._trouble = "the broker had turned it away"
@@ -203,8 +201,8 @@ class RabbitConsumer:
         # is still unsettled here has gone back to the queue, if there is one.
         self._trouble = "the broker had cancelled the consumer"
         self._tell()
-        if self._channel is not None and self._channel.is_open:
-            self._channel.close()
+        if self._opening is not None and self._channel is not None and self._channel.is_open:
+            self._opening.close(self._channel)
 
     def _closed(self, reason: BaseException) -> None:
         if self._stopping:
@@ -217,7 +215,6 @@ class RabbitConsumer:
         """The connection is gone, and the channel with it."""
         self._trouble = trouble
         self._woken = False
-        self._opening = None
         self._let_go()
 
     def forget(self) -> None:
@@ -229,6 +226,7 @@ class RabbitConsumer:
         # From here on, what was delivered on the old channel is no longer current.
         self._epoch += 1
         self._channel = None
+        self._opening = None
         self._settled.clear()
 
     def _open_later(self) -> None:

@@ -1,13 +1,14 @@
 """Declaring, counting, consuming and browsing on one connection, over every trouble.
 
 Threads. Callers append to ``_requests`` and wake the I/O thread, which carries them out as soon
-as there is a connection; calls that block do so on a future, with a deadline. Requests may be
+as there is a connection; calls that block do so on an answer, with a deadline. Requests may be
 carried out twice, and are when the connection is lost under them.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -24,7 +25,7 @@ from domain_events.broker.rabbitmq.consumer import RabbitConsumer
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.request import Request, fail, succeed
+from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
 from domain_events.broker.refusals import closed, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
 from domain_events.message import Delivery
@@ -47,8 +48,8 @@ class RabbitConsuming:
         for consumer in self._consumers:
             consumer.forget()
         self._lock = threading.RLock()
-        self._requests: deque[tuple[Request, concurrent.futures.Future[Any]]] = deque()
-        self._running: list[tuple[Request, concurrent.futures.Future[Any]]] = []
+        self._requests: deque[tuple[Request, Answer]] = deque()
+        self._running: list[tuple[Request, Answer]] = []
         self._consumers = []
         self._failure: DomainEventsError | None = None
 
@@ -103,17 +104,18 @@ class RabbitConsuming:
 
     def _call(self, request: Request, timeout: float) -> Any:
         """Have the request carried out on the I/O thread, as soon as there is a connection."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._requests.append((request, future))
+        answer = Answer()
+        self._requests.append((request, answer))
         self._link.wake(self._perform)
-        try:
-            return future.result(timeout)
-        except concurrent.futures.TimeoutError as error:
-            if future.done():
-                return future.result()
-            future.cancel()
+        steps = -1
+        while answer.steps > steps:  # else a thousand binding keys would be too many
+            steps = answer.steps
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return answer.result(timeout)
+        if answer.cancel():
             why = self._link.trouble or f"{self._link.node}: no answer"
-            raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.") from error
+            raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
+        return answer.result()
 
     # --- the I/O thread --------------------------------------------------------------------------
 
@@ -143,8 +145,8 @@ class RabbitConsuming:
             waiting = [*self._running, *self._requests]
             self._running = []
             self._requests.clear()
-        for _, future in waiting:
-            fail(future, type(error)(*error.args))
+        for _, answer in waiting:
+            fail(answer, type(error)(*error.args))
 
     def _perform(self) -> None:
         connection = self._link.connection
@@ -152,27 +154,27 @@ class RabbitConsuming:
             self._link.connect()
             return
         while self._requests:
-            request, future = self._requests.popleft()
-            if future.cancelled():
+            request, answer = self._requests.popleft()
+            if answer.cancelled():
                 continue
-            entry = (request, future)
+            entry = (request, answer)
             self._running = [each for each in self._running if not each[1].done()]
             self._running.append(entry)
-            request(connection, future)
+            request(connection, answer)
 
     def _declare(
         self,
         topology: Topology,
         connection: pika.SelectConnection,
-        future: concurrent.futures.Future[Any],
+        answer: Answer,
     ) -> None:
-        self._on_channel(connection, future, lambda _channel, done: done(None), topology)
+        self._on_channel(connection, answer, lambda _channel, done: done(None), topology)
 
     def _delete(
         self,
         topology: Topology,
         connection: pika.SelectConnection,
-        future: concurrent.futures.Future[Any],
+        answer: Answer,
     ) -> None:
         def delete(channel: Channel, done: Callable[[object], None]) -> None:
             # To delete what is not there is no error, and needs no reply; the last one comes
@@ -184,13 +186,13 @@ class RabbitConsuming:
                     channel.exchange_delete(declaration.name)
             channel.basic_qos(callback=done)
 
-        self._on_channel(connection, future, delete)
+        self._on_channel(connection, answer, delete)
 
     def _look_at(
         self,
         queue: str,
         connection: pika.SelectConnection,
-        future: concurrent.futures.Future[Any],
+        answer: Answer,
     ) -> None:
         def refused(_error: DomainEventsError, reason: BaseException) -> DomainEventsError:
             return unreadable(queue, close_code(reason), explain(reason))
@@ -198,12 +200,12 @@ class RabbitConsuming:
         def look(channel: Channel, done: Callable[[object], None]) -> None:
             channel.queue_declare(queue, passive=True, callback=done)
 
-        self._on_channel(connection, future, look, refused=refused)
+        self._on_channel(connection, answer, look, refused=refused)
 
     def _on_channel(
         self,
         connection: pika.SelectConnection,
-        future: concurrent.futures.Future[Any],
+        answer: Answer,
         work: Callable[[Channel, Callable[[object], None]], None],
         topology: Topology = (),
         refused: Callable[[DomainEventsError, BaseException], DomainEventsError] = (
@@ -215,7 +217,7 @@ class RabbitConsuming:
         def prepare(channel: Channel) -> None:
             def done(result: object) -> None:
                 opening.usable()
-                succeed(future, result)
+                succeed(answer, result)
                 channel.close()
 
             work(channel, self._link.guarded(done))
@@ -225,8 +227,9 @@ class RabbitConsuming:
             connection,
             topology,
             prepare=prepare,
-            failed=lambda error, reason: fail(future, refused(error, reason)),
+            failed=lambda error, reason: fail(answer, refused(error, reason)),
             closed=lambda _reason: None,
+            declared=answer.came_to,
         )
 
     def _repair(self, topology: Topology) -> None:
@@ -234,11 +237,11 @@ class RabbitConsuming:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        answer = Answer()
 
-        def report(future: concurrent.futures.Future[Any]) -> None:
-            if future.exception() is not None:
-                log.error("%s", future.exception())
+        def report(done: concurrent.futures.Future[Any]) -> None:
+            if done.exception() is not None:
+                log.error("%s", done.exception())
 
-        future.add_done_callback(report)
-        self._declare(topology, connection, future)
+        answer.add_done_callback(report)
+        self._declare(topology, connection, answer)

@@ -30,8 +30,13 @@ class Declaring:
         self._next = 0
         self._missing: set[str] = set()
 
-    def run(self, channel: Channel, done: Callable[[], None]) -> None:
-        """Declare all on the channel, or the rest; then call ``done``."""
+    def run(
+        self, channel: Channel, answered: Callable[[int], None], done: Callable[[], None]
+    ) -> None:
+        """Declare all on the channel, or the rest; then call ``done``.
+
+        :param answered: called after each declaration, with how many there have been.
+        """
 
         def proceed(_frame: object = None) -> None:
             if self._next == len(self._topology):
@@ -74,6 +79,7 @@ class Declaring:
 
         def succeeded(_frame: object) -> None:
             self._next += 1
+            answered(self._next)
             proceed()
 
         proceed()

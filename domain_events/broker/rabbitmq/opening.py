@@ -13,9 +13,9 @@ from domain_events.broker.rabbitmq.link import Link
 from domain_events.errors import DomainEventsError
 from domain_events.topology import Topology
 
-# A channel must be usable this many seconds after it was asked for; pika has no time limit. More
-# than a broker takes that is busy recovering its queues.
-_SETUP_TIMEOUT = 30.0
+# So many seconds the broker has for each answer until the channel is usable; pika has no time
+# limit. More than a broker takes that is busy recovering its queues.
+_ANSWER_TIMEOUT = 30.0
 
 
 class Opening:
@@ -25,8 +25,9 @@ class Opening:
         and then calls `usable`.
     :param failed: called when the broker closes the channel before it is usable.
     :param closed: called when the channel is closed after it was usable.
+    :param declared: called after each declaration, with how many there have been.
 
-    Neither is called when the connection is lost, which its link tells to all.
+    None is called when the connection is lost, which its link tells to all.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Opening:
         prepare: Callable[[Channel], None],
         failed: Callable[[DomainEventsError, BaseException], None],
         closed: Callable[[BaseException], None],
+        declared: Callable[[int], None] = lambda _count: None,
     ) -> None:
         self._link = link
         self._connection = connection
@@ -45,6 +47,7 @@ class Opening:
         self._prepare = prepare
         self._failed = failed
         self._closed = closed
+        self._declared = declared
         self._usable = False
         self._open()
 
@@ -53,13 +56,29 @@ class Opening:
         self._usable = True
         self._link.cancel_call(self._deadline)
 
+    def close(self, channel: Channel) -> None:
+        """Close the usable channel; ``closed`` is called, or the connection is made anew."""
+        self._wait_for_an_answer()
+        channel.close()
+
     def _open(self) -> None:
-        self._deadline = self._link.call_later(_SETUP_TIMEOUT, self._too_late)
+        self._wait_for_an_answer()
         self._connection.channel(on_open_callback=self._link.guarded(self._opened))
 
     def _opened(self, channel: Channel) -> None:
         channel.add_on_close_callback(self._link.guarded(self._on_close))
-        self._declaring.run(channel, self._link.guarded(partial(self._prepare, channel)))
+        guarded = self._link.guarded
+        self._declaring.run(
+            channel, guarded(self._answered), guarded(partial(self._prepare, channel))
+        )
+
+    def _answered(self, count: int) -> None:
+        self._link.cancel_call(self._deadline)
+        self._wait_for_an_answer()
+        self._declared(count)
+
+    def _wait_for_an_answer(self) -> None:
+        self._deadline = self._link.call_later(_ANSWER_TIMEOUT, self._too_late)
 
     def _too_late(self) -> None:
         if self._link.connection is self._connection:

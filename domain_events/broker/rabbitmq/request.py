@@ -1,31 +1,43 @@
-"""What a caller's thread asks of the I/O thread, and how it gets its answer: a future."""
+"""What a caller's thread asks of the I/O thread, and how it gets its answer."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import pika
 
 from domain_events.errors import DomainEventsError
 
-Result = TypeVar("Result")
 
-#: Carried out on the I/O thread, on an open connection; settles the future sooner or later.
-Request: TypeAlias = Callable[[pika.SelectConnection, "concurrent.futures.Future[Any]"], None]
+class Answer(concurrent.futures.Future[Any]):
+    """What becomes of a request.
+
+    :ivar steps: how far it has come; what has come further since is not overdue.
+    """
+
+    steps = 0
+
+    def came_to(self, step: int) -> None:
+        """I/O thread. One that is begun again on a new connection counts when it gets further."""
+        self.steps = max(self.steps, step)
+
+
+#: Carried out on the I/O thread, on an open connection; settles the answer sooner or later.
+Request: TypeAlias = Callable[[pika.SelectConnection, Answer], None]
 
 #: Has a request carried out and waits for its answer, at most so many seconds.
 Call: TypeAlias = Callable[[Request, float], Any]
 
 
-def succeed(future: concurrent.futures.Future[Result], result: Result) -> None:
+def succeed(answer: Answer, result: object) -> None:
     # Whoever waited may have given up, and this very moment.
     with contextlib.suppress(concurrent.futures.InvalidStateError):
-        future.set_result(result)
+        answer.set_result(result)
 
 
-def fail(future: concurrent.futures.Future[Any], error: DomainEventsError) -> None:
+def fail(answer: Answer, error: DomainEventsError) -> None:
     with contextlib.suppress(concurrent.futures.InvalidStateError):
-        future.set_exception(error)
+        answer.set_exception(error)
