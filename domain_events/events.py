@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from datetime import date
@@ -16,7 +17,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from domain_events.errors import InvalidEvent
 
@@ -61,7 +62,7 @@ class DomainEvent:
             routing_key=routing_key,
             data={} if data is None else data,
             domain_object_id=domain_object_id,
-            uuid_string=str(uuid4()) if uuid_string is None else uuid_string,
+            uuid_string=_new_id() if uuid_string is None else uuid_string,
             timestamp=time.time() if timestamp is None else timestamp,
             retries=retries,
         )
@@ -125,6 +126,16 @@ def read_envelope(json_data: bytes | str) -> dict[str, Any]:
     if not _is_timestamp(envelope.get("timestamp")):
         raise InvalidEvent("Not an event: its timestamp is no number.")
     return {name: envelope.get(name) for name in _ENVELOPE}
+
+
+def _new_id() -> str:
+    """What ``str(uuid.uuid4())`` gives (RFC 9562), without the making of its object.
+
+    That took a twelfth of all that publishing in bulk computes.
+    """
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def _is_timestamp(value: object) -> bool:

@@ -15,7 +15,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum, IntEnum
 from typing import Any
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -85,6 +85,20 @@ def test_importing_the_package_does_not_import_pika() -> None:
 # ------------------------------------------------------------------ an event
 
 
+def test_id_is_a_random_uuid() -> None:
+    """Version 4 of RFC 9562 in its usual form, and no two alike."""
+    ids = {DomainEvent("user.registered").uuid_string for _ in range(2000)}
+    assert len(ids) == 2000
+    for each in ids:
+        assert str(UUID(each)) == each
+        assert (UUID(each).version, UUID(each).variant) == (4, RFC_4122)
+    # Nor is a digit that should be random always the same; the third group begins with the
+    # version, the fourth with one of four.
+    digits = [set(column) for column in zip(*ids, strict=True)]
+    counts = {len(each) for at, each in enumerate(digits) if at not in (8, 13, 14, 18, 19, 23)}
+    assert (counts, len(digits[14]), digits[19]) == ({16}, 1, set("89ab"))
+
+
 def test_what_is_left_out_has_a_default() -> None:
     """An event has an id of its own, the time it was made, no object, no retries."""
     before = time.time()
@@ -92,7 +106,6 @@ def test_what_is_left_out_has_a_default() -> None:
     assert (event.routing_key, event.data) == ("user.registered", {"user_id": 1})
     assert event.domain_object_id is None
     assert str(UUID(event.uuid_string)) == event.uuid_string
-    assert UUID(event.uuid_string).version == 4
     assert before <= event.timestamp <= time.time()
     assert event.retries == 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +116,37 @@ def test_threads_share_one_connection(publisher: Publisher, queue: str, broker_u
         thread.join()
     assert not errors
     assert onlooker.count(broker_url, queue) == 16 * 50 + 1
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_nobody_is_forgotten_while_the_window_is_full(
+    publisher: Publisher,
+    queue: str,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    window: int,
+) -> None:
+    """Who finds the window full does not wake the connection; the confirm that makes room does.
+
+    Threads take turns after each few instructions, so that no gap between two is missed.
+    """
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr("domain_events.broker.rabbitmq.publishing._MOST_IN_FLIGHT", window)
+
+    def one_by_one() -> None:
+        for _ in range(50):
+            publisher.publish(DomainEvent("user.registered", {}))
+
+    threads = [threading.Thread(target=one_by_one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    publisher.publish_many(DomainEvent("user.registered", {}) for _ in range(600))
+    for thread in threads:
+        thread.join(30)
+    assert onlooker.count(broker_url, queue) == 1000
 
 
 def test_too_large_body_fails_alone(node_factory: Callable[..., Node], unique: str) -> None:

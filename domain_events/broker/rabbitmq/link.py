@@ -19,15 +19,14 @@ import socket
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 import pika
-from pika.adapters.select_connection import IOLoop
 
 from domain_events.broker.rabbitmq.frames import Connection
+from domain_events.broker.rabbitmq.loop import Loop
 from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
@@ -83,7 +82,7 @@ class Link:
         # Re-entrant, since a signal handler or a finalizer may publish in the middle of a publish.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._loop: _Loop | None = None
+        self._loop: Loop | None = None
         self._closing = False
         self.connection: pika.SelectConnection | None = None
         self._workflow: Any = None
@@ -168,7 +167,7 @@ class Link:
 
     def _start_thread(self) -> None:
         try:
-            self._loop = _Loop()
+            self._loop = Loop()
         except OSError as error:
             raise BrokerUnavailable(f"No connection can be made here: {error}.") from error
         name = f"domain-events-{self._role}-{next(_numbers)}"
@@ -194,7 +193,7 @@ class Link:
             loop = self._new_loop()
         loop.close()
 
-    def _runs(self, loop: _Loop) -> bool:
+    def _runs(self, loop: Loop) -> bool:
         """Run the loop until it is stopped. False when it cannot go on."""
         loop.soon(self.guarded(self._connect))
         in_a_row = 0
@@ -213,10 +212,10 @@ class Link:
                 return True
         return False
 
-    def _new_loop(self) -> _Loop:
+    def _new_loop(self) -> Loop:
         while True:
             try:
-                loop = _Loop()
+                loop = Loop()
             except OSError:
                 time.sleep(_LONGEST_PAUSE)
             else:
@@ -353,67 +352,6 @@ class Link:
         _inherited.append((self._loop, self.connection, self._workflow, self._thread, self._lock))
         self._reset()
         self._owner.forget()
-
-
-class _Loop(IOLoop):
-    """pika's loop, with two things that pika's own has not.
-
-    It can be woken from a signal handler or a finalizer that interrupts a wake-up on the same
-    thread; pika's takes a lock that is not re-entrant. And it knows the sockets it watches, so
-    that they can be broken off.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sockets: set[int] = set()
-        self._soon: deque[Callable[[], None]] = deque()
-        self._ear, self._bell = socket.socketpair()
-        self._ear.setblocking(False)
-        self._bell.setblocking(False)
-        super().add_handler(self._ear.fileno(), self._on_bell, self.READ)
-
-    def soon(self, callback: Callable[[], None]) -> None:
-        """Any thread: run the callback in the loop's thread."""
-        self._soon.append(callback)
-        # Full: it will look anyway. Closed: it has ended.
-        with contextlib.suppress(OSError):
-            self._bell.send(b"!")
-
-    def _on_bell(self, _fd: int, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._ear.recv(4096)
-        for _ in range(len(self._soon)):
-            self._soon.popleft()()
-        if self._soon:
-            self.soon(lambda: None)  # one was added meanwhile, perhaps by one of these
-
-    def close(self) -> None:
-        try:
-            super().remove_handler(self._ear.fileno())
-            super().close()
-        finally:
-            self._ear.close()
-            self._bell.close()
-
-    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
-        self._sockets.add(fd)
-        super().add_handler(fd, handler, events)
-
-    def remove_handler(self, fd: int) -> None:
-        self._sockets.discard(fd)
-        super().remove_handler(fd)
-
-    def shut_sockets(self) -> None:
-        """End the conversation on every socket; pika then sees the end of its stream."""
-        for fd in self._sockets:
-            # Not a duplicate: there may be no descriptor left.
-            borrowed = socket.socket(fileno=fd)
-            try:
-                borrowed.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # not connected yet, or no more: there is nothing to end
-            finally:
-                borrowed.detach()
 
 
 def _forget_all() -> None:

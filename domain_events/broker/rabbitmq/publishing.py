@@ -181,7 +181,6 @@ class RabbitPublishing:
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; what was in flight waits for the next one."""
         self._blocked = ""
-        self._woken = False
         self._take_back(error)
 
     def refused(self, error: ConfigurationError) -> None:
@@ -254,14 +253,7 @@ class RabbitPublishing:
             if not self._renewing:
                 self._open_channel()
             return
-        most = 1 if self._careful else _MOST_IN_FLIGHT
-        while (
-            self._waiting
-            and not self._blocked
-            and not self._renewing
-            and len(self._unconfirmed) < most
-            and self._bytes < _MOST_BYTES_IN_FLIGHT
-        ):
+        while self._waiting and self._has_room():
             with self._lock:
                 publication = self._waiting.popleft()
                 if publication.done:
@@ -291,6 +283,17 @@ class RabbitPublishing:
             self._unconfirmed[self._next_tag] = publication
             self._next_tag += 1
             self._bytes += len(message.body)
+        if not self._has_room():
+            # What makes room looks for who waits. Until then it is in vain to wake the loop.
+            self._woken = True
+
+    def _has_room(self) -> bool:
+        return (
+            len(self._unconfirmed) < (1 if self._careful else _MOST_IN_FLIGHT)
+            and self._bytes < _MOST_BYTES_IN_FLIGHT
+            and not self._blocked
+            and not self._renewing
+        )
 
     def _cut_if_silent(self) -> None:
         """A caller gave up: if there was no confirm for long, make the connection anew.
@@ -323,6 +326,7 @@ class RabbitPublishing:
                     self._finish(publication, self._returned_error(publication.message))
                 else:
                     self._nacked(publication)
+        self._woken = False  # before the look at who waits: who comes later wakes the loop
         if self._renewing and not self._unconfirmed:
             self._renew()
         elif self._waiting:
@@ -383,6 +387,7 @@ class RabbitPublishing:
         self._renewing = False
         code = close_code(reason)
         self._forget_channel()
+        self._woken = False
         if code not in (0, _CONNECTION_FORCED) and in_flight:
             if len(in_flight) == 1:
                 culprit = in_flight[0]
@@ -401,6 +406,7 @@ class RabbitPublishing:
             self._tell_idle()
 
     def _fail_all(self, error: DomainEventsError) -> None:
+        self._woken = False
         while True:
             try:
                 publication = self._waiting.popleft()

@@ -1,0 +1,105 @@
+"""pika's loop of I/O events, with three things that pika's own has not.
+
+It can be woken from a signal handler or a finalizer that interrupts a wake-up on the same thread;
+pika's takes a lock that is not re-entrant. It knows the sockets it watches, so that they can be
+broken off. And it can have data written at once: pika asks it first when a socket is ready, which
+it nearly always is, and that takes three system calls more.
+
+Knows nothing of connections. All on the loop's own thread, but `Loop.soon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from pika.adapters.select_connection import IOLoop
+
+
+class Loop(IOLoop):
+    """One thread's loop; made on any thread, run and closed on its own.
+
+    :ivar writes_at_once: while true, who wants to write to a socket does so now, and waits for
+        its turn only for what did not go. Not for a socket that is still being connected.
+    """
+
+    writes_at_once = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handlers: dict[int, Callable[[int, int], None]] = {}
+        self._writing: int | None = None  # the socket that is being written to at once
+        self._wanted = 0  # what its handler asked for meanwhile
+        self._soon: deque[Callable[[], None]] = deque()
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+        super().add_handler(self._ear.fileno(), self._on_bell, self.READ)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Any thread: run the callback in the loop's thread."""
+        self._soon.append(callback)
+        # Full: it will look anyway. Closed: it has ended.
+        with contextlib.suppress(OSError):
+            self._bell.send(b"!")
+
+    def _on_bell(self, _fd: int, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._ear.recv(4096)
+        for _ in range(len(self._soon)):
+            self._soon.popleft()()
+        if self._soon:
+            self.soon(lambda: None)  # one was added meanwhile, perhaps by one of these
+
+    def close(self) -> None:
+        try:
+            super().remove_handler(self._ear.fileno())
+            super().close()
+        finally:
+            self._ear.close()
+            self._bell.close()
+
+    # --- what pika watches -----------------------------------------------------------------------
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        self._handlers[fd] = handler
+        super().add_handler(fd, handler, events)
+
+    def update_handler(self, fd: int, events: int) -> None:
+        if fd == self._writing:
+            self._wanted = events
+            return
+        if self.writes_at_once and events & self.WRITE:
+            events = self._written(fd, events)
+            if not events & self.WRITE:
+                return  # nothing is left to write, and that is how it was before
+        super().update_handler(fd, events)
+
+    def _written(self, fd: int, events: int) -> int:
+        """Have the handler write; what it waits for then."""
+        self._writing, self._wanted = fd, events
+        try:
+            self._handlers[fd](fd, self.WRITE)
+        finally:
+            self._writing = None
+        return self._wanted
+
+    def remove_handler(self, fd: int) -> None:
+        self._handlers.pop(fd, None)
+        if fd == self._writing:
+            self._wanted = 0  # the connection broke under it
+        super().remove_handler(fd)
+
+    def shut_sockets(self) -> None:
+        """End the conversation on every socket; pika then sees the end of its stream."""
+        for fd in self._handlers:
+            # Not a duplicate: there may be no descriptor left.
+            borrowed = socket.socket(fileno=fd)
+            try:
+                borrowed.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # not connected yet, or no more: there is nothing to end
+            finally:
+                borrowed.detach()
