@@ -421,10 +421,13 @@ def test_report_has_the_figures_and_the_command(story: Story) -> None:
     text = report.text(result)
     assert "NOT AS PROMISED: 1 events were LOST." in text
     assert "lost: lost (event.ok) at mailer" in text
-    rst = report.rst(result, "python tests/faults --seed 1")
+    kept = json.loads(report.as_json(result, "python tests/faults --seed 1"))
+    assert kept["lost"] == 1
+    rst = report.rst([kept, {**kept, "version": "4.3.6", "by_fault": {}}])
     assert "    python tests/faults --seed 1\n" in rst
-    assert "   * - wire-cut\n     - 1\n     - 1\n" in rst
-    assert json.loads(report.as_json(result))["lost"] == 1
+    assert "   * - Fault\n     - RabbitMQ 4.0.5\n     - RabbitMQ 4.3.6\n" in rst
+    assert "   * - wire-cut\n     - 1 / 1 / 0.0 s\n     - -\n" in rst
+    assert "**Not as promised** with RabbitMQ 4.0.5: 1 events were LOST." in rst
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -447,6 +450,21 @@ def test_mistake_on_the_command_line_is_one_line(
     captured = capsys.readouterr().err
     assert captured.startswith(f"faults: {words}") or words in captured
     assert captured.count("\n") == 1
+
+
+def test_runs_are_shown_side_by_side(
+    story: Story, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From what each has kept; a file that is something else is named an error."""
+    result = Result(Settings(SCENARIOS["mixed"]), "4.0.5")
+    result.verdict = story.verdict()
+    kept, target, wrong = tmp_path / "a.json", tmp_path / "report.rst", tmp_path / "b.json"
+    kept.write_text(report.as_json(result, "python tests/faults --seed 1"))
+    assert command.main(["--show", str(kept), str(kept), "--report", str(target)]) == 0
+    assert target.read_text().count("python tests/faults --seed 1") == 2
+    wrong.write_text("{}")
+    assert command.main(["--show", str(wrong)]) == 2
+    assert "not written by --json" in capsys.readouterr().err
 
 
 def test_missing_rabbitmq_is_one_line(

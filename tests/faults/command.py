@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import shlex
 import signal
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     try:
+        if options.show:
+            _show(options.show, options.report)
+            return 0
         settings = _settings(options)
         with _this_process():
             result = run(settings, _say)
@@ -40,11 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     print(report.text(result), flush=True)
     command = shlex.join(["python", "tests/faults", *_without_files(words)])
+    kept = report.as_json(result, command)
     if options.report:
-        options.report.write_text(report.rst(result, command))
+        options.report.write_text(report.rst([json.loads(kept)]))
     if options.json:
-        options.json.write_text(report.as_json(result))
+        options.json.write_text(kept)
     return 1 if result.verdict.violations() else 0
+
+
+def _show(files: Sequence[Path], target: Path | None) -> None:
+    """One report of several runs."""
+    try:
+        text = report.rst([json.loads(file.read_text()) for file in files])
+    except (KeyError, ValueError, TypeError) as error:
+        raise HarnessError(f"not written by --json: {error!r}") from error
+    if target:
+        target.write_text(text)
+    else:
+        print(text, end="")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -94,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", type=Path, metavar="FILE", help="write the result as an RST fragment")
     add("--keep", type=Path, metavar="FOLDER", help="keep all records and logs there")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    add(
+        "--show",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="run nothing; make one report of what --json has kept",
+    )
     return parser
 
 

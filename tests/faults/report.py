@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from faults.evidence import Usage
 from faults.harness import Result
@@ -14,6 +15,9 @@ from faults.verdict import LATEST
 _LONG_ENOUGH = 15.0
 
 Row = tuple[str, str]
+
+#: What is kept of a run.
+Kept: TypeAlias = dict[str, Any]
 
 
 def figures(result: Result) -> list[Row]:
@@ -64,11 +68,11 @@ def _usage(result: Result) -> Iterator[Row]:
     for name in sorted(longest.values()):
         first, last = result.usage[name]
         grown = (
-            f"threads {first.threads} → {last.threads}, "
-            f"descriptors {first.descriptors} → {last.descriptors}, "
-            f"memory {first.kilobytes / 1024:.0f} → {last.kilobytes / 1024:.0f} MB"
+            f"{first.threads} → {last.threads}, {first.descriptors} → {last.descriptors}, "
+            f"{first.kilobytes / 1024:.0f} → {last.kilobytes / 1024:.0f} MB "
+            f"({last.time - first.time:.0f} s)"
         )
-        yield f"{name}, over {last.time - first.time:.0f} s", grown
+        yield f"{name.split('.')[0]}: threads, descriptors, memory", grown
 
 
 def _lifetime(usage: tuple[Usage, Usage]) -> float:
@@ -118,33 +122,40 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def rst(result: Result, command: str) -> str:
-    """A fragment for the documentation."""
-    settings = result.settings
-    scenario = settings.scenario
-    about = (
-        f"RabbitMQ {result.version}, scenario ``{scenario.name}`` ({scenario.about}), seed "
-        f"{settings.seed}, {settings.seconds:g} s of faults, {result.seconds:.0f} s in all. "
-        "To reproduce::"
+def rst(kept: Sequence[Kept]) -> str:
+    """A fragment for the documentation, of what `as_json` kept: runs of a scenario side by side."""
+    scenarios = dict.fromkeys(run["scenario"] for run in kept)
+    return "\n".join(
+        _rst_of_scenario([run for run in kept if run["scenario"] == name]) for name in scenarios
     )
+
+
+def _rst_of_scenario(runs: Sequence[Kept]) -> str:
+    versions = [f"RabbitMQ {run['version']}" for run in runs]
     lines = [
-        about,
+        f"**{runs[0]['scenario']}**: {runs[0]['about']}. To reproduce::",
         "",
-        f"    {command}",
+        *(f"    {run['command']}" for run in runs),
         "",
-        *_table([_HEAD, *faults(result)]),
+        "Each kind of fault: how often it was injected / events lost / longest silence afterwards.",
         "",
-        *_table([("Figure", "Value"), *figures(result)]),
+        *_table(["Fault", *versions], [run["by_fault"] for run in runs]),
+        "",
+        *_table(["In all", *versions], [run["figures"] for run in runs]),
         "",
     ]
-    if result.left_out:
-        lines += ["Left out: " + "; ".join(result.left_out) + ".", ""]
-    verdict = result.verdict.violations()
-    lines.append("Not as promised: " + "; ".join(verdict) + "." if verdict else "All as promised.")
-    return "\n".join([*lines, ""])
+    for version, run in zip(versions, runs, strict=True):
+        if run["left_out"]:
+            lines += [f"Left out with {version}: " + "; ".join(run["left_out"]) + ".", ""]
+        for violation in run["violations"]:
+            lines += [f"**Not as promised** with {version}: {violation}.", ""]
+    return "\n".join(lines)
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _table(head: Sequence[str], columns: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rows by their names, in the order in which they first come; a dash where one has none."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [head, *([name, *(column.get(name, "-") for column in columns)] for name in names)]
     lines = [".. list-table::", "   :header-rows: 1", ""]
     for row in rows:
         lines.append(f"   * - {row[0]}")
@@ -152,27 +163,34 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return lines
 
 
-def as_json(result: Result) -> str:
-    """For programs: the figures that are judged."""
-    verdict = result.verdict
-    return json.dumps(
-        {
-            "version": result.version,
-            "published": verdict.published,
-            "handled": verdict.handled,
-            "dead_lettered": verdict.dead_lettered,
-            "waiting": verdict.waiting,
-            "lost": len(verdict.lost),
-            "duplicates": verdict.duplicates,
-            "forbidden": len(verdict.forbidden),
-            "beyond_limit": len(verdict.beyond_limit),
-            "below_limit": len(verdict.below_limit),
-            "latest_publish": verdict.latest_publish,
-            "longest_silence": verdict.longest_silence,
-            "misbehaved": verdict.misbehaved,
-            "faults": dict(Counter(fault.kind for fault in result.faults)),
-            "left_out": result.left_out,
-            "violations": verdict.violations(),
-        },
-        indent=2,
-    )
+def as_json(result: Result, command: str) -> str:
+    """For programs, and for `rst`: the figures that are judged, and the tables."""
+    settings, verdict = result.settings, result.verdict
+    by_fault = {
+        kind: f"{injected} / {lost} / {silence}" for kind, injected, lost, silence in faults(result)
+    }
+    run = {"seconds of faults; in all": f"{settings.seconds:g}; {result.seconds:.0f}"}
+    kept: Kept = {
+        "version": result.version,
+        "scenario": settings.scenario.name,
+        "about": settings.scenario.about,
+        "command": command,
+        "published": verdict.published,
+        "handled": verdict.handled,
+        "dead_lettered": verdict.dead_lettered,
+        "waiting": verdict.waiting,
+        "lost": len(verdict.lost),
+        "duplicates": verdict.duplicates,
+        "forbidden": len(verdict.forbidden),
+        "beyond_limit": len(verdict.beyond_limit),
+        "below_limit": len(verdict.below_limit),
+        "latest_publish": verdict.latest_publish,
+        "longest_silence": verdict.longest_silence,
+        "misbehaved": verdict.misbehaved,
+        "faults": dict(Counter(fault.kind for fault in result.faults)),
+        "left_out": result.left_out,
+        "violations": verdict.violations(),
+        "by_fault": by_fault,
+        "figures": {**run, **dict(figures(result))},
+    }
+    return json.dumps(kept, indent=2)
