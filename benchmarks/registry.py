@@ -12,6 +12,7 @@ class Peer:
     :ivar needs: what pip installs into its virtual environment; empty for what needs none.
     :ivar module: what a program imports before it can publish.
     :ivar synchronous: its best documented way to publish in bulk is a synchronous one.
+    :ivar has_threads: it may be used from many; others have tasks, on one thread.
     :ivar declares: it declares its own queue; for the others the runner does.
     :ivar is_task_queue: it publishes to its own queues only.
     :ivar can: the scenarios it is measured in; all, if empty.
@@ -26,6 +27,7 @@ class Peer:
     module: str = ""
     distribution: str = ""
     synchronous: bool = True
+    has_threads: bool = True
     declares: bool = False
     is_task_queue: bool = False
     can: frozenset[str] = frozenset()
@@ -120,6 +122,7 @@ PEERS = (
         module="aio_pika",
         distribution="aio-pika",
         synchronous=False,
+        has_threads=False,
         cannot={**_WITHOUT_RETRIES, "workers": _ONE_WORKER},
         way="connect_robust; gather of 500; 16 tasks instead of 16 threads",
     ),
@@ -131,6 +134,7 @@ PEERS = (
         module="faststream.rabbit",
         distribution="faststream",
         synchronous=False,
+        has_threads=False,
         cannot={**_WITHOUT_RETRIES, "workers": _ONE_WORKER},
         way="publish(persist=True); gather of 500; 16 tasks instead of 16 threads",
     ),

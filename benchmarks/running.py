@@ -83,8 +83,13 @@ def _processor() -> str:
 
 
 def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) -> None:
-    """Take every sample, and add it to the results; one that fails is shown, no more."""
+    """Take every sample, and add it to the results; one that fails is shown, no more.
+
+    Each scenario has a broker that was just started: one that has had millions of events through
+    it is slower.
+    """
     begun = time.monotonic()
+    current = turns[0].scenario if turns else None
     failures: dict[tuple[str, str, str], int] = {}
     for progress, turn in _with_progress(turns):
         key = (turn.scenario.name, turn.variant.label, turn.peer.name)
@@ -92,6 +97,9 @@ def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) ->
             continue
         if turn.scenario.own_node and node is None:
             continue
+        if node is not None and turn.scenario is not current:
+            node.restart()
+        current = turn.scenario
         figures, error = {}, ""
         try:
             figures = samples.take(turn.peer, turn.scenario, turn.variant, url, node)

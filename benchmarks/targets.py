@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.registry import DOMAIN_EVENT_BROKER, LIBRABBITMQ, OURS, PEERS, PIKA
+from benchmarks.registry import DOMAIN_EVENT_BROKER, LIBRABBITMQ, OURS, PEERS, PIKA, Peer
 from benchmarks.results import Results
 from benchmarks.summary import short
 
@@ -85,16 +85,22 @@ def _against(scenario: str, figure: str, peer: str) -> Measure:
     return measure
 
 
-def _against_best(scenario: str, *, synchronous: bool = False) -> Measure:
-    """Our rate over the best rate of the peers that confirm, or only of the synchronous ones."""
+def _any(_peer: Peer) -> bool:
+    return True
+
+
+def _against_best(
+    scenario: str, among: Callable[[Peer], bool] = _any, only_variant: str = ""
+) -> Measure:
+    """Our rate over the best rate of the Python peers that confirm; in one variant, or in each."""
     peers = [
         peer.name
         for peer in PEERS
-        if not (peer.is_ours or peer.is_c or peer.name == DOMAIN_EVENT_BROKER)
-        and (peer.synchronous or not synchronous)
+        if not (peer.is_ours or peer.is_c or peer.name == DOMAIN_EVENT_BROKER) and among(peer)
     ]
 
     def measure(results: Results, variant: str) -> float | None:
+        variant = only_variant or variant
         rates = [results.median(scenario, variant, peer, "rate") for peer in peers]
         known = [rate for rate in rates if rate is not None]
         return _ratio(results.median(scenario, variant, OURS, "rate"), max(known, default=None))
@@ -152,7 +158,7 @@ TARGETS = (
     Target(
         "Bulk publishing, of the best synchronous peer's",
         "publish",
-        _against_best("publish", synchronous=True),
+        _against_best("publish", lambda peer: peer.synchronous),
         at_least=12,
         unit="x",
     ),
@@ -167,6 +173,13 @@ TARGETS = (
         "From 16 threads, of the best peer's",
         "threads",
         _against_best("threads"),
+        at_least=1.5,
+        unit="x",
+    ),
+    Target(
+        "From 16 threads, of the best peer's that has threads",
+        "threads",
+        _against_best("threads", lambda peer: peer.has_threads),
         at_least=1.5,
         unit="x",
     ),
@@ -195,6 +208,13 @@ TARGETS = (
         "Consuming, of the best Python peer's, default options",
         "consume",
         _against_best("consume"),
+        at_least=2.5,
+        unit="x",
+    ),
+    Target(
+        "Consuming, of the best Python peer's, all with a prefetch of 200",
+        "prefetch",
+        _against_best("prefetch", only_variant="200"),
         at_least=2.5,
         unit="x",
     ),

@@ -275,6 +275,31 @@ def test_a_peer_without_confirms_is_not_the_best() -> None:
     assert verdict(made, "Bulk publishing, of the best Python").word == "not measured"
 
 
+def test_tasks_are_no_threads() -> None:
+    """A client that has only tasks is beaten or not; it is not the best of those with threads."""
+    taken = [
+        Sample("threads", "quorum", peer, 1, {"rate": rate})
+        for peer, rate in ((OURS, 6000.0), ("aio-pika", 5000.0), ("rabbitkit", 3000.0))
+    ]
+    made = results(*taken)
+    assert verdict(made, "From 16 threads, of the best peer's").measured == "1.20x"
+    assert verdict(made, "From 16 threads, of the best peer's that has").measured == "2.00x"
+
+
+def test_prefetch_is_compared_where_all_have_the_same() -> None:
+    taken = [
+        Sample("prefetch", prefetch, peer, 1, {"rate": rate})
+        for prefetch, peer, rate in (
+            ("1", OURS, 1000.0),
+            ("1", "pika", 1000.0),
+            ("200", OURS, 20_000.0),
+            ("200", "pika", 5000.0),
+        )
+    ]
+    made = results(*taken)
+    assert verdict(made, "Consuming, of the best Python peer's, all with").measured == "4.00x"
+
+
 def test_what_was_not_measured_is_not_called_reached() -> None:
     assert {each.word for each in targets.verdicts(results())} == {"not measured"}
 
