@@ -161,6 +161,23 @@ def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Pa
     wait_until(lambda: not list(tmp_path.iterdir()))
 
 
+def test_what_a_program_started_just_before_it_was_killed_is_ended() -> None:
+    """The watcher has not even looked yet when there is nobody any more to watch for."""
+    mark = f"--mark={secrets.token_hex(8)}"
+    script = f"""
+import os, subprocess, sys
+sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", {mark!r}])
+watcher = subprocess.Popen(
+    [sys.executable, "-I", "-S", {str(TOOL)!r}, "_watch", str(os.getpid())], stdin=subprocess.PIPE
+)
+watcher.stdin.write(f"watch {{sleeper.pid}}\\n".encode())
+watcher.stdin.flush()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+    wait_until(lambda: not processes_with(mark))
+
+
 def test_names_are_deleted_with_all_that_belongs_to_them(names: Names) -> None:
     queue, exchange = names.queue(), names.exchange()
     connection = pika.BlockingConnection(pika.URLParameters(names.url))

@@ -245,8 +245,12 @@ def _watch(parent: int) -> None:
     processes: dict[str, int] = {}
     folders: list[str] = []
     rest = b""
-    while os.getppid() == parent:
-        if not select.select([0], [], [], 0.25)[0]:
+    while True:
+        orphaned = os.getppid() != parent
+        # What an orphan was told before counts all the same.
+        if not select.select([0], [], [], 0 if orphaned else 0.25)[0]:
+            if orphaned:
+                break
             continue
         data = os.read(0, 65536)
         if not data:
