@@ -14,6 +14,7 @@ from domain_events import (
     Publisher,
     Retry,
     Subscriber,
+    TopologyError,
 )
 
 NodeFactory = Callable[..., Node]
@@ -63,6 +64,26 @@ def test_cluster_serves_while_any_one_node_is_down(node_factory: NodeFactory, un
         subscriber.stop_consuming()
         thread.join(30)
         assert not thread.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_queue_whose_node_is_down_is_named(node_factory: NodeFactory, unique: str) -> None:
+    """A classic queue lives on one node: without it there is an error at once, not a hot loop."""
+    home, other = node_factory(), node_factory()
+    home.start(wait=False)
+    other.start(wait=False)
+    home.start()
+    other.join(home)
+    queue = f"{unique}-q"
+    with Subscriber(home.url, f"{unique}-x") as subscriber:
+        subscriber.register(print, queue, ["#"], durable=False)
+    home.kill()
+    with (
+        Subscriber(other.url, f"{unique}-x", timeout=60) as subscriber,
+        pytest.raises(TopologyError, match=f"{queue}' could not be declared: .*down"),
+    ):
+        subscriber.register(print, queue, ["#"], durable=False)
 
 
 def test_nodes_that_are_down_are_passed_over(

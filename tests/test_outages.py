@@ -5,6 +5,7 @@ Each test has a broker that it may kill; a subscriber runs in a thread of its ow
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -342,6 +343,34 @@ def test_memory_alarm_blocks_publishers_and_not_acks(outage: Bench, killable_nod
             waiting.join(60)
             wait_until(lambda: "third" in [event.data for event in seen])
             assert "second" not in [event.data for event in seen]
+    finally:
+        killable_node.ctl("set_vm_memory_high_watermark", "0.6")
+
+
+def test_publisher_that_was_closed_while_blocked_says_so(
+    outage: Bench, killable_node: Node
+) -> None:
+    """At once, and not at the next event's deadline."""
+    publisher = outage.publisher
+    publisher.publish(DomainEvent("n.n"))
+    killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        for _ in range(2):
+            with pytest.raises((EventNotConfirmed, BrokerUnavailable)):
+                publisher.publish(DomainEvent("n.n"), timeout=1)
+
+        def publish_late() -> None:
+            with contextlib.suppress(BrokerUnavailable):
+                publisher.publish(DomainEvent("n.n"), timeout=3)
+
+        late = threading.Thread(target=publish_late)
+        late.start()  # for which `close` waits as long as it may
+        publisher.close(timeout=1)
+        begun = time.monotonic()
+        with pytest.raises(BrokerUnavailable, match="closed by this program"):
+            publisher.publish(DomainEvent("n.n"), timeout=30)
+        assert time.monotonic() - begun < 5
+        late.join(10)
     finally:
         killable_node.ctl("set_vm_memory_high_watermark", "0.6")
 

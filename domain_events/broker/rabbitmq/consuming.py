@@ -8,9 +8,9 @@ carried out twice, and are when the connection is lost under them.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -107,11 +107,9 @@ class RabbitConsuming:
         answer = Answer()
         self._requests.append((request, answer))
         self._link.wake(self._perform)
-        steps = -1
-        while answer.steps > steps:  # else a thousand binding keys would be too many
-            steps = answer.steps
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return answer.result(timeout)
+        # From answer to answer: a thousand binding keys would be too many for one deadline.
+        while (left := answer.heard_at + timeout - time.monotonic()) > 0 and not answer.done():
+            concurrent.futures.wait([answer], left)
         if answer.cancel():
             why = self._link.trouble or f"{self._link.node}: no answer"
             raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
@@ -155,7 +153,7 @@ class RabbitConsuming:
             return
         while self._requests:
             request, answer = self._requests.popleft()
-            if answer.cancelled():
+            if answer.done():
                 continue
             entry = (request, answer)
             self._running = [each for each in self._running if not each[1].done()]

@@ -52,10 +52,9 @@ class Declaring:
                     callback=succeeded,
                 )
             elif isinstance(declaration, Queue):
-                looked_for = declaration.as_found and declaration.name not in self._missing
                 channel.queue_declare(
                     declaration.name,
-                    passive=looked_for,
+                    passive=self._looks_for(declaration),
                     durable=declaration.durable,
                     exclusive=declaration.exclusive,
                     auto_delete=declaration.auto_delete,
@@ -84,6 +83,9 @@ class Declaring:
 
         proceed()
 
+    def _looks_for(self, queue: Queue) -> bool:
+        return queue.as_found and queue.name not in self._missing
+
     def closed(self, reason: BaseException) -> DomainEventsError | None:
         """The channel was closed; None when the rest can be tried on another."""
         if self._next == len(self._topology):
@@ -91,7 +93,9 @@ class Declaring:
                 return unreadable_by_this_user(explain(reason))
             return TopologyError(f"The broker closed the channel: {explain(reason)}.")
         declaration = self._topology[self._next]
-        if close_code(reason) == MISSING and isinstance(declaration, Queue):
+        # Else it was declared, not looked for: its node is down, for example.
+        missing = close_code(reason) == MISSING
+        if missing and isinstance(declaration, Queue) and self._looks_for(declaration):
             self._missing.add(declaration.name)
             return None
         return undeclarable(declaration, close_code(reason), explain(reason))

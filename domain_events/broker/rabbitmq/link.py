@@ -159,9 +159,9 @@ class Link:
         thread.join(timeout)
         if thread.is_alive():
             log.warning(
-                "The %s connection did not close in %.0f s; left to end.", self._role, timeout
+                "The %s connection did not close in %.0f s; it is broken off.", self._role, timeout
             )
-            loop.soon(loop.stop)
+            loop.soon(self.guarded(self.cut))
 
     # --- everything below runs on the I/O thread ---------------------------------------------
 

@@ -49,15 +49,19 @@ class Opening:
         self._closed = closed
         self._declared = declared
         self._usable = False
+        self._closing = False
         self._open()
 
     def usable(self) -> None:
         """The channel does its work now."""
         self._usable = True
-        self._link.cancel_call(self._deadline)
+        if not self._closing:
+            self._link.cancel_call(self._deadline)
 
     def close(self, channel: Channel) -> None:
-        """Close the usable channel; ``closed`` is called, or the connection is made anew."""
+        """Close the channel; its end is told, or the connection is made anew."""
+        self._closing = True
+        self._link.cancel_call(self._deadline)
         self._wait_for_an_answer()
         channel.close()
 

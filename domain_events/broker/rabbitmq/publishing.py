@@ -156,6 +156,7 @@ class RabbitPublishing:
                 timeout,
             )
         self._link.close(max(1.0, deadline - time.monotonic()))
+        self._woken = False  # whoever comes now is told that it is closed
         with self._lock:
             left = self._outstanding()
             self._waiting.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,14 +16,19 @@ from domain_events.errors import DomainEventsError
 class Answer(concurrent.futures.Future[Any]):
     """What becomes of a request.
 
-    :ivar steps: how far it has come; what has come further since is not overdue.
+    :ivar heard_at: when the broker last took it a step further, or when it was made.
     """
 
-    steps = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard_at = time.monotonic()
+        self._steps = 0
 
     def came_to(self, step: int) -> None:
         """I/O thread. One that is begun again on a new connection counts when it gets further."""
-        self.steps = max(self.steps, step)
+        if step > self._steps:
+            self._steps = step
+            self.heard_at = time.monotonic()
 
 
 #: Carried out on the I/O thread, on an open connection; settles the answer sooner or later.
