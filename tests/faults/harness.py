@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,11 +348,11 @@ class Harness:
         while time.monotonic() < deadline and not self._ending.is_set():
             self._pause(0.5)
             quiet = max(0.0, time.monotonic() - self._latest())
-            counts = sum(self._broker.counts([*queues.values(), *shared]).values())
+            counts = self._broker.counts([*queues.values(), *shared])
             if time.monotonic() - told > 5:
                 told = time.monotonic()
-                self._say(f"          {counts:,} wait in queues; quiet for {quiet:.0f} s")
-            if counts or quiet < _QUIET:
+                self._say(f"          {_listed(counts)}; quiet for {quiet:.0f} s")
+            if any(counts.values()) or quiet < _QUIET:
                 continue
             self._take_dead_letters(queues, dead)
             with self._lock:
@@ -369,7 +369,12 @@ class Harness:
         self._pause(1.0)  # what they have given back is on its way into the queues
         self._take_dead_letters(queues, dead)
         waiting = {label: self._broker.take_all(queue) for label, queue in queues.items()}
-        waiting[""] = sum((self._broker.take_all(queue) for queue in shared), Counter[str]())
+        waiting[""] = Counter()
+        for queue in shared:
+            taken = self._broker.take_all(queue)
+            if taken:
+                self._say(f"          {queue} held {', '.join(sorted(taken)[:10])}")
+            waiting[""] += taken
         everywhere = [*queues.values(), *shared]
         # A node tells figures that are up to five seconds old.
         self._pause(_HELD_PATIENCE, until=lambda: not self._broker.held(everywhere))
@@ -435,6 +440,12 @@ class Harness:
                 (self._settings.keep / f"{node.name}.log").write_text(node.log)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._broker.close()
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """How many wait, and where."""
+    places = [f"{queue} {count:,}" for queue, count in counts.items() if count]
+    return f"{sum(counts.values()):,} wait in queues ({', '.join(places) or 'nowhere'})"
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> Result:
