@@ -53,6 +53,9 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
             f"{what} exists otherwise than asked for: {said}. Asked for: {asked}. The ways out: "
             "use the type it has (exchange_type=...), or another exchange."
         )
+    if code == MISSING and isinstance(declaration, Queue):
+        # Nobody asked whether it is there: its node is down, or not quite up yet.
+        return BrokerUnavailable(f"{what} cannot be reached: {said}.")
     return TopologyError(f"{what} could not be declared: {said}.")
 
 

@@ -33,6 +33,9 @@ from domain_events.topology import Exchange, Queue, Topology
 
 log = logging.getLogger("domain_events")
 
+# Seconds before what the broker cannot do just now is asked for again.
+_PAUSE = 0.2
+
 
 class RabbitConsuming:
     """See `domain_events.broker.Consuming`."""
@@ -111,7 +114,7 @@ class RabbitConsuming:
         while (left := answer.heard_at + timeout - time.monotonic()) > 0 and not answer.done():
             concurrent.futures.wait([answer], left)
         if answer.cancel():
-            why = self._link.trouble or f"{self._link.node}: no answer"
+            why = answer.trouble or self._link.trouble or f"{self._link.node}: no answer"
             raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
         return answer.result()
 
@@ -212,6 +215,19 @@ class RabbitConsuming:
     ) -> None:
         """Do it on a channel of its own, since an error closes the channel."""
 
+        def failed(error: DomainEventsError, reason: BaseException) -> None:
+            error = refused(error, reason)
+            if isinstance(error, BrokerUnavailable) and answer.awaited:
+                answer.trouble = str(error)
+                self._link.call_later(_PAUSE, again)
+            else:
+                fail(answer, error)
+
+        def again() -> None:
+            # On the next connection it is begun again anyhow.
+            if connection.is_open and not answer.done():
+                self._on_channel(connection, answer, work, topology, refused)
+
         def prepare(channel: Channel) -> None:
             def done(result: object) -> None:
                 opening.usable()
@@ -225,7 +241,7 @@ class RabbitConsuming:
             connection,
             topology,
             prepare=prepare,
-            failed=lambda error, reason: fail(answer, refused(error, reason)),
+            failed=failed,
             closed=lambda _reason: None,
             declared=answer.came_to,
         )
@@ -235,7 +251,7 @@ class RabbitConsuming:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return
-        answer = Answer()
+        answer = Answer(awaited=False)
 
         def report(done: concurrent.futures.Future[Any]) -> None:
             if done.exception() is not None:

@@ -17,11 +17,14 @@ class Answer(concurrent.futures.Future[Any]):
     """What becomes of a request.
 
     :ivar heard_at: when the broker last took it a step further, or when it was made.
+    :ivar trouble: why it was not carried out so far; it is tried again, if somebody waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, awaited: bool = True) -> None:
         super().__init__()
         self.heard_at = time.monotonic()
+        self.awaited = awaited
+        self.trouble = ""
         self._steps = 0
 
     def came_to(self, step: int) -> None:
