@@ -52,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=_at_least_one, help="how often each sample is taken")
     options.add_argument("--json", type=Path, metavar="FILE", help="where to keep the results")
     options.add_argument(
-        "--show", type=Path, metavar="FILE", help="measure nothing; show what was kept"
+        "--show",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing; show what was kept, of one run or of runs of different scenarios",
     )
     options.add_argument("--rst", type=Path, metavar="FILE", help="the tables for the docs")
     options.add_argument("--svg", type=Path, metavar="FOLDER", help="the plots")
@@ -74,7 +78,9 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     try:
         if options.show:
-            results = Results.load(options.show)
+            results = Results.load(options.show[0])
+            for path in options.show[1:]:
+                results.add(Results.load(path))
         elif options.profile:
             with _Broker(options) as broker:
                 profiling.profile(options.profile, broker.url)

@@ -74,6 +74,24 @@ class Results:
             if (sample.scenario, sample.variant, sample.peer) == (scenario, variant, peer)
         ]
 
+    def add(self, other: Results) -> None:
+        """Take in what a run of other scenarios gave, on the same RabbitMQ.
+
+        :raises ValueError: when they have a scenario in common, for only samples of one run may
+            be compared.
+        """
+        common = {each.scenario for each in self.samples} & {
+            each.scenario for each in other.samples
+        }
+        if common:
+            raise ValueError(f"two runs of the same scenario: {', '.join(sorted(common))}")
+        if (self.rabbitmq, self.quick) != (other.rabbitmq, other.quick):
+            raise ValueError("runs of different releases, or quick ones and others")
+        self.samples += other.samples
+        self.versions |= other.versions
+        self.missing |= other.missing
+        self.seconds += other.seconds
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 # At the end: a domain_events that is installed is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import plots, running, samples, scenarios, tables, targets
+from benchmarks import plots, profiling, running, samples, scenarios, tables, targets
 from benchmarks.__main__ import parser
 from benchmarks.brokerside import Letter, event_template
 from benchmarks.peers import driver
@@ -248,6 +249,23 @@ def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
         words = " ".join(root.itertext())
         assert "this library" in words
         assert "pika (blocking)" in words
+
+
+def test_runs_of_different_scenarios_are_shown_together() -> None:
+    made = results(*rate(OURS, 20_000))
+    made.add(results(Sample("one", "quorum", OURS, 1, {"p50": 600.0})))
+    assert made.median("one", "quorum", OURS, "p50") == 600
+    with pytest.raises(ValueError, match="two runs of the same scenario: publish"):
+        made.add(results(*rate("pika", 1000)))
+
+
+def test_a_profile_tells_whose_code_takes_the_time() -> None:
+    watched = cProfile.Profile()
+    event = DomainEvent("user.registered", {"a": 1})
+    watched.runcall(lambda: [event.to_json() for _ in range(100)])
+    shares = profiling.shares([watched, watched])
+    assert {"domain_events", "json"} <= set(shares)
+    assert all(seconds > 0 for seconds in shares.values())
 
 
 # --- targets -------------------------------------------------------------------------------------
