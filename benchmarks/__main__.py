@@ -13,7 +13,7 @@ sys.path.insert(0, str(_TOOLS))
 
 from rabbitmq_node import RELEASES, Node, NodeError, install  # noqa: E402
 
-from benchmarks import plots, profiling, running, samples, scenarios, tables  # noqa: E402
+from benchmarks import pieces, plots, profiling, running, samples, scenarios, tables  # noqa: E402
 from benchmarks.registry import BY_NAME, PEERS, Peer  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 
@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--profile", choices=profiling.WHAT, help="show where our own time goes, and no more"
     )
+    options.add_argument(
+        "--pieces", action="store_true", help="show what each step of an event costs, and no more"
+    )
     return options
 
 
@@ -81,6 +84,9 @@ def main(words: Sequence[str] | None = None) -> int:
             results = Results.load(options.show[0])
             for path in options.show[1:]:
                 results.add(Results.load(path))
+        elif options.pieces:
+            pieces.show()
+            return 0
         elif options.profile:
             with _Broker(options) as broker:
                 profiling.profile(options.profile, broker.url)

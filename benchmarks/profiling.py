@@ -1,7 +1,7 @@
 """Where our own time goes: every thread of this library under cProfile, publishing or consuming.
 
-It counts the processor's time of each thread, and no waiting. cProfile slows what it watches, and
-small functions most; read the order and the shares, not the seconds.
+cProfile slows what it watches, and small functions most; read the order, not the seconds. What an
+event really costs, step by step, is in `pieces`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import cProfile
 import pstats
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from benchmarks import brokerside
@@ -23,8 +21,6 @@ from domain_events import DomainEvent, Publisher, Subscriber
 WHAT = ("publish", "consume")
 
 _LINES = 25
-# Built-in functions as cProfile writes them.
-_SOCKETS = ("of '_socket.socket'", "of 'select.epoll'")
 _QUEUE = "bench-profile"
 
 
@@ -40,31 +36,6 @@ def profile(what: str, url: str, count: int = 20_000) -> None:
     for name, watched in threads.items():
         print(f"--- {name}: {what} {count:,} events")
         pstats.Stats(watched).sort_stats("tottime").print_stats(_LINES)
-    print(f"--- all threads, per event: {what} {count:,} events")
-    for whose, seconds in shares(threads.values()).items():
-        print(f"{whose:16}{seconds / count * 1e6:6.1f} us")
-
-
-def shares(watched: Iterable[cProfile.Profile]) -> dict[str, float]:
-    """The seconds that all threads spent in whose code, the most first."""
-    seconds: dict[str, float] = defaultdict(float)
-    for profile in watched:
-        for entry in profile.getstats():
-            whose = _whose(entry.code)
-            if whose:
-                seconds[whose] += entry.inlinetime
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
-
-
-def _whose(code: Any) -> str:
-    """Whose code a function is, by the file it is in; built-in functions have only a text."""
-    if isinstance(code, str):
-        return "sockets" if any(word in code for word in _SOCKETS) else "built-in"
-    parts = Path(code.co_filename).parts
-    for name in ("pika", "domain_events", "json"):
-        if name in parts:
-            return name
-    return "" if "benchmarks" in parts else "other"
 
 
 def _publish(url: str, count: int) -> None:
@@ -101,7 +72,7 @@ def _every_thread(threads: dict[str, cProfile.Profile]) -> Iterator[None]:
         _watched(threads, self.name, lambda: run(self))
 
     threading.Thread.run = watched_run  # type: ignore[method-assign]
-    watching = threads["the caller's thread"] = cProfile.Profile(time.thread_time)
+    watching = threads["the caller's thread"] = cProfile.Profile()
     watching.enable()
     try:
         yield
@@ -111,7 +82,7 @@ def _every_thread(threads: dict[str, cProfile.Profile]) -> Iterator[None]:
 
 
 def _watched(threads: dict[str, cProfile.Profile], name: str, work: Callable[[], Any]) -> None:
-    watching = threads[name] = cProfile.Profile(time.thread_time)
+    watching = threads[name] = cProfile.Profile()
     watching.enable()
     try:
         work()

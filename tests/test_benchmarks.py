@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 # At the end: a domain_events that is installed is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import plots, profiling, running, samples, scenarios, tables, targets
+from benchmarks import pieces, plots, running, samples, scenarios, tables, targets
 from benchmarks.__main__ import parser
 from benchmarks.brokerside import Letter, event_template
 from benchmarks.peers import driver
@@ -259,13 +258,11 @@ def test_runs_of_different_scenarios_are_shown_together() -> None:
         made.add(results(*rate("pika", 1000)))
 
 
-def test_a_profile_tells_whose_code_takes_the_time() -> None:
-    watched = cProfile.Profile()
-    event = DomainEvent("user.registered", {"a": 1})
-    watched.runcall(lambda: [event.to_json() for _ in range(100)])
-    shares = profiling.shares([watched, watched])
-    assert {"domain_events", "json"} <= set(shares)
-    assert all(seconds > 0 for seconds in shares.values())
+def test_pieces_are_what_an_event_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_TIMES", 50)
+    for steps in (pieces.publishing(), pieces.consuming()):
+        assert any(name.startswith("pika") for name, _ in steps)
+        assert 1 < sum(microseconds for _, microseconds in steps) < 10_000
 
 
 # --- targets -------------------------------------------------------------------------------------

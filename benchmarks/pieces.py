@@ -1,0 +1,120 @@
+"""What one event costs, step by step: each by itself, many times, with no broker and no threads.
+
+Real objects of this library and of pika. The sum is less than what a run takes for an event: the
+system calls, the changes of thread and the emptied caches are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import timeit
+from collections.abc import Callable
+
+from pika import frame, spec
+
+from benchmarks.peers.driver import ROUTING_KEY, data_of
+from domain_events import DomainEvent, Subscriber
+from domain_events import message as messages
+from domain_events.broker.rabbitmq.sending import properties
+from domain_events.message import Delivery
+
+_TIMES = 5_000
+_REPEATS = 7
+
+#: A step, and its microseconds.
+Piece = tuple[str, float]
+
+
+def publishing() -> list[Piece]:
+    """From the call to the confirm."""
+    event = DomainEvent(ROUTING_KEY, data_of(1), "user-4711")
+    message = messages.from_event(event, "domain-events", "bench", mandatory=False)
+    sent = properties(message)
+    confirm = frame.Method(1, spec.Basic.Ack(1, False)).marshal()
+
+    def marshal() -> None:
+        publish = spec.Basic.Publish(exchange="domain-events", routing_key=ROUTING_KEY)
+        frame.Method(1, publish).marshal()
+        frame.Header(1, len(message.body), sent).marshal()
+        frame.Body(1, message.body).marshal()
+
+    to_json = _microseconds(event.to_json)
+    to_message = _microseconds(
+        lambda: messages.from_event(event, "domain-events", "bench", mandatory=False)
+    )
+    return [
+        (
+            "the event, with its id",
+            _microseconds(lambda: DomainEvent(ROUTING_KEY, {}, "user-4711")),
+        ),
+        ("its JSON", to_json),
+        ("the message around it", to_message - to_json),
+        ("pika: properties", _microseconds(lambda: properties(message))),
+        ("pika: three frames written", _microseconds(marshal)),
+        ("pika: a confirm read", _microseconds(lambda: frame.decode_frame(confirm))),
+    ]
+
+
+def consuming() -> list[Piece]:
+    """From the bytes to the ack."""
+    event = DomainEvent(ROUTING_KEY, data_of(1), "user-4711")
+    message = messages.from_event(event, "domain-events", "bench", mandatory=False)
+    deliver = spec.Basic.Deliver("ctag1.0123456789abcdef", 1, False, "domain-events", ROUTING_KEY)
+    sent = properties(message)
+    raw = [
+        frame.Method(1, deliver).marshal(),
+        frame.Header(1, len(message.body), sent).marshal(),
+        frame.Body(1, message.body).marshal(),
+    ]
+    delivery = Delivery("domain-events", ROUTING_KEY, False, sent, message.body, (1, 1))
+    subscriber = Subscriber("memory://")
+    subscriber.register(lambda _event: None, "pieces", ["bench.*"])
+    [subscription] = subscriber._subscriptions
+    consumer = _Consumer()
+    from_json = _microseconds(lambda: json.loads(message.body))
+    to_event = _microseconds(lambda: messages.to_event(delivery))
+    handle = _microseconds(lambda: subscription.handle(delivery, consumer))
+    subscriber.close()
+    return [
+        (
+            "pika: three frames read",
+            _microseconds(lambda: [frame.decode_frame(each) for each in raw]),
+        ),
+        ("the JSON", from_json),
+        ("the event out of it", to_event - from_json),
+        ("an empty handler, called and settled", handle - to_event),
+    ]
+
+
+class _Consumer:
+    """One that only counts."""
+
+    def __init__(self) -> None:
+        self.settled = 0
+
+    def is_current(self, _delivery: Delivery) -> bool:
+        return True
+
+    def settle(self, _delivery: Delivery, *, requeue: bool = False) -> None:
+        self.settled += 1
+
+    def flush(self) -> None:
+        pass
+
+    def requeue_later(self, _delivery: Delivery, _seconds: float) -> None:
+        pass
+
+    def stop(self, _timeout: float) -> None:
+        pass
+
+
+def _microseconds(step: Callable[[], object]) -> float:
+    """The best of several measurements: what disturbs only makes it longer."""
+    return min(timeit.repeat(step, number=_TIMES, repeat=_REPEATS)) / _TIMES * 1e6
+
+
+def show() -> None:
+    for title, pieces in (("Publishing", publishing()), ("Consuming", consuming())):
+        print(f"{title}, us per event")
+        for name, microseconds in (*pieces, ("sum", sum(each for _, each in pieces))):
+            print(f"  {name:40}{microseconds:6.1f}")
