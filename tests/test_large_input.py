@@ -136,14 +136,14 @@ def test_longest_routing_key_and_names(bench: Bench) -> None:
 def test_a_thousand_binding_keys(bench: Bench) -> None:
     """Registered in seconds; each one counts, and to register them again is no slower.
 
-    All of them take longer than the subscriber's timeout, which counts from answer to answer.
+    All of them may take longer than the timeout, which counts from answer to answer.
     """
     queue = bench.names.queue()
     keys = [f"user.{n}.*" for n in range(1000)]
     seen: Events = []
     seconds = []
     for _ in range(2):
-        subscriber = bench.subscriber(timeout=0.5)
+        subscriber = bench.subscriber(timeout=2)
         begun = time.monotonic()
         subscriber.register(seen.append, queue, keys)
         seconds.append(time.monotonic() - begun)

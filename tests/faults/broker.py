@@ -21,8 +21,8 @@ from rabbitmq_node import Node
 
 from faults.proxy import Proxy
 
-# A level waits so many milliseconds before it hands on again what a dead node has not confirmed;
-# three minutes by default, which is longer than a run.
+# A level waits so many milliseconds before it hands on again what was not confirmed: a node died,
+# or the broker was just back and the next level was not. By default three minutes: too long here.
 _HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
 
 # Short, so that a connection whose other end is gone without a word is found out within seconds.
@@ -56,8 +56,7 @@ class Broker:
     def _start(self, nodes: Sequence[Node]) -> None:
         first, *others = nodes
         for node in nodes:
-            if others:
-                (node.folder / "advanced.config").write_text(_HAND_ON)
+            (node.folder / "advanced.config").write_text(_HAND_ON)
             node.start(wait=False)
         first.start()
         for node in others:

@@ -245,8 +245,9 @@ class Harness:
             self._pause,
         )
         groups = self._scenario.schedule(self._settings.seed, sorted(impossible))
-        # Where no more is published, silence may also mean that nothing is left.
-        patience = LONGEST_SILENCE if not self._scenario.waiting else 5.0
+        # Where no more is published, silence may also mean that nothing is left. And the next crash
+        # is to come while a broker that is just back hands on what fell due meanwhile.
+        patience = LONGEST_SILENCE if not self._scenario.waiting else 1.5
         for number, group in enumerate(groups):
             self._pause(group.gap)
             if time.monotonic() - begun >= self._settings.seconds or self._is_done():
