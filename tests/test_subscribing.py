@@ -6,6 +6,7 @@ What it promises on every broker is in conformance/test_subscribing.py.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import onlooker
 import pytest
@@ -19,6 +20,9 @@ from domain_events import (
     Publisher,
     Subscriber,
 )
+from domain_events.broker.rabbitmq.consuming import RabbitConsuming
+from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.broker.rabbitmq.request import Answer
 
 
 def test_long_handler_keeps_the_connection(broker_url: str, names: Names) -> None:
@@ -85,3 +89,27 @@ def test_broker_that_is_down_is_unavailable_within_the_deadline(unused_port: int
         with pytest.raises(BrokerUnavailable, match="refused"):
             subscriber.register(print, "nothing", ["#"])
         assert time.monotonic() - begun < 2
+
+
+def test_deadline_counts_from_the_last_answer(broker_url: str) -> None:
+    """Many declarations may take longer than the timeout; one that is not answered may not."""
+    consuming = RabbitConsuming(Nodes((broker_url,)), "test", lambda: None)
+
+    def goes_on(last: int) -> Callable[[object, Answer], None]:
+        def step(answer: Answer, number: int) -> None:
+            answer.came_to(number)
+            if number < last:
+                consuming._link.call_later(0.4, lambda: step(answer, number + 1))
+            elif last == 8:
+                answer.set_result("all")
+
+        return lambda _connection, answer: step(answer, 1)
+
+    try:
+        assert consuming._call(goes_on(8), timeout=2) == "all"
+        begun = time.monotonic()
+        with pytest.raises(BrokerUnavailable, match="No broker within 2 s"):
+            consuming._call(goes_on(2), timeout=2)
+        assert 2.4 <= time.monotonic() - begun < 8
+    finally:
+        consuming.close(10)
