@@ -201,11 +201,13 @@ class Subscription:
         key = delivery.routing_key
         asked_for = self._asked_for.get(key)
         if asked_for is None:
-            # The plain look first: there may be a thousand binding keys.
-            asked_for = options.exchange_type not in ("topic", "direct")
-            asked_for = asked_for or key in options.binding_keys
-            if not asked_for and options.exchange_type == "topic":
-                asked_for = any(topology.matches(each, key) for each in options.binding_keys)
+            if options.exchange_type == "topic":
+                # The plain look first: there may be a thousand binding keys.
+                asked_for = key in options.binding_keys or any(
+                    topology.matches(each, key) for each in options.binding_keys
+                )
+            else:
+                asked_for = options.exchange_type != "direct" or key in options.binding_keys
             if not asked_for:
                 log.warning(
                     "%s no longer lists a binding key for %r, but its queue is still bound for "
