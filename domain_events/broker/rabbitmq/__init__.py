@@ -1,9 +1,9 @@
 """RabbitMQ over pika: the only room that knows pika.
 
-``nodes``: addresses and refusals. ``link``: one connection on one I/O thread, kept open.
-``joining``, ``frames``: what goes out and comes in. ``publishing``, ``consuming``: what is done on
-it. ``opening``, ``declaring``: channels and the topology. ``consumer``, ``browser``: a queue.
-``sending``: a message.
+``nodes``: addresses and refusals. ``link``: one connection on one I/O thread, kept open. ``loop``,
+``stream``, ``wire``: the thread's turns, what goes out and comes in, the frames there are many of.
+``publishing``, ``consuming``: what is done on it. ``opening``, ``declaring``: channels and the
+topology. ``consumer``, ``browser``: a queue. ``sending``: a message.
 
 Why an I/O thread and pika's SelectConnection: confirms can be pipelined, heartbeats go on however
 long a handler runs or a publisher idles, and any thread may publish.

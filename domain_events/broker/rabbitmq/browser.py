@@ -11,10 +11,10 @@ import pika
 from pika.channel import Channel
 from pika.spec import Basic
 
-from domain_events.broker.rabbitmq.frames import text
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.request import Answer, Call, fail, succeed
+from domain_events.broker.rabbitmq.wire import text
 from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
 from domain_events.message import Delivery

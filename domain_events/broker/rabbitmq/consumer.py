@@ -22,12 +22,13 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker import Consumer
-from domain_events.broker.rabbitmq.frames import text
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
+from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.wire import text
 from domain_events.errors import BrokerUnavailable, DomainEventsError
-from domain_events.message import Delivery
+from domain_events.message import Delivery, Properties
 from domain_events.topology import Topology
 
 log = logging.getLogger("domain_events")
@@ -154,19 +155,19 @@ class RabbitConsumer:
             self._link,
             connection,
             self._topology,
-            prepare=self._limit,
+            prepare=partial(self._limit, connection),
             failed=self._turned_away,
             closed=self._closed,
         )
 
-    def _limit(self, channel: Channel) -> None:
+    def _limit(self, connection: Connection, channel: Channel) -> None:
         guarded = self._link.guarded
         channel.basic_qos(
             prefetch_count=self._prefetch_count,
-            callback=guarded(lambda _frame: self._consume(channel)),
+            callback=guarded(lambda _frame: self._consume(connection, channel)),
         )
 
-    def _consume(self, channel: Channel) -> None:
+    def _consume(self, connection: Connection, channel: Channel) -> None:
         if self._stopping:
             channel.close()
             return
@@ -176,6 +177,9 @@ class RabbitConsumer:
         self._channel = channel
         channel.add_on_cancel_callback(guarded(self._cancelled))
         # Deliveries may come before the reply.
+        connection.stream.hear_deliveries(
+            channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
+        )
         self._tag = channel.basic_consume(
             self._queue,
             guarded(partial(self._on_message, self._epoch)),
@@ -243,19 +247,34 @@ class RabbitConsumer:
         properties: pika.BasicProperties,
         body: bytes,
     ) -> None:
-        self._highest = method.delivery_tag or 0
+        """A delivery that takes more than one frame, by way of pika."""
+        self._on_delivery(
+            epoch,
+            text(method.exchange),
+            text(method.routing_key),
+            method.redelivered,
+            method.delivery_tag or 0,
+            properties,
+            body,
+        )
+
+    def _on_delivery(
+        self,
+        epoch: int,
+        exchange: str,
+        routing_key: str,
+        redelivered: bool,
+        tag: int,
+        properties: Properties,
+        body: bytes,
+    ) -> None:
+        if epoch != self._epoch:
+            return  # the channel is closing; the broker has it in the queue again
+        self._highest = tag
         if not self._looking:
             self._look_later()
         self._deliver(
-            Delivery(
-                text(method.exchange),
-                text(method.routing_key),
-                method.redelivered,
-                properties,
-                body,
-                (epoch, method.delivery_tag),
-            ),
-            self,
+            Delivery(exchange, routing_key, redelivered, properties, body, (epoch, tag)), self
         )
 
     def _look_later(self) -> None:

@@ -23,11 +23,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-import pika
-
-from domain_events.broker.rabbitmq.frames import Connection
 from domain_events.broker.rabbitmq.loop import Loop
 from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
+from domain_events.broker.rabbitmq.stream import Connection
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 
@@ -55,7 +53,7 @@ _inherited: list[object] = []
 class Owner(Protocol):
     """Who uses a link. All on the I/O thread, but `forget`."""
 
-    def opened(self, connection: pika.SelectConnection) -> None:
+    def opened(self, connection: Connection) -> None:
         """There is a connection."""
 
     def lost(self, error: BaseException | None) -> None:
@@ -84,7 +82,7 @@ class Link:
         self._thread: threading.Thread | None = None
         self._loop: Loop | None = None
         self._closing = False
-        self.connection: pika.SelectConnection | None = None
+        self.connection: Connection | None = None
         self._workflow: Any = None
         self._attempt = 0  # the number of the last one
         self._pause: Any = None
@@ -259,7 +257,7 @@ class Link:
         """I/O thread: make sure that a connection is there or on its way."""
         self._connect()
 
-    def _attempted(self, attempt: int, result: pika.SelectConnection | BaseException) -> None:
+    def _attempted(self, attempt: int, result: Connection | BaseException) -> None:
         if attempt != self._attempt:
             if not isinstance(result, BaseException):
                 result.close()
@@ -308,7 +306,7 @@ class Link:
         self.trouble = str(error)
         self._owner.refused(error)
 
-    def _on_closed(self, connection: pika.SelectConnection, error: BaseException) -> None:
+    def _on_closed(self, connection: Connection, error: BaseException) -> None:
         if connection is not self.connection:
             return
         if self._closing:

@@ -1,9 +1,10 @@
-"""pika's loop of I/O events, with three things that pika's own has not.
+"""pika's loop of I/O events, with four things that pika's own has not.
 
 It can be woken from a signal handler or a finalizer that interrupts a wake-up on the same thread;
 pika's takes a lock that is not re-entrant. It knows the sockets it watches, so that they can be
-broken off. And it can have data written at once: pika asks it first when a socket is ready, which
-it nearly always is, and that takes three system calls more.
+broken off. It can have data written at once: pika asks it first when a socket is ready, which it
+nearly always is, and that takes three system calls more. And it says when a turn is at its end, so
+that what is written in one turn can go together.
 
 Knows nothing of connections. All on the loop's own thread, but `Loop.soon`.
 """
@@ -14,6 +15,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from pika.adapters.select_connection import IOLoop
 
@@ -32,11 +34,13 @@ class Loop(IOLoop):
         self._handlers: dict[int, Callable[[int, int], None]] = {}
         self._writing: int | None = None  # the socket that is being written to at once
         self._wanted = 0  # what its handler asked for meanwhile
+        self._in_turn = False
+        self._at_end: list[Callable[[], None]] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._ear, self._bell = socket.socketpair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
-        super().add_handler(self._ear.fileno(), self._on_bell, self.READ)
+        super().add_handler(self._ear.fileno(), partial(self._turn, self._on_bell), self.READ)
 
     def soon(self, callback: Callable[[], None]) -> None:
         """Any thread: run the callback in the loop's thread."""
@@ -44,6 +48,23 @@ class Loop(IOLoop):
         # Full: it will look anyway. Closed: it has ended.
         with contextlib.suppress(OSError):
             self._bell.send(b"!")
+
+    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        """Run the callback when what the loop is doing now is done, before it waits again."""
+        if self._in_turn:
+            self._at_end.append(callback)
+        else:
+            self.call_later(0, callback)
+
+    def _turn(self, handler: Callable[[int, int], None], fd: int, events: int) -> None:
+        self._in_turn = True
+        try:
+            handler(fd, events)
+        finally:
+            self._in_turn = False
+            at_end, self._at_end = self._at_end, []
+            for callback in at_end:
+                callback()
 
     def _on_bell(self, _fd: int, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -65,7 +86,7 @@ class Loop(IOLoop):
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
         self._handlers[fd] = handler
-        super().add_handler(fd, handler, events)
+        super().add_handler(fd, partial(self._turn, handler), events)
 
     def update_handler(self, fd: int, events: int) -> None:
         if fd == self._writing:

@@ -35,6 +35,8 @@ from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.sending import blame, nacked, properties, unsendable
+from domain_events.broker.rabbitmq.stream import Connection, Stream
+from domain_events.broker.rabbitmq.wire import Writer
 from domain_events.broker.refusals import FORBIDDEN, REFUSED, unroutable
 from domain_events.errors import (
     BrokerUnavailable,
@@ -79,6 +81,8 @@ class RabbitPublishing:
         self._woken = False
         self._waker = 0  # the thread that is about to wake the loop
         self._channel: Channel | None = None
+        self._stream: Stream
+        self._writer: Writer
         self._opening: Opening | None = None
         self._may_declare = True
         self._blocked = ""
@@ -172,7 +176,7 @@ class RabbitPublishing:
 
     # --- the I/O thread: the link tells ----------------------------------------------------------
 
-    def opened(self, connection: pika.SelectConnection) -> None:
+    def opened(self, connection: Connection) -> None:
         """There is a connection: open a channel on it."""
         guarded = self._link.guarded
         connection.add_on_connection_blocked_callback(guarded(self._on_blocked))
@@ -198,14 +202,18 @@ class RabbitPublishing:
 
         def select(channel: Channel) -> None:
             channel.add_on_return_callback(guarded(self._on_return))
+            connection.stream.hear_confirms(channel.channel_number, guarded(self._on_confirm))
+            # pika wants to tell of confirms, too, but hears of none.
             channel.confirm_delivery(
-                guarded(self._on_confirm), callback=guarded(lambda _frame: ready(channel))
+                lambda _frame: None, callback=guarded(lambda _frame: ready(channel))
             )
 
         def ready(channel: Channel) -> None:
             opening.usable()
             self._forget_channel()
             self._channel = channel
+            self._stream = connection.stream
+            self._writer = Writer(channel.channel_number)
             self._current = opening
             self._pump()
 
@@ -254,7 +262,16 @@ class RabbitPublishing:
             if not self._renewing:
                 self._open_channel()
             return
-        while self._waiting and self._has_room():
+        try:
+            self._send(channel)
+        finally:
+            self._stream.put_out()
+        if not self._has_room():
+            # What makes room looks for who waits. Until then it is in vain to wake the loop.
+            self._woken = True
+
+    def _send(self, channel: Channel) -> None:
+        while self._waiting and self._has_room() and channel.is_open:
             with self._lock:
                 publication = self._waiting.popleft()
                 if publication.done:
@@ -263,30 +280,27 @@ class RabbitPublishing:
                 publication.sent = True
             message = publication.message
             try:
-                channel.basic_publish(
-                    message.exchange,
-                    message.routing_key,
-                    message.body,
-                    properties(message),
-                    message.mandatory,
-                )
-            except Exception as error:  # noqa: BLE001 - whatever pika has against this one
-                if channel.is_open:
-                    # It could not be put into frames; nothing of it was sent, nor will be.
-                    publication.sent = again
-                    self._finish(publication, unsendable(message, error))
-                    continue
-                with self._lock:
-                    self._waiting.appendleft(publication)
-                return
+                frames = self._writer.frames(message)
+                if frames is None:
+                    channel.basic_publish(
+                        message.exchange,
+                        message.routing_key,
+                        message.body,
+                        properties(message),
+                        message.mandatory,
+                    )
+                else:
+                    self._stream.put(frames)
+            except Exception as error:  # noqa: BLE001 - whatever there is against this one
+                # It could not be put into frames; nothing of it was sent, nor will be.
+                publication.sent = again
+                self._finish(publication, unsendable(message, error))
+                continue
             # Only now, so that the tags stay those that the broker counts.
             publication.sent_at = time.monotonic()
             self._unconfirmed[self._next_tag] = publication
             self._next_tag += 1
             self._bytes += len(message.body)
-        if not self._has_room():
-            # What makes room looks for who waits. Until then it is in vain to wake the loop.
-            self._woken = True
 
     def _has_room(self) -> bool:
         return (
@@ -308,15 +322,9 @@ class RabbitPublishing:
         if time.monotonic() - max(self._heard_at, oldest.sent_at) > _SUSPICIOUS_SILENCE:
             self._link.cut()
 
-    def _on_confirm(self, frame: pika.frame.Method[Any]) -> None:
-        method = frame.method
+    def _on_confirm(self, tag: int, multiple: bool, confirmed: bool) -> None:
         self._heard_at = time.monotonic()
-        tag = method.delivery_tag
-        confirmed = isinstance(method, Basic.Ack)
-        if method.multiple:
-            tags = list(itertools.takewhile(tag.__ge__, self._unconfirmed))
-        else:
-            tags = [tag]
+        tags = list(itertools.takewhile(tag.__ge__, self._unconfirmed)) if multiple else [tag]
         for each in tags:
             publication = self._unconfirmed.pop(each, None)
             if publication is not None:

@@ -1,0 +1,331 @@
+"""The frames that are written and read without pika: domain_events/broker/rabbitmq/wire.py.
+
+pika's own writing and reading is what they are held against. On a broker, see all tests that
+publish and subscribe, and `test_hostile_input`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pika
+import pytest
+import raw_amqp as raw
+from hypothesis import given
+from hypothesis import strategies as st
+from pika import frame
+from pika.spec import Basic, Queue
+
+from domain_events import message as messages
+from domain_events.broker.rabbitmq.sending import properties
+from domain_events.broker.rabbitmq.wire import Reader, ReceivedProperties, Writer, text
+from domain_events.events import DomainEvent
+from domain_events.message import Message
+
+CHANNEL = 7
+UNREADABLE = {b"sent-at": raw.number(b"T", 2**64 - 1)}
+
+short_texts = st.text(max_size=60)
+
+
+def published_by_pika(message: Message) -> bytes:
+    """The frames of a message that fits one of each kind."""
+    publish = Basic.Publish(
+        exchange=message.exchange, routing_key=message.routing_key, mandatory=message.mandatory
+    )
+    header = frame.Header(CHANNEL, len(message.body), properties(message))
+    body = frame.Body(CHANNEL, message.body)
+    return bytes(frame.Method(CHANNEL, publish).marshal() + header.marshal() + body.marshal())
+
+
+def an_event() -> Message:
+    event = DomainEvent("a.b", {"n": 1}, "user-1", "id-1", 1.5)
+    return messages.from_event(event, "domain-events", "tests", mandatory=False)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@given(
+    st.builds(
+        Message,
+        exchange=short_texts,
+        routing_key=short_texts,
+        body=st.binary(min_size=1, max_size=4000),
+        content_type=short_texts,
+        correlation_id=short_texts,
+        message_id=short_texts,
+        timestamp=st.integers(0, 2**63 - 1),
+        type=short_texts,
+        app_id=short_texts,
+        mandatory=st.booleans(),
+    )
+)
+def test_event_is_written_as_pika_writes_it(message: Message) -> None:
+    """Byte for byte; the second time, too, when its address is known."""
+    writer = Writer(CHANNEL)
+    assert writer.frames(message) == published_by_pika(message)
+    assert writer.frames(message) == published_by_pika(message)
+
+
+def test_events_of_many_addresses_are_not_mixed_up() -> None:
+    """More of them than are remembered, each in turn with others' properties."""
+    writer = Writer(CHANNEL)
+    for n in [*range(1500), *range(1500)]:
+        event = DomainEvent(f"user.{n}", {"n": n}, n, f"id-{n}", float(n))
+        message = messages.from_event(event, f"exchange-{n % 3}", f"app-{n % 2}", n % 5 == 0)
+        if n % 7 == 0:
+            message.correlation_id = f"correlation-{n}"
+        assert writer.frames(message) == published_by_pika(message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"headers": {"domain-events-retries": 1}},
+        {"body": b""},
+        {"body": bytes(4001)},
+        {"content_encoding": "gzip"},
+        {"reply_to": "somebody"},
+        {"timestamp": None},
+        {"message_id": None},
+        {"correlation_id": None},
+        {"content_type": None},
+        {"type": None},
+        {"app_id": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_plain_is_left_to_pika(change: dict[str, Any]) -> None:
+    """Also behind one of the same address that was plain."""
+    writer = Writer(CHANNEL)
+    assert writer.frames(an_event()) is not None
+    message = an_event()
+    vars(message).update(change)
+    assert writer.frames(message) is None
+
+
+@pytest.mark.parametrize(
+    "field", ["exchange", "routing_key", "app_id", "type", "message_id", "correlation_id"]
+)
+def test_text_that_amqp_cannot_carry_is_refused(field: str) -> None:
+    """It would shift all that stands behind it."""
+    message = an_event()
+    setattr(message, field, "é" * 128)
+    with pytest.raises(ValueError, match="256 bytes"):
+        Writer(CHANNEL).frames(message)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class Ear:
+    """What a reader says, in its order."""
+
+    def __init__(self, *listening: int) -> None:
+        self.heard: list[Any] = []
+        self.reader = Reader(self._others)
+        for channel in listening:
+            self.reader.delivered[channel] = self._at(channel, "delivered")
+            self.reader.confirmed[channel] = self._at(channel, "confirmed")
+
+    def _at(self, channel: int, what: str) -> Callable[..., None]:
+        def hear(*arguments: Any) -> None:
+            told = [
+                {name: value for name, value in vars(each).items() if name[0] != "_"}
+                if isinstance(each, ReceivedProperties) and each.message_id != ()
+                else each
+                for each in arguments
+            ]
+            self.heard.append((what, channel, *told))
+
+        return hear
+
+    def _others(self, data: bytes) -> None:
+        assert data
+        if self.heard and isinstance(self.heard[-1], bytes):
+            self.heard[-1] += data
+        else:
+            self.heard.append(data)
+
+
+def delivery_frames(
+    channel: int, sent: pika.BasicProperties, body: bytes, tag: int = 1, most: int = 100
+) -> bytes:
+    """What a broker sends, with at most so many bytes of the body in a frame."""
+    method = Basic.Deliver("ctag", tag, tag % 2 == 0, "domain-events", "a.ü")
+    frames = [frame.Method(channel, method), frame.Header(channel, len(body), sent)]
+    frames += [frame.Body(channel, body[at : at + most]) for at in range(0, len(body), most)]
+    return b"".join(each.marshal() for each in frames)
+
+
+received = st.builds(
+    pika.BasicProperties,
+    content_type=st.none() | short_texts,
+    content_encoding=st.none() | short_texts,
+    headers=st.none()
+    | st.dictionaries(st.text(min_size=1, max_size=20), st.integers(0, 9) | short_texts),
+    delivery_mode=st.none() | st.just(2),
+    correlation_id=st.none() | short_texts,
+    message_id=st.none() | short_texts,
+    timestamp=st.none() | st.integers(0, 2**63),
+    app_id=st.none() | short_texts,
+)
+channels = st.sampled_from([1, 2])  # on 1 somebody listens
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[tuple[bytes, Any]]:
+    """Pieces of what a broker sends, and what is to be heard of each."""
+    pieces: list[tuple[bytes, Any]] = []
+    for tag in range(draw(st.integers(0, 12))):
+        channel = draw(channels)
+        kind = draw(st.sampled_from(["delivery", "delivery", "ack", "nack", "method", "beat"]))
+        heard: Any = None
+        if kind == "delivery":
+            sent, body = draw(received), draw(st.binary(max_size=250))
+            data = delivery_frames(channel, sent, body, tag)
+            if channel == 1 and len(body) <= 100:
+                heard = ("domain-events", "a.ü", tag % 2 == 0, tag, vars(sent), body)
+                heard = ("delivered", 1, *heard)
+        elif kind in ("ack", "nack"):
+            multiple = draw(st.booleans())
+            confirm = Basic.Ack if kind == "ack" else Basic.Nack
+            data = frame.Method(channel, confirm(tag, multiple)).marshal()
+            if channel == 1:
+                heard = ("confirmed", 1, tag, multiple, kind == "ack")
+        elif kind == "method":
+            data = frame.Method(channel, Queue.DeclareOk("q", 1, 2)).marshal()
+        else:
+            data = frame.Heartbeat().marshal()
+        pieces.append((data, heard or data))
+    return pieces
+
+
+@given(conversations(), st.data())
+def test_deliveries_and_confirms_are_heard_and_all_else_is_passed_on(
+    conversation: list[tuple[bytes, Any]], data: st.DataObject
+) -> None:
+    """In their order, however the bytes are cut into pieces."""
+    sent = b"".join(piece for piece, _ in conversation)
+    ear = Ear(1)
+    own = at = 0
+    while at < len(sent):
+        step = data.draw(st.integers(1, max(1, len(sent) - at)))
+        own += ear.reader.feed(sent[at : at + step])
+        at += step
+    expected = Ear()
+    for _, heard in conversation:
+        if isinstance(heard, bytes):
+            expected._others(heard)
+        else:
+            expected.heard.append(heard)
+    assert ear.heard == expected.heard
+    assert own + sum(len(each) for each in ear.heard if isinstance(each, bytes)) == len(sent)
+
+
+def test_delivery_is_told_before_what_comes_behind_it_is_there() -> None:
+    """It may be the last for hours."""
+    ear = Ear(1)
+    data = delivery_frames(1, pika.BasicProperties(), b"body")
+    ear.reader.feed(data[:-1])
+    assert ear.heard == []
+    ear.reader.feed(data[-1:])
+    assert len(ear.heard) == 1
+
+
+def test_frames_of_another_channel_between_those_of_a_delivery_leave_it_to_pika() -> None:
+    """RabbitMQ never does so, but may."""
+    ear = Ear(1)
+    data = delivery_frames(1, pika.BasicProperties(), b"body")
+    between = frame.Method(2, Queue.DeclareOk("q", 1, 2)).marshal()
+    method = len(frame.Method(1, Basic.Deliver("ctag", 1, False, "domain-events", "a.ü")).marshal())
+    mixed = data[:method] + between + data[method:]
+    assert ear.reader.feed(mixed) == 0
+    assert ear.heard == [mixed]
+
+
+@pytest.mark.parametrize("at", [0, 30])
+def test_what_is_not_amqp_is_left_to_pika(at: int) -> None:
+    """A broker of another version answers with its own; pika says so."""
+    beats = frame.Heartbeat().marshal() * 9
+    hello = b"AMQP\x00\x00\x09\x01"
+    ear = Ear(1)
+    for byte in beats[: at - at % 8] + hello + b"whatever it says":
+        ear.reader.feed(bytes([byte]))
+    assert ear.heard == [beats[: at - at % 8] + hello + b"whatever it says"]
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+
+@given(received)
+def test_properties_are_as_pika_reads_them(sent: pika.BasicProperties) -> None:
+    """Also when nobody asks for the headers first."""
+    encoded = b"".join(sent.encode())
+    found = ReceivedProperties(encoded)
+    assert (found.message_id, found.headers) == (sent.message_id, sent.headers)
+    found = ReceivedProperties(encoded)
+    assert (found.headers, found.app_id) == (sent.headers, sent.app_id)
+    with pytest.raises(AttributeError):
+        found.nothing_of_the_kind  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"content_type": b"application/json"},
+        {"content_encoding": b"gzip", "message_id": b"1"},
+        {"content_type": b"", "content_encoding": b"", "timestamp": 1, "app_id": b"tests"},
+    ],
+)
+@pytest.mark.parametrize("by", ["us", "pika"])
+def test_headers_that_cannot_be_read_are_left_out(by: str, others: dict[str, Any]) -> None:
+    """Only they: what stands before and behind them is as it was. Also for what pika reads."""
+    sent = raw.Properties(UNREADABLE, **others)
+    with pytest.raises((ValueError, OverflowError)):
+        pika.BasicProperties().decode(sent.data)
+    found: Any
+    if by == "us":
+        found = ReceivedProperties(sent.data)
+        assert found.headers == {}
+    else:
+        ear = Ear()
+        ear.reader.feed(delivery_frames(CHANNEL, sent, b"body"))
+        [passed_on] = ear.heard
+        frames: list[Any] = []
+        while passed_on:
+            used, each = frame.decode_frame(passed_on)
+            frames.append(each)
+            passed_on = passed_on[used:]
+        method, header, body = frames
+        assert (method.method.NAME, body.fragment) == ("Basic.Deliver", b"body")
+        found = header.properties
+    expected = {
+        name: value.decode() if isinstance(value, bytes) else value
+        for name, value in others.items()
+    }
+    shown = {
+        name: value
+        for name, value in vars(found).items()
+        if value is not None and not name.startswith("_")
+    }
+    assert shown == {**expected, "headers": {}}
+
+
+@pytest.mark.parametrize("encoded", [b"\xff\xf8", b"\x20\x00\x00", b"\x80\x00\x09abc"])
+def test_properties_that_are_cut_off_are_none(encoded: bytes) -> None:
+    """Nobody's message may stop a subscriber."""
+    assert ReceivedProperties(encoded).message_id is None
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [("a.b", "a.b"), (b"a.\xff", "a.\\xff"), (None, ""), ("", "")]
+)
+def test_name_that_is_not_utf8_is_shown_with_its_bytes_escaped(
+    given: str | bytes | None, shown: str
+) -> None:
+    """Never as bytes, which nobody expects there."""
+    assert text(given) == shown
