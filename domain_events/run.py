@@ -89,7 +89,7 @@ class Run:
             self._consuming.consume(
                 options.name,
                 options.topology(),
-                options.prefetch_count,
+                options.prefetch(self._workers),
                 partial(self._deliver, subscription),
             )
         )

@@ -25,10 +25,6 @@ log = logging.getLogger("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
-#: Measured with a fast handler (events per second): 50: 14,000; 100: 17,000; 200: 19,000; 300:
-#: 20,000. Where events are held for long, because handlers are slow, fewer serve better.
-DEFAULT_PREFETCH_COUNT = 200
-
 # How long stopping may take: what is not confirmed yet, and closing.
 _MOVE_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 10.0
@@ -89,7 +85,7 @@ class Subscriber:
         retry_on: type[Exception] | Sequence[type[Exception]] = (),
         backoff: Backoff | None = None,
         queue_type: Literal["quorum", "classic"] = "quorum",
-        prefetch_count: int = DEFAULT_PREFETCH_COUNT,
+        prefetch_count: int | None = None,
         ordered: bool = False,
     ) -> None:
         """Have ``handler`` called with every event that one of the binding keys matches.
@@ -116,7 +112,9 @@ class Subscriber:
         :param backoff: the delays for ``retry_on``; `Backoff` () if left out.
         :param queue_type: ``classic`` to go on with a queue of domain-event-broker.
         :param prefetch_count: how many events are held ready by this process; the fewer, the
-            more evenly slow handlers in several processes share the work.
+            more evenly slow handlers in several processes share the work. If left out, 50 (and
+            at least four for each worker), and up to 2,000 as long as the handler is done with
+            5,000 a second or more, for which 50 are too few.
         :param ordered: with several workers, never handle two events of one
             ``domain_object_id`` at the same time, and handle them in their order.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 from domain_events import message as messages
 from domain_events import topology
-from domain_events.broker import Consumer, Publication, Publishing
+from domain_events.broker import Consumer, Prefetch, Publication, Publishing
 from domain_events.errors import ConfigurationError, DomainEventsError, InvalidEvent
 from domain_events.events import DomainEvent
 from domain_events.message import Delivery, Message
@@ -34,6 +34,10 @@ Handler: TypeAlias = Callable[[DomainEvent], object]
 _PAUSE_AFTER_A_FAILED_MOVE = 5.0
 
 _ROUTING_KEYS_REMEMBERED = 10_000
+
+# Events held ready, where the user has not said how many.
+_FEW = 50
+_MANY = 2000
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Options:
     retry_on: tuple[type[Exception], ...]
     backoff: Backoff
     queue_type: Literal["quorum", "classic"]
-    prefetch_count: int
+    prefetch_count: int | None
     ordered: bool
 
     def __post_init__(self) -> None:
@@ -67,7 +71,8 @@ class Options:
         if self.queue_type not in ("quorum", "classic"):
             raise ConfigurationError(f"{self.name}: queue_type is 'quorum' or 'classic'.")
         _at_least(self.name, "max_retries", self.max_retries, 0)
-        _at_least(self.name, "prefetch_count", self.prefetch_count, 1)
+        if self.prefetch_count is not None:
+            _at_least(self.name, "prefetch_count", self.prefetch_count, 1)
         if self.retry_on and not self.max_retries:
             raise ConfigurationError(
                 f"{self.name}: retry_on has no effect without max_retries, which is 0."
@@ -99,6 +104,14 @@ class Options:
             declarations += topology.delays(self.exchange)
             declarations.append(topology.way_back(self.exchange, name))
         return declarations
+
+    def prefetch(self, workers: int) -> Prefetch:
+        """How many events a process with so many workers holds ready."""
+        if self.prefetch_count is not None:
+            return Prefetch(self.prefetch_count, self.prefetch_count)
+        few = max(_FEW, 4 * workers)
+        # To take another number, consuming ends for a moment, and an auto-delete queue with it.
+        return Prefetch(few, few if self.auto_delete else max(_MANY, few))
 
 
 class Subscription:

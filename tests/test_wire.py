@@ -15,7 +15,7 @@ import raw_amqp as raw
 from hypothesis import given
 from hypothesis import strategies as st
 from pika import frame
-from pika.spec import Basic, Queue
+from pika.spec import Basic, Channel, Queue
 
 from domain_events import message as messages
 from domain_events.broker.rabbitmq.sending import properties
@@ -184,9 +184,9 @@ def conversations(draw: st.DrawFn) -> list[tuple[bytes, Any]]:
         kind = draw(st.sampled_from(["delivery", "delivery", "ack", "nack", "method", "beat"]))
         heard: Any = None
         if kind == "delivery":
-            sent, body = draw(received), draw(st.binary(max_size=250))
+            sent, body = draw(received), b"x" * draw(st.sampled_from([0, 1, 100, 101, 250]))
             data = delivery_frames(channel, sent, body, tag)
-            if channel == 1 and len(body) <= 100:
+            if channel == 1:
                 heard = ("domain-events", "a.ü", tag % 2 == 0, tag, vars(sent), body)
                 heard = ("delivered", 1, *heard)
         elif kind in ("ack", "nack"):
@@ -235,15 +235,34 @@ def test_delivery_is_told_before_what_comes_behind_it_is_there() -> None:
     assert len(ear.heard) == 1
 
 
-def test_frames_of_another_channel_between_those_of_a_delivery_leave_it_to_pika() -> None:
+def test_frames_of_another_channel_may_come_between_those_of_a_delivery() -> None:
     """RabbitMQ never does so, but may."""
     ear = Ear(1)
-    data = delivery_frames(1, pika.BasicProperties(), b"body")
+    sent = pika.BasicProperties(message_id="m")
+    frames = []
+    data = delivery_frames(1, sent, b"body", most=2)
+    while data:
+        used, _ = frame.decode_frame(data)
+        frames.append(data[:used])
+        data = data[used:]
+    assert len(frames) == 4
     between = frame.Method(2, Queue.DeclareOk("q", 1, 2)).marshal()
-    method = len(frame.Method(1, Basic.Deliver("ctag", 1, False, "domain-events", "a.ü")).marshal())
-    mixed = data[:method] + between + data[method:]
-    assert ear.reader.feed(mixed) == 0
-    assert ear.heard == [mixed]
+    own = ear.reader.feed(between.join(frames))
+    heard = ("delivered", 1, "domain-events", "a.ü", False, 1, vars(sent), b"body")
+    assert ear.heard == [between * 3, heard]
+    assert own == sum(len(each) for each in frames)
+
+
+def test_delivery_that_was_broken_off_is_forgotten() -> None:
+    """Its channel was closed in the middle, and another one has its number now."""
+    ear = Ear(1)
+    cut = delivery_frames(1, pika.BasicProperties(), b"the first body", most=4)[:-30]
+    opened = frame.Method(1, Channel.OpenOk()).marshal()
+    sent = pika.BasicProperties(message_id="m")
+    ear.reader.feed(cut[: frame.decode_frame(cut)[0]] + opened)
+    ear.reader.feed(delivery_frames(1, sent, b"the second", most=4))
+    heard = ("delivered", 1, "domain-events", "a.ü", False, 1, vars(sent), b"the second")
+    assert ear.heard == [opened, heard]
 
 
 @pytest.mark.parametrize("at", [0, 30])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from domain_events.errors import ConfigurationError, DomainEventsError
 from domain_events.message import Delivery, Message
@@ -63,6 +63,17 @@ class Publishing(Protocol):
 
     def close(self, timeout: float) -> None:
         """Wait for what is under way, then close. Ends in about ``timeout`` seconds."""
+
+
+class Prefetch(NamedTuple):
+    """How many deliveries of a queue may be unsettled at a time.
+
+    ``few`` where handlers are slow, so that other processes have their share; up to ``many``
+    while they are so fast that few would be handled before more can arrive.
+    """
+
+    few: int
+    many: int
 
 
 class Consumer(Protocol):
@@ -130,7 +141,7 @@ class Consuming(Protocol):
         self,
         queue: str,
         topology: Topology,
-        prefetch_count: int,
+        prefetch: Prefetch,
         deliver: Callable[[Delivery, Consumer], None],
     ) -> Consumer:
         """Start to consume; ``topology`` is what to declare again after any trouble."""

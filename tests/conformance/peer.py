@@ -9,7 +9,15 @@ from typing import Any
 from support import wait_until
 
 from domain_events import DomainEventsError, TopologyError
-from domain_events.broker import Browser, Consumer, Consuming, Publication, Publishing, connect
+from domain_events.broker import (
+    Browser,
+    Consumer,
+    Consuming,
+    Prefetch,
+    Publication,
+    Publishing,
+    connect,
+)
 from domain_events.message import Delivery, Message
 from domain_events.topology import Topology
 
@@ -21,7 +29,9 @@ class Inbox:
 
     def __init__(self, consuming: Consuming, queue: str, topology: Topology, prefetch: int) -> None:
         self.deliveries: list[Delivery] = []
-        self.consumer: Consumer = consuming.consume(queue, topology, prefetch, self._deliver)
+        self.consumer: Consumer = consuming.consume(
+            queue, topology, Prefetch(prefetch, prefetch), self._deliver
+        )
 
     def _deliver(self, delivery: Delivery, _consumer: Consumer) -> None:
         self.deliveries.append(delivery)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from domain_events.broker import Consumer, refusals
+from domain_events.broker import Consumer, Prefetch, refusals
 from domain_events.broker.memory.clock import SECOND
 from domain_events.broker.memory.queues import Entry, QueueState
 from domain_events.broker.memory.store import Store
@@ -62,12 +62,12 @@ class MemoryConsuming:
         self,
         queue: str,
         topology: Topology,
-        prefetch_count: int,
+        prefetch: Prefetch,
         deliver: Callable[[Delivery, Consumer], None],
     ) -> MemoryConsumer:
         """Start to consume."""
         self.check_open()
-        consumer = MemoryConsumer(self._store, self, queue, topology, prefetch_count, deliver)
+        consumer = MemoryConsumer(self._store, self, queue, topology, prefetch, deliver)
         self._consumers.append(consumer)
         self._store.soon(consumer.open)
         return consumer
@@ -154,14 +154,14 @@ class MemoryConsumer:
         owner: MemoryConsuming,
         queue: str,
         topology: Topology,
-        prefetch_count: int,
+        prefetch: Prefetch,
         deliver: Callable[[Delivery, Consumer], None],
     ) -> None:
         self._store = store
         self._owner = owner
         self._queue = queue
         self._topology = topology
-        self._prefetch_count = prefetch_count
+        self._prefetch_count = prefetch.few  # here nothing has to arrive first
         self._deliver = deliver
         self.held = _Held(store)
         self._pause = _PAUSE

@@ -6,6 +6,11 @@ channel, its tags and all other state.
 A tag dies with its channel: each channel that is opened here has a number (its *epoch*), a
 receipt names it, and what is settled under an old one is passed over, since the broker has put
 the delivery back in the queue.
+
+A prefetch cannot be changed while the queue is consumed. To take another, consuming ends and
+begins again on the same channel, where what is unsettled stays as it is. What was on its way just
+then would come again later, out of order (rabbit_fifo_client returns it; seen on 3.10). So acks are
+withheld until all that the old prefetch allows is here, and nothing can be on its way.
 """
 
 from __future__ import annotations
@@ -13,20 +18,18 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-import pika
 from pika.channel import Channel
-from pika.spec import Basic
 
-from domain_events.broker import Consumer
+from domain_events.broker import Consumer, Prefetch
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.stream import Connection
-from domain_events.broker.rabbitmq.wire import text
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.message import Delivery, Properties
 from domain_events.topology import Topology
@@ -36,6 +39,9 @@ log = logging.getLogger("domain_events")
 # Seconds before a consumer that the broker turned away asks again.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
+
+# Settled in a second, at least: fast. Far beyond what one can ask of a database.
+_FAST = 5000
 
 # Acks of a fast handler are told to the broker together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
@@ -53,14 +59,15 @@ class RabbitConsumer:
         repair: Callable[[Topology], None],
         queue: str,
         topology: Topology,
-        prefetch_count: int,
+        prefetch: Prefetch,
         deliver: Callable[[Delivery, Consumer], None],
     ) -> None:
         self._link = link
         self._repair = repair
         self._queue = queue
         self._topology = topology
-        self._prefetch_count = prefetch_count
+        self._prefetch = prefetch
+        self._prefetch_count = prefetch.few
         self._deliver = deliver
         # Any thread: what was settled and the broker not yet told.
         self._settled: deque[tuple[tuple[int, int], bool]] = deque()
@@ -82,6 +89,13 @@ class RabbitConsumer:
         self._above: set[int] = set()  # settled tags above it
         self._highest = 0  # the last tag that was delivered
         self._looking = False  # whether `_look` is going to be called
+        self._looked_at = 0.0
+        self._told = 0  # of how many deliveries since then
+        self._unsettled = 0  # of those this prefetch counts for, as far as the broker was told
+        self._since = 1  # the first of them
+        self._wanted = self._prefetch_count
+        self._filling = False  # whether acks are withheld until the wanted prefetch can be taken
+        self._changing = False  # whether consuming ends, to begin again with it
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -125,10 +139,11 @@ class RabbitConsumer:
             if self._stopping:
                 return  # pika would never answer a second cancel
             self._stopping = True
+            self._filling = False
             if self._channel is None or not self._channel.is_open:
                 self._stopped.set()
-                return
-            self._channel.basic_cancel(self._tag, callback=lambda _frame: self._stopped.set())
+            elif not self._changing:  # else it ends just now
+                self._channel.basic_cancel(self._tag, callback=lambda _frame: self._stopped.set())
 
         if self._wake(stop):
             self._stopped.wait(timeout)
@@ -151,6 +166,7 @@ class RabbitConsumer:
             return
         if self._opening or self._stopping:
             return
+        self._prefetch_count = self._prefetch.few
         self._opening = Opening(
             self._link,
             connection,
@@ -168,22 +184,45 @@ class RabbitConsumer:
         )
 
     def _consume(self, connection: Connection, channel: Channel) -> None:
+        if self._stopping and self._changing:
+            self._consumes(None)  # all is said and done
+            self._stopped.set()
+            return
         if self._stopping:
             channel.close()
             return
         guarded = self._link.guarded
-        self._forget_tags()
-        self._epoch += 1
-        self._channel = channel
-        channel.add_on_cancel_callback(guarded(self._cancelled))
-        # Deliveries may come before the reply.
-        connection.stream.hear_deliveries(
-            channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
-        )
+        if not self._changing:
+            self._forget_tags()
+            self._epoch += 1
+            self._channel = channel
+            channel.add_on_cancel_callback(guarded(self._cancelled))
+            # Deliveries may come before the reply to what is asked for below.
+            connection.stream.hear_deliveries(
+                channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
+            )
+        self._changing = False
+        self._since, self._unsettled = self._highest + 1, 0
         self._tag = channel.basic_consume(
             self._queue,
-            guarded(partial(self._on_message, self._epoch)),
+            lambda *_: None,  # pika hears of no delivery
             callback=guarded(self._consumes),
+        )
+
+    def _change_if_full(self) -> None:
+        """Go on with the wanted prefetch, if nothing can be on its way."""
+        if not self._filling or self._unsettled < self._prefetch_count:
+            return
+        connection, channel, opening = self._link.connection, self._channel, self._opening
+        self._filling = False
+        if connection is None or channel is None or opening is None or not channel.is_open:
+            return
+        self._prefetch_count = self._wanted
+        self._changing = True
+        opening.busy()
+        channel.basic_cancel(
+            self._tag,
+            callback=self._link.guarded(lambda _frame: self._limit(connection, channel)),
         )
 
     def _consumes(self, _frame: object) -> None:
@@ -204,6 +243,7 @@ class RabbitConsumer:
         # The queue was deleted, or its node is going, or a delivery was held for too long. What
         # is still unsettled here has gone back to the queue, if there is one.
         self._trouble = "the broker had cancelled the consumer"
+        self._filling = False
         self._tell()
         if self._opening is not None and self._channel is not None and self._channel.is_open:
             self._opening.close(self._channel)
@@ -232,31 +272,13 @@ class RabbitConsumer:
         self._channel = None
         self._opening = None
         self._settled.clear()
+        self._filling = self._changing = False
 
     def _open_later(self) -> None:
         self._let_go()
         longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
         self._failures += 1
         self._link.call_later(longest * random.uniform(0.5, 1), self.open)
-
-    def _on_message(
-        self,
-        epoch: int,
-        _channel: Channel,
-        method: Basic.Deliver,
-        properties: pika.BasicProperties,
-        body: bytes,
-    ) -> None:
-        """A delivery that takes more than one frame, by way of pika."""
-        self._on_delivery(
-            epoch,
-            text(method.exchange),
-            text(method.routing_key),
-            method.redelivered,
-            method.delivery_tag or 0,
-            properties,
-            body,
-        )
 
     def _on_delivery(
         self,
@@ -271,14 +293,18 @@ class RabbitConsumer:
         if epoch != self._epoch:
             return  # the channel is closing; the broker has it in the queue again
         self._highest = tag
+        self._unsettled += 1
         if not self._looking:
             self._look_later()
         self._deliver(
             Delivery(exchange, routing_key, redelivered, properties, body, (epoch, tag)), self
         )
+        self._change_if_full()
 
     def _look_later(self) -> None:
         self._looking = True
+        self._looked_at = time.monotonic()
+        self._told = 0
         self._link.call_later(_LONGEST_WITHHELD, partial(self._look, self._epoch))
 
     def _look(self, epoch: int) -> None:
@@ -286,20 +312,36 @@ class RabbitConsumer:
         if epoch != self._epoch:
             return
         self._looking = False
+        waited_in_vain, self._filling = self._filling, False
         if self._settled:
             self._tell()
+        if not waited_in_vain:
+            self._adapt()
         if self._lowest <= self._highest:
             self._look_later()
+
+    def _adapt(self) -> None:
+        if self._changing or self._stopping:
+            return
+        rate = self._told / (time.monotonic() - self._looked_at)
+        self._wanted = prefetch_count(self._prefetch, self._prefetch_count, rate, self._unsettled)
+        self._filling = self._wanted != self._prefetch_count
+        self._change_if_full()
 
     def _tell(self) -> None:
         """Tell the broker what was settled: a run of acks that leaves no gap as one."""
         self._woken = False
+        if self._filling:
+            return
         channel = self._channel
         acks = []
         while self._settled:
             (epoch, tag), requeue = self._settled.popleft()
             if epoch != self._epoch or channel is None or not channel.is_open:
                 continue
+            self._told += 1
+            if tag >= self._since:
+                self._unsettled -= 1
             if requeue:
                 channel.basic_nack(tag, requeue=True)
                 self._above.add(tag)
@@ -318,3 +360,16 @@ class RabbitConsumer:
         for tag in acks:
             if tag > self._lowest:
                 channel.basic_ack(tag)
+
+
+def prefetch_count(prefetch: Prefetch, now: int, rate: float, held: int) -> int:
+    """The prefetch to go on with.
+
+    :param now: the present one.
+    :param rate: deliveries settled in a second.
+    :param held: deliveries not settled.
+    """
+    if rate >= _FAST:
+        return prefetch.many
+    # More than can be handled in a second is too much.
+    return prefetch.few if held > max(prefetch.few, rate) else now

@@ -19,7 +19,7 @@ from typing import Any
 import pika
 from pika.channel import Channel
 
-from domain_events.broker import Consumer
+from domain_events.broker import Consumer, Prefetch
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
 from domain_events.broker.rabbitmq.link import Link
@@ -79,13 +79,11 @@ class RabbitConsuming:
         self,
         queue: str,
         topology: Topology,
-        prefetch_count: int,
+        prefetch: Prefetch,
         deliver: Callable[[Delivery, Consumer], None],
     ) -> RabbitConsumer:
         """Start to consume, and go on over every trouble."""
-        consumer = RabbitConsumer(
-            self._link, self._repair, queue, topology, prefetch_count, deliver
-        )
+        consumer = RabbitConsumer(self._link, self._repair, queue, topology, prefetch, deliver)
 
         def start() -> None:
             self._consumers.append(consumer)

@@ -58,6 +58,10 @@ class Opening:
         if not self._closing:
             self._link.cancel_call(self._deadline)
 
+    def busy(self) -> None:
+        """The channel is to be asked for something; it is usable again when that is answered."""
+        self._wait_for_an_answer()
+
     def close(self, channel: Channel) -> None:
         """Close the channel; its end is told, or the connection is made anew."""
         self._closing = True

@@ -82,7 +82,7 @@ class Stream(AbstractStreamTransport, AbstractStreamProtocol):
         self._reader = Reader(above.data_received)
 
     def hear_deliveries(self, channel: int, delivered: Delivered) -> None:
-        """Tell of the deliveries on this channel; pika then gets only those of several frames."""
+        """Tell of the deliveries on this channel; pika then gets none."""
         self._reader.delivered[channel] = delivered
 
     def hear_confirms(self, channel: int, confirmed: Confirmed) -> None:

@@ -1,8 +1,7 @@
 """The frames there are many of, written and read without pika: events, deliveries, confirms.
 
-pika can do all that is done here; it is measured to take four times as long. So only the plain
-cases are dealt with: what `Writer` returns None for, and what `Reader` passes on, is pika's. An
-event that does not fit a frame, for example, and everything that is said once per connection.
+pika can do all that is done here; it is measured to take four times as long. So only what there is
+much of is dealt with: what `Writer` returns None for, and what `Reader` passes on, is pika's.
 
 Bytes in, bytes out; knows no sockets and no threads. The grammar is that of AMQP 0-9-1, chapters
 2.3 and 4.2 of its specification.
@@ -168,7 +167,7 @@ Confirmed: TypeAlias = Callable[[int, bool, bool], None]
 
 
 class Reader:
-    """Reads deliveries and confirms on the channels where somebody listens.
+    """Reads all deliveries and confirms on the channels where somebody listens.
 
     Everything else is passed on, in whole frames and in its place between what is read here.
     Headers that pika cannot read are taken out of what is passed on: pika would take the error
@@ -185,6 +184,8 @@ class Reader:
         self._others = others
         self._rest = b""  # the beginning of a frame, or of a delivery
         self._no_frames = False
+        # By channel: deliveries that take more frames than three, or that others come between.
+        self._growing: dict[int, _Growing] = {}
         self.delivered: dict[int, Delivered] = {}
         self.confirmed: dict[int, Confirmed] = {}
 
@@ -205,8 +206,8 @@ class Reader:
                 break
             if after > len(data):
                 break
-            if kind == FRAME_METHOD:
-                found = self._told(data, at + _FRAME.size, after, channel)
+            if kind == FRAME_METHOD or channel in self._growing:
+                found = self._told(kind, data, at + _FRAME.size, after, channel)
                 if found is None:
                     break  # it is not all there yet
                 behind, tell, arguments = found
@@ -233,28 +234,63 @@ class Reader:
             self._others(data[begin:end])
 
     def _told(
-        self, data: bytes, at: int, after: int, channel: int
+        self, kind: int, data: bytes, at: int, after: int, channel: int
     ) -> tuple[int, Callable[..., None], tuple[object, ...]] | None:
         """Where what is read here ends, who is told, and what.
 
         It ends at 0 when it is pika's. None: more data is needed to know.
         """
+        if kind != FRAME_METHOD:
+            growing = self._growing[channel]
+            if not growing.add(kind, data[at : after - 1]):
+                return after, _nobody, ()
+            del self._growing[channel]
+            return after, self.delivered[channel], growing.arguments()
+        self._growing.pop(channel, None)  # it will not be completed any more
         method = data[at : at + 4]
         if method == _DELIVER and channel in self.delivered:
             content = _content(data, after, channel)
             if content is None:
                 return None
             properties, body, behind = content
-            if behind:
-                arguments = (*_delivery(data, at + 4), ReceivedProperties(properties), body)
-                return behind, self.delivered[channel], arguments
-        elif method in _CONFIRMS and channel in self.confirmed:
+            about = _delivery(data, at + 4)
+            if not behind:
+                self._growing[channel] = _Growing(about)
+                return after, _nobody, ()
+            arguments = (*about, ReceivedProperties(properties), body)
+            return behind, self.delivered[channel], arguments
+        if method in _CONFIRMS and channel in self.confirmed:
             tag, multiple = _CONFIRM.unpack_from(data, at + 4)
             return after, self.confirmed[channel], (tag, bool(multiple & 1), method == _ACK)
-        return _PIKAS
+        return 0, _nobody, ()
 
 
-_PIKAS: tuple[int, Callable[..., None], tuple[object, ...]] = (0, lambda: None, ())
+def _nobody() -> None:
+    """Who is told nothing."""
+
+
+class _Growing:
+    """A delivery whose frames come one by one."""
+
+    def __init__(self, about: tuple[str, str, bool, int]) -> None:
+        self._about = about
+        self._properties = b""
+        self._parts: list[bytes] = []
+        self._missing = 0
+
+    def add(self, kind: int, payload: bytes) -> bool:
+        """One more frame; whether it was the last."""
+        if kind == FRAME_HEADER:
+            (self._missing,) = _NUMBER.unpack_from(payload, _BEFORE_FLAGS - _NUMBER.size)
+            self._properties = payload[_BEFORE_FLAGS:]
+        else:
+            self._parts.append(payload)
+            self._missing -= len(payload)
+        return self._missing <= 0
+
+    def arguments(self) -> tuple[object, ...]:
+        """What is told of it."""
+        return (*self._about, ReceivedProperties(self._properties), b"".join(self._parts))
 
 
 def _delivery(data: bytes, at: int) -> tuple[str, str, bool, int]:
@@ -271,7 +307,7 @@ def _delivery(data: bytes, at: int) -> tuple[str, str, bool, int]:
 def _content(data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int] | None:
     """What stands behind a delivery's first frame: properties, body, and where they end.
 
-    They end at 0 where the body takes more frames than one. None: more data is needed to know.
+    They end at 0 where these are not one frame each. None: more data is needed to know.
     """
     end = len(data)
     if end - at < _PROPERTIES.size:
