@@ -114,7 +114,8 @@ class Delivery:
     @property
     def retries(self) -> int:
         """How often the event was retried; what others may have put there counts as never."""
-        retries = self.headers.get(RETRIES)
+        headers = self.properties.headers
+        retries = headers.get(RETRIES) if headers else 0
         if isinstance(retries, bool) or not isinstance(retries, int):
             return 0
         # pika reads a large one as a type of its own, and would not write the largest again.

@@ -176,7 +176,7 @@ class Publisher:
 class _Batch:
     """The events of one `publish_many`, and the window through which they go.
 
-    The caller's thread owns everything but what ``_moved`` guards, with which the I/O thread
+    The caller's thread owns everything but what ``_lock`` guards, with which the I/O thread
     tells it that there is room again.
     """
 
@@ -188,7 +188,10 @@ class _Batch:
         self._bytes = 0
         self._count = 0
         self._failures: list[tuple[DomainEvent, DomainEventsError]] = []
-        self._moved = threading.Condition()
+        # The lock itself where nobody waits: a condition's way to it is longer. Re-entrant, since
+        # a signal handler may publish, fail, and with it all that waits.
+        self._lock = threading.RLock()
+        self._moved = threading.Condition(self._lock)
         self._open = 0
         self._wake_at = 0
         self._failed = False
@@ -198,7 +201,7 @@ class _Batch:
         publication = Publication(message, self._done)
         self._under_way.append((publication, event, time.monotonic() + self._timeout))
         self._bytes += len(message.body)
-        with self._moved:
+        with self._lock:
             self._open += 1
         self._publishing.submit(publication)
         if len(self._under_way) >= _MOST_UNDER_WAY or self._bytes >= _MOST_BYTES_UNDER_WAY:
@@ -226,7 +229,7 @@ class _Batch:
 
     def _done(self, publication: Publication) -> None:
         """On the I/O thread: one more is done."""
-        with self._moved:
+        with self._lock:
             self._open -= 1
             self._failed = self._failed or publication.error is not None
             if self._failed or self._open <= self._wake_at:

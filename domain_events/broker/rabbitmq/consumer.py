@@ -42,6 +42,8 @@ _LONGEST_PAUSE = 10.0
 
 # Settled in a second, at least: fast. Far beyond what one can ask of a database.
 _FAST = 5000
+# When so many were settled since the last look, there is no need to wait for the next.
+_SOON_FAST = 500
 
 # Acks of a fast handler are told to the broker together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
@@ -360,6 +362,8 @@ class RabbitConsumer:
         for tag in acks:
             if tag > self._lowest:
                 channel.basic_ack(tag)
+        if self._prefetch_count < self._prefetch.many and self._told >= _SOON_FAST:
+            self._adapt()
 
 
 def prefetch_count(prefetch: Prefetch, now: int, rate: float, held: int) -> int:
