@@ -9,6 +9,8 @@ import math
 import pickle
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
@@ -22,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from domain_events import DomainEvent, InvalidEvent
+from domain_events import events as events_module
 from domain_events.events import read_envelope
 
 # Machines that are shared are slow at times.
@@ -97,6 +100,52 @@ def test_id_is_a_random_uuid() -> None:
     digits = [set(column) for column in zip(*ids, strict=True)]
     counts = {len(each) for at, each in enumerate(digits) if at not in (8, 13, 14, 18, 19, 23)}
     assert (counts, len(digits[14]), digits[19]) == ({16}, 1, set("89ab"))
+
+
+def test_ids_are_unique_among_threads() -> None:
+    """They share the numbers that ids are made of."""
+    ids: list[str] = []
+
+    def work() -> None:
+        ids.extend([DomainEvent("a.b").uuid_string for _ in range(5000)])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ids)) == 8 * 5000
+
+
+def test_child_of_a_fork_has_ids_of_its_own() -> None:
+    """None of those that its parent gives after it."""
+    program = """
+        import os
+        from domain_events import DomainEvent
+        DomainEvent("a.b")  # the numbers that ids are made of are there
+        child = os.fork() == 0
+        # What is random in an id, and nothing else.
+        print(*(DomainEvent("a.b").uuid_string[:13] for _ in range(50)), flush=True)
+        if not child:
+            os.wait()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    first, second = (set(line.split()) for line in output.splitlines())
+    assert len(first) == len(second) == 50
+    assert not first & second
+
+
+def test_machine_resumed_twice_from_one_snapshot_never_gives_one_id_twice() -> None:
+    """Which has the same numbers each time, but never the same time."""
+    DomainEvent("a.b")
+    snapshot = list(events_module._numbers)
+    first = [DomainEvent("a.b").uuid_string for _ in snapshot]
+    events_module._numbers.clear()
+    events_module._numbers.extend(snapshot)
+    second = [DomainEvent("a.b").uuid_string for _ in snapshot]
+    assert [each[:8] for each in first] == [each[:8] for each in second]
+    assert not set(first) & set(second)
 
 
 def test_what_is_left_out_has_a_default() -> None:
