@@ -89,7 +89,7 @@ _MEMORY = Figure("bytes", "memory", "MiB", scale=1 / 2**20)
 _MILLISECONDS = Figure("seconds", "time", "ms", scale=1000)
 
 # So many events wait for a consumer, so that the fastest is not done at once.
-_EVENTS = (30_000, 10_000)
+_EVENTS = (60_000, 10_000)
 
 _Choice = Callable[[Any, Any], Any]
 
@@ -226,7 +226,7 @@ def _series(either: _Choice) -> tuple[Scenario, ...]:
             (_RATE,),
             _along(
                 "prefetch",
-                either((1, 10, 50, 100, 200), (1, 200)),
+                either((1, 10, 50, 200, 2000), (1, 200)),
                 queue_type="quorum",
                 seconds=seconds,
                 count=events,

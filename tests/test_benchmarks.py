@@ -260,8 +260,8 @@ def test_runs_of_different_scenarios_are_shown_together() -> None:
 
 def test_pieces_are_what_an_event_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_TIMES", 50)
-    for steps in (pieces.publishing(), pieces.consuming()):
-        assert any(name.startswith("pika") for name, _ in steps)
+    for steps in (pieces.publishing(), pieces.consuming(), pieces.pika_s_frames()):
+        assert any(name.startswith("three frames") for name, _ in steps)
         assert 1 < sum(microseconds for _, microseconds in steps) < 10_000
 
 
