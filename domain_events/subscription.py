@@ -38,6 +38,7 @@ _ROUTING_KEYS_REMEMBERED = 10_000
 # Events held ready, where the user has not said how many.
 _FEW = 50
 _MANY = 2000
+_STEADY = 200
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,12 @@ class Options:
         """How many events a process with so many workers holds ready."""
         if self.prefetch_count is not None:
             return Prefetch(self.prefetch_count, self.prefetch_count)
-        few = max(_FEW, 4 * workers)
-        # To take another number, consuming ends for a moment, and an auto-delete queue with it.
-        return Prefetch(few, few if self.auto_delete else max(_MANY, few))
+        enough = 4 * workers
+        if self.auto_delete or self.queue_type == "classic":
+            # To take another number, consuming ends for a moment, and with it an auto-delete
+            # queue; so may be a classic one that was found.
+            return Prefetch(max(_STEADY, enough), max(_STEADY, enough))
+        return Prefetch(max(_FEW, enough), max(_MANY, enough))
 
 
 class Subscription:

@@ -15,6 +15,7 @@ import raw_amqp as raw
 from hypothesis import given
 from hypothesis import strategies as st
 from pika import frame
+from pika.exceptions import BodyTooLongError
 from pika.spec import Basic, Channel, Queue
 
 from domain_events import message as messages
@@ -276,6 +277,39 @@ def test_what_is_not_amqp_is_left_to_pika(at: int) -> None:
     assert ear.heard == [beats[: at - at % 8] + hello + b"whatever it says"]
 
 
+def test_frame_without_its_end_is_left_to_pika() -> None:
+    """It knows what to do with such a broker."""
+    for kind in range(4):
+        ear = Ear(1)
+        data = delivery_frames(1, pika.BasicProperties(), b"body") if kind < 3 else None
+        if data is None:
+            data = frame.Method(1, Basic.Ack(1)).marshal()
+            ends = [len(data) - 1]
+        else:
+            ends, at = [], 0
+            while at < len(data):
+                at += frame.decode_frame(data[at:])[0]
+                ends.append(at - 1)
+        end = ends[min(kind, len(ends) - 1)]
+        broken = data[:end] + b"\0" + data[end + 1 :]
+        ear.reader.feed(broken)
+        ear.reader.feed(data)
+        assert not any(isinstance(heard, tuple) for heard in ear.heard)
+        assert ear.heard[-1].endswith(data)
+
+
+@pytest.mark.parametrize("most", [2, 100])
+def test_body_longer_than_announced_breaks_the_connection(most: int) -> None:
+    """As with pika: nobody knows what belongs to what then."""
+    data = delivery_frames(1, pika.BasicProperties(), b"body", most=most)
+    announced = (4).to_bytes(8, "big")
+    assert data.count(announced) == 1
+    ear = Ear(1)
+    with pytest.raises(BodyTooLongError):
+        ear.reader.feed(data.replace(announced, (3).to_bytes(8, "big")))
+    assert ear.heard == []
+
+
 # --- properties ----------------------------------------------------------------------------------
 
 
@@ -334,7 +368,7 @@ def test_headers_that_cannot_be_read_are_left_out(by: str, others: dict[str, Any
     assert shown == {**expected, "headers": {}}
 
 
-@pytest.mark.parametrize("encoded", [b"\xff\xf8", b"\x20\x00\x00", b"\x80\x00\x09abc"])
+@pytest.mark.parametrize("encoded", [b"", b"\0", b"\xff\xf8", b"\x20\0\0", b"\x80\0\x09abc"])
 def test_properties_that_are_cut_off_are_none(encoded: bytes) -> None:
     """Nobody's message may stop a subscriber."""
     assert ReceivedProperties(encoded).message_id is None

@@ -29,7 +29,7 @@ class Subscribing:
     processes: int = 2
     workers: int = 3
     max_retries: int = 3
-    prefetch_count: int = 50
+    prefetch_count: int | None = None
     slow: tuple[float, float] = (0.02, 0.15)  # how long a handler of a slow event sleeps
 
 

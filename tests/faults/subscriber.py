@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domain_events import BrokerUnavailable, DomainEvent, Reject, Retry, Subscriber
+from domain_events.broker.rabbitmq import consumer
 from faults import broken
 from faults.records import Recorder, watch
 
@@ -35,7 +36,7 @@ class Config:
     folder: str
     workers: int
     max_retries: int
-    prefetch_count: int
+    prefetch_count: int | None
     queue_type: str
     slow: list[float]
     broken: str
@@ -92,6 +93,9 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     if config.broken:
         broken.make(config.broken)
+    # The load here is never what is fast otherwise; the prefetch is to change in the middle of it.
+    consumer._FAST = 100  # type: ignore[misc]
+    consumer._SOON_FAST = 20  # type: ignore[misc]
     recorder = Recorder(Path(config.folder) / f"{config.process}.records")
     watch(recorder)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)

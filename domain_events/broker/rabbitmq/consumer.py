@@ -45,6 +45,9 @@ _FAST = 5000
 # When so many were settled since the last look, there is no need to wait for the next.
 _SOON_FAST = 500
 
+# Bytes that many deliveries may take.
+_MOST_HELD = 64 * 2**20
+
 # Acks of a fast handler are told to the broker together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
 # Nor for longer than so many seconds: the next handler may take an hour, and to the broker what is
@@ -95,6 +98,8 @@ class RabbitConsumer:
         self._told = 0  # of how many deliveries since then
         self._unsettled = 0  # of those this prefetch counts for, as far as the broker was told
         self._since = 1  # the first of them
+        self._size = 0  # of the bodies since the last look
+        self._in_vain = 0  # the last tag when acks had been withheld and nothing came
         self._wanted = self._prefetch_count
         self._filling = False  # whether acks are withheld until the wanted prefetch can be taken
         self._changing = False  # whether consuming ends, to begin again with it
@@ -179,6 +184,8 @@ class RabbitConsumer:
         )
 
     def _limit(self, connection: Connection, channel: Channel) -> None:
+        if not channel.is_open:
+            return  # the broker has cancelled meanwhile, or all is being closed
         guarded = self._link.guarded
         channel.basic_qos(
             prefetch_count=self._prefetch_count,
@@ -186,6 +193,8 @@ class RabbitConsumer:
         )
 
     def _consume(self, connection: Connection, channel: Channel) -> None:
+        if not channel.is_open:
+            return
         if self._stopping and self._changing:
             self._consumes(None)  # all is said and done
             self._stopped.set()
@@ -252,6 +261,7 @@ class RabbitConsumer:
 
     def _closed(self, reason: BaseException) -> None:
         if self._stopping:
+            self._let_go()
             return
         if close_code(reason):
             self._trouble = f"the broker had closed the channel: {explain(reason)}"
@@ -275,6 +285,8 @@ class RabbitConsumer:
         self._opening = None
         self._settled.clear()
         self._filling = self._changing = False
+        if self._stopping:
+            self._stopped.set()
 
     def _open_later(self) -> None:
         self._let_go()
@@ -296,6 +308,7 @@ class RabbitConsumer:
             return  # the channel is closing; the broker has it in the queue again
         self._highest = tag
         self._unsettled += 1
+        self._size += len(body)
         if not self._looking:
             self._look_later()
         self._deliver(
@@ -306,7 +319,7 @@ class RabbitConsumer:
     def _look_later(self) -> None:
         self._looking = True
         self._looked_at = time.monotonic()
-        self._told = 0
+        self._told = self._size = 0
         self._link.call_later(_LONGEST_WITHHELD, partial(self._look, self._epoch))
 
     def _look(self, epoch: int) -> None:
@@ -314,19 +327,28 @@ class RabbitConsumer:
         if epoch != self._epoch:
             return
         self._looking = False
-        waited_in_vain, self._filling = self._filling, False
+        if self._filling:
+            self._in_vain = self._highest
+            self._filling = False
         if self._settled:
             self._tell()
-        if not waited_in_vain:
-            self._adapt()
+        self._adapt()
         if self._lowest <= self._highest:
             self._look_later()
 
     def _adapt(self) -> None:
-        if self._changing or self._stopping:
+        if self._filling or self._changing or self._stopping or self._in_vain == self._highest:
             return
-        rate = self._told / (time.monotonic() - self._looked_at)
-        self._wanted = prefetch_count(self._prefetch, self._prefetch_count, rate, self._unsettled)
+        if self._lowest < self._since:
+            return  # what was held at the last change is still; together it would be too much
+        seconds = max(time.monotonic() - self._looked_at, 0.001)
+        self._wanted = prefetch_count(
+            self._prefetch,
+            self._prefetch_count,
+            self._told / seconds,
+            self._unsettled,
+            self._size // max(1, self._told),
+        )
         self._filling = self._wanted != self._prefetch_count
         self._change_if_full()
 
@@ -366,14 +388,15 @@ class RabbitConsumer:
             self._adapt()
 
 
-def prefetch_count(prefetch: Prefetch, now: int, rate: float, held: int) -> int:
+def prefetch_count(prefetch: Prefetch, now: int, rate: float, held: int, size: int) -> int:
     """The prefetch to go on with.
 
     :param now: the present one.
     :param rate: deliveries settled in a second.
     :param held: deliveries not settled.
+    :param size: bytes of a delivery, about.
     """
-    if rate >= _FAST:
+    if rate >= _FAST and prefetch.many * size <= _MOST_HELD:
         return prefetch.many
     # More than can be handled in a second is too much.
     return prefetch.few if held > max(prefetch.few, rate) else now

@@ -62,9 +62,8 @@ class Loop(IOLoop):
             handler(fd, events)
         finally:
             self._in_turn = False
-            at_end, self._at_end = self._at_end, []
-            for callback in at_end:
-                callback()
+            while self._at_end:
+                self._at_end.pop(0)()
 
     def _on_bell(self, _fd: int, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):

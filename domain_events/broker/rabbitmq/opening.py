@@ -60,6 +60,7 @@ class Opening:
 
     def busy(self) -> None:
         """The channel is to be asked for something; it is usable again when that is answered."""
+        self._link.cancel_call(self._deadline)
         self._wait_for_an_answer()
 
     def close(self, channel: Channel) -> None:

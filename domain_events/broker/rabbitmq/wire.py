@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from pika.exceptions import BodyTooLongError
 from pika.spec import (
     FRAME_BODY,
     FRAME_END,
@@ -199,12 +200,12 @@ class Reader:
         while len(data) - at > _FRAME.size:
             kind, channel, size = _FRAME.unpack_from(data, at)
             after = at + _FRAME.size + size + 1
-            if kind not in _KINDS:
+            if after > len(data) and kind in _KINDS:
+                break
+            if kind not in _KINDS or data[after - 1] != FRAME_END:
                 # Not AMQP, or of another version: what pika then says is right.
                 self._no_frames = True
                 at = len(data)
-                break
-            if after > len(data):
                 break
             if kind == FRAME_METHOD or channel in self._growing:
                 found = self._told(kind, data, at + _FRAME.size, after, channel)
@@ -275,18 +276,24 @@ class _Growing:
     def __init__(self, about: tuple[str, str, bool, int]) -> None:
         self._about = about
         self._properties = b""
+        self._length = 0
         self._parts: list[bytes] = []
-        self._missing = 0
+        self._got = 0
 
     def add(self, kind: int, payload: bytes) -> bool:
-        """One more frame; whether it was the last."""
+        """One more frame; whether it was the last.
+
+        :raises BodyTooLongError: more came than was announced.
+        """
         if kind == FRAME_HEADER:
-            (self._missing,) = _NUMBER.unpack_from(payload, _BEFORE_FLAGS - _NUMBER.size)
+            (self._length,) = _NUMBER.unpack_from(payload, _BEFORE_FLAGS - _NUMBER.size)
             self._properties = payload[_BEFORE_FLAGS:]
         else:
             self._parts.append(payload)
-            self._missing -= len(payload)
-        return self._missing <= 0
+            self._got += len(payload)
+        if self._got > self._length:
+            raise BodyTooLongError(self._got, self._length)
+        return self._got == self._length
 
     def arguments(self) -> tuple[object, ...]:
         """What is told of it."""
@@ -319,6 +326,8 @@ def _content(data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int] | N
     at = begin + size + 1
     if end < at:
         return None
+    if data[at - 1] != FRAME_END:
+        return b"", b"", 0
     properties = data[begin + _BEFORE_FLAGS : at - 1]
     if not length:
         return properties, b"", at
@@ -329,7 +338,9 @@ def _content(data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int] | N
         return b"", b"", 0
     begin = at + _FRAME.size
     at = begin + size + 1
-    return None if end < at else (properties, data[begin : at - 1], at)
+    if end < at:
+        return None
+    return (properties, data[begin : at - 1], at) if data[at - 1] == FRAME_END else (b"", b"", 0)
 
 
 def _legible_frame(frame: bytes) -> bytes:
@@ -361,8 +372,8 @@ class ReceivedProperties:
     app_id: Any
 
     def __init__(self, encoded: bytes) -> None:
-        self._encoded = encoded
-        (flags,) = _FLAGS.unpack_from(encoded)
+        self._encoded = encoded if len(encoded) >= _FLAGS.size else bytes(_FLAGS.size)
+        (flags,) = _FLAGS.unpack_from(self._encoded)
         if not flags & BasicProperties.FLAG_HEADERS:
             self.headers = None
 
@@ -386,7 +397,7 @@ def _legible(properties: bytes) -> bytes:
         shorter = _without_headers(properties)
         _decoded(shorter)
     except Exception:  # noqa: BLE001
-        return bytes(2)  # no flags: none at all
+        return bytes(_FLAGS.size)  # none at all
     return shorter
 
 
@@ -399,7 +410,9 @@ def _decoded(properties: bytes) -> BasicProperties:
 def _without_headers(properties: bytes) -> bytes:
     """The same, with an empty table for the headers."""
     (flags,) = _FLAGS.unpack_from(properties)
-    at = 2
+    if not flags & BasicProperties.FLAG_HEADERS:
+        raise ValueError("it is something else that cannot be read")
+    at = _FLAGS.size
     for flag in (BasicProperties.FLAG_CONTENT_TYPE, BasicProperties.FLAG_CONTENT_ENCODING):
         if flags & flag:
             at += 1 + properties[at]  # a short string, behind its length
