@@ -123,11 +123,10 @@ def test_child_of_a_fork_has_ids_of_its_own() -> None:
         import os
         from domain_events import DomainEvent
         DomainEvent("a.b")  # the numbers that ids are made of are there
-        child = os.fork() == 0
+        if os.fork():
+            os.wait()  # or their lines would mix
         # What is random in an id, and nothing else.
         print(*(DomainEvent("a.b").uuid_string[:13] for _ in range(50)), flush=True)
-        if not child:
-            os.wait()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

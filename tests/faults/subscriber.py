@@ -94,8 +94,8 @@ def main() -> None:
     if config.broken:
         broken.make(config.broken)
     # The load here is never what is fast otherwise; the prefetch is to change in the middle of it.
-    consumer._FAST = 100  # type: ignore[misc]
-    consumer._SOON_FAST = 20  # type: ignore[misc]
+    consumer._FAST = 100
+    consumer._SOON_FAST = 20
     recorder = Recorder(Path(config.folder) / f"{config.process}.records")
     watch(recorder)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)
