@@ -12,7 +12,7 @@ from typing import Any
 import pika
 import pytest
 import raw_amqp as raw
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pika import frame
 from pika.exceptions import BodyTooLongError
@@ -23,6 +23,9 @@ from domain_events.broker.rabbitmq.sending import properties
 from domain_events.broker.rabbitmq.wire import Reader, ReceivedProperties, Writer, text
 from domain_events.events import DomainEvent
 from domain_events.message import Message
+
+# Machines that are shared are slow at times.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CHANNEL = 7
 UNREADABLE = {b"sent-at": raw.number(b"T", 2**64 - 1)}
@@ -48,6 +51,7 @@ def an_event() -> Message:
 # --- writing -------------------------------------------------------------------------------------
 
 
+@patient
 @given(
     st.builds(
         Message,
@@ -204,6 +208,7 @@ def conversations(draw: st.DrawFn) -> list[tuple[bytes, Any]]:
     return pieces
 
 
+@patient
 @given(conversations(), st.data())
 def test_deliveries_and_confirms_are_heard_and_all_else_is_passed_on(
     conversation: list[tuple[bytes, Any]], data: st.DataObject
@@ -313,6 +318,7 @@ def test_body_longer_than_announced_breaks_the_connection(most: int) -> None:
 # --- properties ----------------------------------------------------------------------------------
 
 
+@patient
 @given(received)
 def test_properties_are_as_pika_reads_them(sent: pika.BasicProperties) -> None:
     """Also when nobody asks for the headers first."""
