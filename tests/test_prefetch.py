@@ -123,7 +123,7 @@ def test_handler_that_becomes_fast_and_slow_again_holds_many_and_few(bench: Benc
     def handle(event: DomainEvent) -> None:
         seen.append(event.data)
         if slow.is_set():
-            time.sleep(0.001)
+            time.sleep(0.001)  # the slow handler that this is about; nothing is waited for
         elif len(seen) == number // 2:
             go_on.wait(30)
 
@@ -152,7 +152,7 @@ def test_handler_that_is_fast_by_fits_does_not_hoard(bench: Bench) -> None:
         nonlocal most
         seen.append(event.data)
         if len(seen) % 1000 == 0:
-            time.sleep(0.45)
+            time.sleep(0.45)  # the writing of a batch; nothing is waited for
             most = max(most, held(bench, queue, number, seen))
         if len(seen) == number:
             subscriber.stop_consuming()
@@ -236,7 +236,7 @@ def test_stop_in_the_middle_of_a_change_gives_back_the_rest(
 
     def handle(subscriber: Subscriber, last: int, event: DomainEvent) -> None:
         seen.add(event.data)
-        time.sleep(0.0005)
+        time.sleep(0.0005)  # a handler's work, so that a run lasts for some changes
         if len(seen) >= min(last, number):
             subscriber.stop_consuming()
 

@@ -361,6 +361,7 @@ class ReceivedProperties:
     Mostly they never are: everything about an event is in its body.
     """
 
+    # Said again, since a type checker takes what a Protocol declares for abstract.
     headers: Any
     content_type: Any
     content_encoding: Any
