@@ -6,7 +6,6 @@ Knows deadlines and windows; how messages travel is the broker's.
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from domain_events.errors import (
 )
 from domain_events.events import DomainEvent
 from domain_events.message import Message
+from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
 
 # What `publish_many` has under way at most. Larger than the connection's own window, so that
@@ -368,4 +368,4 @@ def _after_fork() -> None:
     _publishers_lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+on_fork(_after_fork)

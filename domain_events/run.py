@@ -10,7 +10,6 @@ inbox, which is a `SimpleQueue` for that reason.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -26,10 +25,11 @@ from typing import Any, NamedTuple
 from domain_events import message as messages
 from domain_events.broker import Consumer, Consuming
 from domain_events.errors import InvalidEvent
+from domain_events.log import Log
 from domain_events.message import Delivery
 from domain_events.subscription import Subscription
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # After a handler that took this many seconds its ack is told at once, not with the next ones.
 _SLOW = 0.001

@@ -6,7 +6,6 @@ Owns what was registered and the two connections; how deliveries become calls of
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,12 +15,14 @@ from typing import Any, Literal, TypeVar
 from domain_events import settings, topology
 from domain_events.broker import Consuming, Publishing, connect
 from domain_events.errors import ConfigurationError
+from domain_events.log import Log
+from domain_events.options import make_options
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
-from domain_events.subscription import Handler, Moves, Subscription, make_options
+from domain_events.subscription import Handler, Moves, Subscription
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 

@@ -21,7 +21,7 @@ from domain_events.broker.rabbitmq import consumer, opening
 from domain_events.broker.rabbitmq.consumer import prefetch_count
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.link import Link
-from domain_events.subscription import make_options
+from domain_events.options import make_options
 
 FEW, MANY = 50, 2000
 

@@ -13,8 +13,6 @@ of connection.
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -24,9 +22,11 @@ from domain_events.broker.memory.consuming import MemoryConsuming
 from domain_events.broker.memory.publishing import MemoryPublishing
 from domain_events.broker.memory.store import Store
 from domain_events.errors import ConfigurationError
+from domain_events.log import Log
+from domain_events.process import on_fork
 from domain_events.topology import Topology
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 _URL = re.compile(r"memory://(?P<name>[\w.-]*)/?", re.IGNORECASE)
 
@@ -78,4 +78,4 @@ def _after_fork() -> None:
         each.begin_anew()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+on_fork(_after_fork)

@@ -10,7 +10,6 @@ had not settled is there again, as a redelivery. That is how a test makes a cras
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,10 +19,11 @@ from domain_events.broker.memory.clock import SECOND
 from domain_events.broker.memory.queues import Entry, QueueState
 from domain_events.broker.memory.store import Store
 from domain_events.errors import BrokerUnavailable, DomainEventsError
+from domain_events.log import Log
 from domain_events.message import Delivery
 from domain_events.topology import Topology
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # Before a consumer whose queue was deleted asks for it again.
 _PAUSE = SECOND // 10

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import heapq
 import itertools
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -30,10 +29,11 @@ from domain_events.broker.memory.queues import Entry, QueueState, Taker
 from domain_events.broker.memory.routing import Routing
 from domain_events.broker.refusals import Refused
 from domain_events.errors import BrokerUnavailable, DomainEventsError
+from domain_events.log import Log
 from domain_events.message import Message
 from domain_events.topology import Declaration, Exchange, Queue, Topology
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 Result = TypeVar("Result")
 

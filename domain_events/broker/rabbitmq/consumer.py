@@ -15,7 +15,6 @@ withheld until all that the old prefetch allows is here, and nothing can be on i
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -31,10 +30,11 @@ from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.stream import Connection
 from domain_events.errors import BrokerUnavailable, DomainEventsError
+from domain_events.log import Log
 from domain_events.message import Delivery, Properties
 from domain_events.topology import Topology
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # Seconds before a consumer that the broker turned away asks again.
 _FIRST_PAUSE = 0.1

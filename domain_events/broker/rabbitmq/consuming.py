@@ -8,7 +8,6 @@ carried out twice, and are when the connection is lost under them.
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import threading
 import time
 from collections import deque
@@ -28,10 +27,11 @@ from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
 from domain_events.broker.refusals import closed, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
+from domain_events.log import Log
 from domain_events.message import Delivery
 from domain_events.topology import Exchange, Queue, Topology
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # Seconds before what the broker cannot do just now is asked for again.
 _PAUSE = 0.2

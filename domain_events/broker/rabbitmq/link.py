@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import os
 import random
 import socket
 import threading
@@ -28,8 +26,10 @@ from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
 from domain_events.broker.rabbitmq.stream import Connection
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
+from domain_events.log import Log
+from domain_events.process import on_fork
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # Seconds between attempts to connect: short enough to be back within a second of the broker.
 _FIRST_PAUSE = 0.05
@@ -357,4 +357,4 @@ def _forget_all() -> None:
         link._forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+on_fork(_forget_all)

@@ -9,7 +9,6 @@ Bytes in, bytes out; knows no sockets and no threads. The grammar is that of AMQ
 
 from __future__ import annotations
 
-import logging
 import struct
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -26,9 +25,10 @@ from pika.spec import (
 )
 
 from domain_events import topology
+from domain_events.log import Log
 from domain_events.message import Message, Properties
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # What surely fits a frame: the smallest limit that a broker may set is 4,096 bytes.
 _LARGEST_PLAIN_BODY = 4000

@@ -1,0 +1,199 @@
+"""The library's log lines, and a wall between them and everything else. Knows no broker.
+
+Logging runs the application's code: filters, handlers, formatters, record factories. They may
+raise (a filter that reads ``flask.request`` on a thread that has none), take their time, wait for
+a lock that somebody holds who waits for us, or publish an event. None of that may reach the state
+of a connection or of a delivery. Therefore:
+
+- A line never raises into the code that logs it. What the application's logging could not write
+  goes to standard error, with the reason.
+- Within `elsewhere`, which a connection's I/O thread never leaves, lines are handed to a thread
+  that does nothing else, so that however long they take, heartbeats and confirms go on.
+
+Threads. ``_Writer`` owns the queue; its thread starts with the first line, and ends soon after the
+last. At the program's end what is left is waited for, for a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple, TypeAlias
+
+from domain_events.process import on_fork
+
+# Lines that wait to be written; beyond that they are counted and dropped.
+_MOST_WAITING = 1000
+# Seconds without a line after which the writer's thread ends.
+_LINGER = 0.5
+_FLUSH_TIMEOUT = 1.0
+
+ExcInfo: TypeAlias = (
+    BaseException
+    | tuple[type[BaseException], BaseException, TracebackType | None]
+    | tuple[None, None, None]
+    | None
+)
+
+
+class _Line(NamedTuple):
+    logger: logging.Logger
+    level: int
+    message: str
+    arguments: tuple[object, ...]
+    exc_info: ExcInfo
+
+
+class Log:
+    """A logger whose methods are those of ``logging.Logger``, and never raise."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, message: str, *arguments: object) -> None:
+        self._log(logging.DEBUG, message, arguments)
+
+    def info(self, message: str, *arguments: object) -> None:
+        self._log(logging.INFO, message, arguments)
+
+    def warning(self, message: str, *arguments: object) -> None:
+        self._log(logging.WARNING, message, arguments)
+
+    def error(self, message: str, *arguments: object, exc_info: ExcInfo = None) -> None:
+        self._log(logging.ERROR, message, arguments, exc_info)
+
+    def exception(self, message: str, *arguments: object) -> None:
+        """An error, with the traceback of the exception that is being handled."""
+        self._log(logging.ERROR, message, arguments, sys.exc_info())
+
+    def _log(
+        self,
+        level: int,
+        message: str,
+        arguments: tuple[object, ...],
+        exc_info: ExcInfo = None,
+    ) -> None:
+        line = _Line(self._logger, level, message, arguments, exc_info)
+        if getattr(_here, "depth", 0):
+            _writer.put(line)
+        else:
+            # From this method's caller's caller, which is where the line was logged.
+            _write(line, stacklevel=4)
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """What this thread logs within this block is written by another one."""
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+
+
+def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
+    """Wait until all lines are written; False when time ran out."""
+    return _writer.flush(timeout)
+
+
+class _Writer:
+    """Writes lines on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with nothing (at first, and in the child of a fork)."""
+        # Re-entrant: a finalizer that interrupts `put` may log as well.
+        self._changed = threading.Condition(threading.RLock())
+        self._lines: deque[_Line] = deque()
+        self._dropped = 0
+        self._writing = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, line: _Line) -> None:
+        with self._changed:
+            if len(self._lines) >= _MOST_WAITING:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            if self._thread is not None:
+                self._changed.notify()
+                return
+            thread = threading.Thread(target=self._run, name="domain-events-log", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the interpreter is shutting down
+                self._lines.clear()
+                _to_stderr(line, error)
+            else:
+                self._thread = thread
+
+    def flush(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while self._thread is not None and (self._lines or self._writing):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, 0.05))
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._lines:
+                    self._changed.wait(_LINGER)
+                if not self._lines:
+                    self._thread = None
+                    return
+                line = self._lines.popleft()
+                dropped, self._dropped = self._dropped, 0
+                self._writing = True
+            if dropped:
+                lost = "%d log lines were dropped: logging takes too long."
+                _write_whatever(line._replace(message=lost, arguments=(dropped,), exc_info=None))
+            _write_whatever(line)
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+
+
+def _write(line: _Line, stacklevel: int = 1) -> None:
+    try:
+        line.logger.log(
+            line.level,
+            line.message,
+            *line.arguments,
+            exc_info=line.exc_info,
+            stacklevel=stacklevel,
+        )
+    except Exception as error:  # noqa: BLE001 - whatever the application's logging raises
+        _to_stderr(line, error)
+
+
+def _write_whatever(line: _Line) -> None:
+    try:
+        _write(line)
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in a filter, for example
+        _to_stderr(line, error)
+
+
+def _to_stderr(line: _Line, error: BaseException) -> None:
+    with contextlib.suppress(Exception):
+        text = line.message % line.arguments if line.arguments else line.message
+        why = f"{type(error).__name__}: {error}"
+        print(f"domain_events: {text} (logging failed: {why})", file=sys.stderr)
+
+
+_here = threading.local()
+_writer = _Writer()
+on_fork(_writer.reset)
+atexit.register(_writer.flush, _FLUSH_TIMEOUT)

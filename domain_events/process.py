@@ -1,0 +1,54 @@
+"""Notices that this process is the child of a fork, also of one that Python did not see.
+
+A child inherits the parent's sockets, locks and queues, but none of its threads. Whoever keeps
+such things at module level or in connections registers a hook with `on_fork`, which lets go of
+them without touching the parent's. Python runs the hooks after ``os.fork``; servers that fork in
+C (uWSGI) do not tell Python, so whoever is about to use such a thing calls `check_fork` first,
+before it takes any lock: the parent may have held it.
+
+Where there is no fork (Windows), nothing ever happens here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+_hooks: list[Callable[[], None]] = []
+_pid = os.getpid()
+# A lock for each process: that of the parent may have been held while it forked.
+_locks: dict[int, threading.RLock] = {}
+_running = False
+
+
+def on_fork(hook: Callable[[], None]) -> None:
+    """Have ``hook`` called in each child of a fork, before anything is used there."""
+    _hooks.append(hook)
+
+
+def check_fork() -> None:
+    """Run the hooks if this process was forked since they last ran."""
+    if os.getpid() != _pid:
+        _in_child()
+
+
+def _in_child() -> None:
+    global _pid, _running
+    pid = os.getpid()
+    with _locks.setdefault(pid, threading.RLock()):
+        # A hook may itself come by `check_fork`, on this same thread.
+        if _pid == pid or _running:
+            return
+        _running = True
+        try:
+            for hook in _hooks:
+                hook()
+        finally:
+            _running = False
+            _pid = pid
+
+
+# Not on Windows, where no process forks.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
