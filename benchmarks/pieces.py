@@ -16,9 +16,11 @@ from pika import frame, spec
 from benchmarks.peers.driver import ROUTING_KEY, data_of
 from domain_events import DomainEvent, Subscriber
 from domain_events import message as messages
+from domain_events.broker import Settlement
 from domain_events.broker.rabbitmq.sending import properties
 from domain_events.broker.rabbitmq.wire import Reader, ReceivedProperties, Writer
 from domain_events.message import Delivery
+from domain_events.topology import Topology
 
 _TIMES = 5_000
 _REPEATS = 7
@@ -116,13 +118,13 @@ class _Consumer:
     def is_current(self, _delivery: Delivery) -> bool:
         return True
 
-    def settle(self, _delivery: Delivery, *, requeue: bool = False) -> None:
+    def settle(self, _delivery: Delivery, _how: Settlement = Settlement.DONE) -> None:
         self.settled += 1
 
     def flush(self) -> None:
         pass
 
-    def requeue_later(self, _delivery: Delivery, _seconds: float) -> None:
+    def repair(self, _seconds: float, _then: Callable[[], None], _also: Topology = ()) -> None:
         pass
 
     def stop(self, _timeout: float) -> None:

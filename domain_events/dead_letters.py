@@ -54,6 +54,9 @@ class DeadLetter:
     failed_at: datetime | None
     host: str | None
     retries: int
+    #: What its first delivery failed on, if it was retried afterwards.
+    first_error_type: str | None
+    first_error_message: str | None
 
     _delivery: Delivery
     _owner: DeadLetters

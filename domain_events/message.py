@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from uuid import UUID
 from domain_events import topology
 from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent, read_envelope
+from domain_events.retry import Retry
 
 # Our headers. Never `x-*`: the broker keeps that room for itself.
 RETRIES = "domain-events-retries"
@@ -31,8 +33,21 @@ ERROR_MESSAGE = "domain-events-error-message"
 TRACEBACK = "domain-events-traceback"
 FAILED_AT = "domain-events-failed-at"
 HOST = "domain-events-host"
+FIRST_ERROR_TYPE = "domain-events-first-error-type"
+FIRST_ERROR_MESSAGE = "domain-events-first-error-message"
+HAND_BACKS = "domain-events-hand-backs"
 
-_OF_A_DEAD_LETTER = (SUBSCRIBER, ERROR_TYPE, ERROR_MESSAGE, TRACEBACK, FAILED_AT, HOST)
+_OURS = "domain-events-"
+_OF_A_DEAD_LETTER = (
+    SUBSCRIBER,
+    ERROR_TYPE,
+    ERROR_MESSAGE,
+    TRACEBACK,
+    FAILED_AT,
+    HOST,
+    FIRST_ERROR_TYPE,
+    FIRST_ERROR_MESSAGE,
+)
 
 # The broker acts upon these: CC and BCC route, and x-death makes it drop a message that it
 # takes for one going in circles.
@@ -95,31 +110,122 @@ class Delivery:
     receipt: Any = None
     #: How many more wait in the queue, where it was fetched and not pushed.
     message_count: int = 0
+    #: Whether this library put it where it was found, so that the headers named
+    #: ``domain-events-*`` are its own. None: see `is_ours`.
+    ours: bool | None = None
 
     @property
     def headers(self) -> Mapping[str, Any]:
         return self.properties.headers or {}
 
     @property
-    def original_routing_key(self) -> str:
-        """The routing key that the event was published with."""
-        key = self.headers.get(ROUTING_KEY)
-        if key is None:
-            # Of a dead letter that the broker moved by itself.
+    def is_ours(self) -> bool:
+        """Whether our own headers can be believed.
+
+        Retries, dead letters and replays come through the default exchange or the one for what is
+        due, to which only those may write who may write to the queues themselves. On any other
+        delivery the headers are the publisher's, whatever their names; also on one that the broker
+        then moved to the dead letters by itself, which its ``x-death`` shows.
+        """
+        if self.ours is None:
+            death = self.death if not self.exchange else None
+            exchange = death.get("exchange") if death else self.exchange
+            self.ours = isinstance(exchange, str) and topology.is_return_exchange(exchange)
+        return self.ours
+
+    @property
+    def death(self) -> Mapping[str, Any] | None:
+        """What the broker noted when it last moved the message: the first entry of ``x-death``.
+
+        It is the broker's own only on what was dead-lettered; publishers may send such a header.
+        """
+        deaths = self.headers.get("x-death")
+        first = deaths[0] if isinstance(deaths, list) and deaths else None
+        return first if isinstance(first, Mapping) else None
+
+    @property
+    def published_routing_key(self) -> str | None:
+        """The routing key that the event was published with; None if only its envelope knows.
+
+        For an event that comes from its publisher it is the one the broker routed by, having
+        checked that the publisher may use it.
+        """
+        if self.is_ours:
+            key = self.headers.get(ROUTING_KEY)
+        elif self.exchange:
+            key = self.routing_key
+        else:
+            # The broker moved it to the dead letters, and noted which key it had.
+            key = None
             with contextlib.suppress(KeyError, IndexError, TypeError):
-                key = self.headers["x-death"][-1]["routing-keys"][0]
+                key = (self.death or {})["routing-keys"][0]
         # Others may have put anything there; too long a key would not fit our own headers.
-        return key if isinstance(key, str) and topology.fits(key) else self.routing_key
+        return key if isinstance(key, str) and key and topology.fits(key) else None
+
+    @property
+    def original_routing_key(self) -> str:
+        """The routing key to show and to carry on, also where the body cannot be read."""
+        return self.published_routing_key or self.routing_key
 
     @property
     def retries(self) -> int:
         """How often the event was retried; what others may have put there counts as never."""
-        headers = self.properties.headers
-        retries = headers.get(RETRIES) if headers else 0
-        if isinstance(retries, bool) or not isinstance(retries, int):
+        return self._count(RETRIES)
+
+    @property
+    def hand_backs(self) -> int:
+        """How often it was handed back, since no process that got it listed its routing key."""
+        return self._count(HAND_BACKS)
+
+    @property
+    def failures(self) -> int:
+        """How often it was delivered before and came back unsettled, as the queue counts it.
+
+        Quorum queues count lost connections and rejections; up to RabbitMQ 4.2 also what was
+        given back (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling). 0 with
+        classic queues, which do not count.
+        """
+        failures = self._count_of_the_queue("x-delivery-count")
+        if self.counts_returns:
+            # The other count may be the publisher's header, until the first failure.
+            failures = min(failures, self.returns)
+        return failures
+
+    @property
+    def returns(self) -> int:
+        """How often it was delivered before, whatever the reason why it came back."""
+        return self._count_of_the_queue(
+            "x-acquired-count" if self.counts_returns else "x-delivery-count"
+        )
+
+    @property
+    def counts_returns(self) -> bool:
+        """Whether the queue counts what was given back apart from what failed."""
+        return "x-acquired-count" in self.headers  # since RabbitMQ 4.3
+
+    def _count_of_the_queue(self, header: str) -> int:
+        # On a first delivery the headers are the publisher's, whatever their names.
+        number = self.headers.get(header) if self.redelivered else 0
+        return max(0, int(number)) if isinstance(number, int) else 0
+
+    def _count(self, header: str) -> int:
+        # Without the look at whose it is, the headers of each delivery would have to be decoded.
+        number = self.headers.get(header) if self.is_ours else 0
+        if isinstance(number, bool) or not isinstance(number, int):
             return 0
         # pika reads a large one as a type of its own, and would not write the largest again.
-        return max(0, min(int(retries), _MOST_RETRIES))
+        return max(0, min(int(number), _MOST_RETRIES))
+
+
+class GivenUp(Exception):
+    """Why an event is a dead letter on which no handler has failed; never raised to a user.
+
+    :param error_type: what its dead letter has as ``error_type``.
+    """
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
 
 
 #: The event that this thread (or task) is handling, and its delivery, if any. What is published
@@ -164,7 +270,19 @@ def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) 
 def to_event(delivery: Delivery) -> DomainEvent:
     """The event in a delivery.
 
-    :raises InvalidEvent: when the body is no envelope.
+    :raises InvalidEvent: when the body is not an envelope.
+    """
+    event, _ = read_event(delivery)
+    return event
+
+
+def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
+    """The event in a delivery, and the routing key that its envelope claims.
+
+    The event's own is that of `Delivery.published_routing_key`, where it is known: a publisher who
+    may only write ``user.*`` cannot make others believe that a payment was approved.
+
+    :raises InvalidEvent: when the body is not an envelope.
     """
     envelope = read_envelope(delivery.body)
     if not envelope["uuid_string"]:
@@ -173,48 +291,59 @@ def to_event(delivery: Delivery) -> DomainEvent:
         if not isinstance(message_id, str) or not message_id:
             raise InvalidEvent("Not an event: neither the envelope nor the message has an id.")
         envelope["uuid_string"] = message_id
-    return DomainEvent(**envelope, retries=delivery.retries)
+    claimed: str = envelope["routing_key"]
+    envelope["routing_key"] = delivery.published_routing_key or claimed
+    return DomainEvent(**envelope, retries=delivery.retries), claimed
 
 
-def retry(delivery: Delivery, exchange: str, name: str, delay: float) -> Message:
+def retry(
+    delivery: Delivery, exchange: str, name: str, delay: float, error: BaseException
+) -> Message:
     """The delivery again, back at subscriber ``name`` after ``delay`` seconds."""
-    delayed_by, address = topology.delay_address(exchange, name, delay)
-    headers = _kept_headers(delivery)
-    headers[RETRIES] = delivery.retries + 1
-    if _size(headers) > _ROOM_FOR_HEADERS:
-        headers = {RETRIES: delivery.retries + 1, ROUTING_KEY: delivery.original_routing_key}
-    return _sent_on(delivery, delayed_by, address, headers)
+    own = {RETRIES: delivery.retries + 1, ROUTING_KEY: delivery.original_routing_key}
+    if delivery.retries == 0:
+        own |= {
+            FIRST_ERROR_TYPE: type_name(error)[:_LONGEST_MESSAGE],
+            FIRST_ERROR_MESSAGE: _cut(_text(error), _LONGEST_MESSAGE),
+        }
+    return _delayed(delivery, exchange, name, delay, own)
+
+
+def hand_back(delivery: Delivery, exchange: str, name: str, delay: float) -> Message:
+    """The delivery again after ``delay`` seconds, for a process that lists its routing key."""
+    own = {HAND_BACKS: delivery.hand_backs + 1, ROUTING_KEY: delivery.original_routing_key}
+    return _delayed(delivery, exchange, name, delay, own)
+
+
+def renewed(delivery: Delivery, name: str) -> Message:
+    """The delivery again, in the same queue, where the broker then counts from 0."""
+    own = {ROUTING_KEY: delivery.original_routing_key}
+    return _sent_on(delivery, "", name, _with_kept_headers(delivery, own))
 
 
 def dead_letter(delivery: Delivery, name: str, error: BaseException) -> Message:
     """The delivery as a dead letter of subscriber ``name``, with the reason."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    reason: dict[str, Any] = {
+    reason = reason_of(error)
+    own: dict[str, Any] = {
+        RETRIES: delivery.retries,
+        ROUTING_KEY: delivery.original_routing_key,
         SUBSCRIBER: name,
-        ERROR_TYPE: _type_name(error)[:_LONGEST_MESSAGE],
+        ERROR_TYPE: _error_type(reason)[:_LONGEST_MESSAGE],
         FAILED_AT: datetime.now(timezone.utc).isoformat(),
         HOST: socket.gethostname(),
-        ERROR_MESSAGE: _cut(_text(error), _LONGEST_MESSAGE),
+        ERROR_MESSAGE: _cut(_text(reason), _LONGEST_MESSAGE),
         TRACEBACK: _cut(trace, _LONGEST_TRACEBACK, keep_end=True),
     }
-    headers = _kept_headers(delivery)
-    headers[RETRIES] = delivery.retries
-    # A sender's own headers may have filled the frame: then shorten ours, then leave out theirs.
-    if _size(headers) + _size(reason) > _ROOM_FOR_HEADERS:
-        del reason[TRACEBACK]
-    if _size(headers) + _size(reason) > _ROOM_FOR_HEADERS:
-        headers = {RETRIES: delivery.retries, ROUTING_KEY: delivery.original_routing_key}
-    return _sent_on(delivery, "", topology.dead_letter_name(name), headers | reason)
+    address = topology.dead_letter_name(name)
+    return _sent_on(delivery, "", address, _with_kept_headers(delivery, own))
 
 
 def replay(delivery: Delivery, name: str) -> Message:
     """A dead letter as it was before it failed, back in the queue of subscriber ``name``."""
-    headers = _kept_headers(delivery)
-    for header in (RETRIES, *_OF_A_DEAD_LETTER):
-        headers.pop(header, None)
-    if _size(headers) > _ROOM_FOR_HEADERS:
-        headers = {ROUTING_KEY: delivery.original_routing_key}
-    return _sent_on(delivery, "", name, headers)
+    own = {ROUTING_KEY: delivery.original_routing_key}
+    left_out = (RETRIES, HAND_BACKS, *_OF_A_DEAD_LETTER)
+    return _sent_on(delivery, "", name, _with_kept_headers(delivery, own, left_out))
 
 
 def told_by_a_dead_letter(delivery: Delivery) -> dict[str, Any]:
@@ -224,20 +353,60 @@ def told_by_a_dead_letter(delivery: Delivery) -> dict[str, Any]:
     only the broker's reason is known.
     """
     headers = delivery.headers
-    reason = headers.get("x-first-death-reason")
-    by_the_broker = "delivery limit" if reason == "delivery_limit" else reason
+    ours = {name: headers.get(name) for name in _OF_A_DEAD_LETTER if delivery.is_ours}
+    death = delivery.death
+    if death is not None:
+        # Moved by the broker after all that our headers tell of, but for the first failure.
+        reason = death.get("reason")
+        ours[SUBSCRIBER] = death.get("queue")
+        ours[ERROR_TYPE] = "delivery limit" if reason == "delivery_limit" else reason
+        for name in (ERROR_MESSAGE, TRACEBACK, FAILED_AT, HOST):
+            ours[name] = None
+        if reason == "delivery_limit":
+            ours[ERROR_MESSAGE] = (
+                "Delivered again and again, and never settled: each time the process or its "
+                "connection ended, or the event was given back."
+            )
     try:
-        failed_at = datetime.fromisoformat(headers[FAILED_AT])
+        failed_at = datetime.fromisoformat(ours[FAILED_AT] or "")
     except (KeyError, TypeError, ValueError):
         failed_at = None
     return {
-        "subscriber": _text_or_none(headers.get(SUBSCRIBER, headers.get("x-first-death-queue"))),
-        "error_type": _text_or_none(headers.get(ERROR_TYPE, by_the_broker)),
-        "error_message": _text_or_none(headers.get(ERROR_MESSAGE)),
-        "traceback": _text_or_none(headers.get(TRACEBACK)),
+        "subscriber": _text_or_none(ours.get(SUBSCRIBER)),
+        "error_type": _text_or_none(ours.get(ERROR_TYPE)),
+        "error_message": _text_or_none(ours.get(ERROR_MESSAGE)),
+        "traceback": _text_or_none(ours.get(TRACEBACK)),
         "failed_at": failed_at,
-        "host": _text_or_none(headers.get(HOST)),
+        "host": _text_or_none(ours.get(HOST)),
+        "first_error_type": _text_or_none(ours.get(FIRST_ERROR_TYPE)),
+        "first_error_message": _text_or_none(ours.get(FIRST_ERROR_MESSAGE)),
     }
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """What the handler failed on: behind a `Retry`, the error that it was raised for."""
+    if isinstance(error, Retry):
+        # As a traceback shows it: the cause, else what was being handled, unless suppressed.
+        behind = error.__cause__
+        if behind is None and not error.__suppress_context__:
+            behind = error.__context__
+        if behind is not None:
+            return reason_of(behind)
+    return error
+
+
+def type_name(error: BaseException) -> str:
+    """The class of an error as it is imported: ``ValueError``, ``shop.errors.OutOfStock``.
+
+    Also of a class in the program that was started with ``python -m``, which calls itself
+    ``__main__`` there.
+    """
+    kind = type(error)
+    module = kind.__module__
+    if module == "__main__":
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        module = getattr(spec, "name", None) or module
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 def _inherited(message_id: str) -> tuple[str | None, str]:
@@ -276,14 +445,37 @@ def _sent_on(
     )
 
 
-def _kept_headers(delivery: Delivery) -> dict[str, Any]:
-    headers = {
+def _delayed(
+    delivery: Delivery, exchange: str, name: str, delay: float, own: Mapping[str, Any]
+) -> Message:
+    delayed_by, address = topology.delay_address(exchange, name, delay)
+    return _sent_on(delivery, delayed_by, address, _with_kept_headers(delivery, own))
+
+
+def _with_kept_headers(
+    delivery: Delivery, own: Mapping[str, Any], left_out: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Our headers, and those that the delivery had, without what the broker would act upon.
+
+    A publisher's headers may fill a frame; then the largest of them are left out, never ours.
+    """
+    kept = {
         name: _sendable(value)
         for name, value in delivery.headers.items()
-        if name not in _OF_THE_BROKER and not str(name).startswith(_OF_THE_BROKER_TOO)
+        if name not in own
+        and name not in left_out
+        and name not in _OF_THE_BROKER
+        and not str(name).startswith(_OF_THE_BROKER_TOO)
+        # A publisher writes the cause and nothing else that has such a name.
+        and (delivery.is_ours or name == CAUSE or not str(name).startswith(_OURS))
     }
-    headers[ROUTING_KEY] = delivery.original_routing_key
-    return headers
+    room = _ROOM_FOR_HEADERS - _size(own) - _size(kept)
+    for name in sorted(kept, key=lambda name: _size({name: kept[name]}), reverse=True):
+        if room >= 0:
+            break
+        if not (delivery.is_ours and str(name).startswith(_OURS)):
+            room += _size({name: kept.pop(name)})
+    return {**kept, **own}
 
 
 def _check_routing_key(key: object) -> None:
@@ -339,10 +531,8 @@ def _text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _type_name(error: BaseException) -> str:
-    kind = type(error)
-    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
-    return f"{module}{kind.__qualname__}"
+def _error_type(error: BaseException) -> str:
+    return error.error_type if isinstance(error, GivenUp) else type_name(error)
 
 
 def _text(error: BaseException) -> str:
@@ -350,7 +540,7 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception:  # noqa: BLE001
         # A broken __str__ must not keep the event from its dead letters.
-        return f"<{_type_name(error)} that cannot be shown>"
+        return f"<{type_name(error)} that cannot be shown>"
 
 
 def _cut(text: str, most: int, *, keep_end: bool = False) -> str:

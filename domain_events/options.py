@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from domain_events import topology
-from domain_events.broker import Prefetch
 from domain_events.errors import ConfigurationError
 from domain_events.retry import Backoff
+from domain_events.topology import Declaration
 
-# Events held ready, where the user has not said how many.
-_FEW = 50
-_MANY = 2000
-_STEADY = 200
+# Deliveries held by a process, where the user has not said how many, and at least for each worker.
+_PREFETCH_COUNT = 200
+_FOR_EACH_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Options:
     queue_type: Literal["quorum", "classic"]
     prefetch_count: int | None
     ordered: bool
+    retired_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         topology.check_name(self.name, "subscriber")
@@ -42,7 +42,7 @@ class Options:
             raise ConfigurationError(
                 f"{self.name} needs at least one binding key, such as 'user.*'."
             )
-        for key in self.binding_keys:
+        for key in (*self.binding_keys, *self.retired_keys):
             if not topology.fits(key):
                 raise ConfigurationError(f"{self.name}: {key!r:.80} is no binding key.")
         if self.queue_type not in ("quorum", "classic"):
@@ -55,15 +55,13 @@ class Options:
                 f"{self.name}: retry_on has no effect without max_retries, which is 0."
             )
 
-    def topology(self) -> list[topology.Declaration]:
+    def topology(self) -> list[Declaration]:
         """All that must exist on the broker for this subscriber."""
         name, classic = self.name, self.queue_type == "classic"
-        declarations: list[topology.Declaration] = [
-            topology.Exchange(self.exchange, self.exchange_type)
-        ]
+        declarations: list[Declaration] = [topology.Exchange(self.exchange, self.exchange_type)]
         if self.dead_letter:
             declarations.append(topology.dead_letter_queue(name, classic=classic))
-        if self.exclusive or self.auto_delete or not self.durable:
+        if self._is_temporary:
             declarations.append(
                 topology.temporary_queue(
                     name,
@@ -77,21 +75,43 @@ class Options:
         else:
             declarations.append(topology.subscriber_queue(name))
         declarations += topology.bindings(self.exchange, name, self.binding_keys)
+        declarations += topology.unbindings(self.exchange, name, self.retired_keys)
         if self.max_retries:
-            declarations += topology.delays(self.exchange)
-            declarations.append(topology.way_back(self.exchange, name))
+            declarations += self.delays()
         return declarations
 
-    def prefetch(self, workers: int) -> Prefetch:
-        """How many events a process with so many workers holds ready."""
+    def delays(self) -> list[Declaration]:
+        """What must exist so that an event can come back to this subscriber after a delay."""
+        way_back = topology.way_back(self.exchange, self.name)
+        return [*topology.delays(self.exchange), way_back]
+
+    def prefetch(self, workers: int) -> int:
+        """How many deliveries a process with so many workers holds at most."""
         if self.prefetch_count is not None:
-            return Prefetch(self.prefetch_count, self.prefetch_count)
-        enough = 4 * workers
-        if self.auto_delete or self.queue_type == "classic":
-            # To take another number, consuming ends for a moment, and with it an auto-delete
-            # queue; so may be a classic one that was found.
-            return Prefetch(max(_STEADY, enough), max(_STEADY, enough))
-        return Prefetch(max(_FEW, enough), max(_MANY, enough))
+            return self.prefetch_count
+        return max(_PREFETCH_COUNT, _FOR_EACH_WORKER * workers)
+
+    @property
+    def counts_failures(self) -> bool:
+        """Whether the subscriber's queue counts how often a delivery failed."""
+        return self.durable and self.queue_type == "quorum" and not self._is_temporary
+
+    @property
+    def _is_temporary(self) -> bool:
+        return self.exclusive or self.auto_delete or not self.durable
+
+    def lists(self, routing_key: str) -> bool:
+        """Whether events with this routing key are asked for."""
+        if self.exchange_type == "topic":
+            return _matches_any(self.binding_keys, routing_key)
+        # A fanout exchange has no use for the keys, and those of plugins have uses of their own.
+        return self.exchange_type != "direct" or routing_key in self.binding_keys
+
+    def has_retired(self, routing_key: str) -> bool:
+        """Whether events with this routing key were asked for once, and are not kept any more."""
+        if self.exchange_type == "topic":
+            return _matches_any(self.retired_keys, routing_key)
+        return routing_key in self.retired_keys
 
 
 def make_options(
@@ -100,6 +120,7 @@ def make_options(
     dead_letter: bool | None,
     retry_on: type[Exception] | Sequence[type[Exception]],
     backoff: Backoff | None,
+    retired_keys: Sequence[str],
     **others: Any,
 ) -> Options:
     """The options as a user gives them, checked and with their defaults.
@@ -109,6 +130,15 @@ def make_options(
     if isinstance(binding_keys, str):
         raise ConfigurationError(
             f"{name}: binding_keys is a list of them: [{binding_keys!r}], not {binding_keys!r}."
+        )
+    if isinstance(retired_keys, str):
+        raise ConfigurationError(
+            f"{name}: retired_keys is a list of them: [{retired_keys!r}], not {retired_keys!r}."
+        )
+    both = sorted({*binding_keys} & {*retired_keys})
+    if both:
+        raise ConfigurationError(
+            f"{name}: {both[0]!r} is both in binding_keys and in retired_keys; leave it out of one."
         )
     kinds = (retry_on,) if isinstance(retry_on, type) else tuple(retry_on)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
@@ -120,7 +150,15 @@ def make_options(
         dead_letter=not temporary if dead_letter is None else dead_letter,
         retry_on=kinds,
         backoff=backoff or Backoff(),
+        retired_keys=tuple(retired_keys),
         **others,
+    )
+
+
+def _matches_any(binding_keys: tuple[str, ...], routing_key: str) -> bool:
+    # The plain look first: there may be a thousand binding keys.
+    return routing_key in binding_keys or any(
+        topology.matches(key, routing_key) for key in binding_keys
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -68,6 +69,12 @@ class Backoff:
         except OverflowError:
             longest = self.maximum if self.first else 0.0
         return longest * (1 - self.jitter * random.random())
+
+
+def units_of(delay: float) -> int:
+    """The delay in tenths of a second, rounded up, since a retry must not come early."""
+    # A whole number of tenths is seldom exact in binary: 0.3 / 0.1 is 2.9999999999999996.
+    return max(1, math.ceil(round(delay / SHORTEST_DELAY, 6)))
 
 
 def checked_delay(delay: float, name: str) -> float:

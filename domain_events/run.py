@@ -17,13 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
 from domain_events import message as messages
-from domain_events.broker import Consumer, Consuming
+from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.log import Log
 from domain_events.message import Delivery
@@ -63,6 +63,8 @@ class Run:
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lanes = Lanes(self._inbox)
         self._consumers: list[Consumer] = []
+        # When so many wait in the inbox, some have died with their connection.
+        self._most_waiting = 0
         self._interruption: BaseException | None = None
 
     @property
@@ -85,19 +87,22 @@ class Run:
     def consume(self, subscription: Subscription) -> None:
         """Start to receive for one subscription."""
         options = subscription.options
+        prefetch_count = options.prefetch(self._workers)
+        self._most_waiting += 2 * prefetch_count
         self._consumers.append(
             self._consuming.consume(
                 options.name,
                 options.topology(),
-                options.prefetch(self._workers),
+                prefetch_count,
                 partial(self._deliver, subscription),
+                careful=options.counts_failures,
             )
         )
 
     def work(self, subscriptions: Sequence[Subscription]) -> None:
         """Receive and handle, until stopped."""
         with _signals(self):
-            for subscription in list(subscriptions):
+            for subscription in subscriptions:
                 self.consume(subscription)
             if self._workers == 1:
                 self._work(self._deadline)
@@ -143,7 +148,8 @@ class Run:
         for consumer in self._consumers:
             consumer.stop(max(0.0, deadline - time.monotonic()))
         for work in self._left_over():
-            work.consumer.settle(work.delivery, requeue=True)
+            if work.consumer.is_current(work.delivery):
+                work.subscription.give_back(work.delivery, work.consumer)
         for consumer in self._consumers:
             consumer.flush()
 
@@ -159,11 +165,28 @@ class Run:
 
     def _deliver(self, subscription: Subscription, delivery: Delivery, consumer: Consumer) -> None:
         """On the I/O thread: a delivery has arrived."""
+        if self._inbox.qsize() + self._lanes.waiting > self._most_waiting:
+            self._drop_stale()
         work = Work(subscription, delivery, consumer)
         if self._workers > 1 and subscription.options.ordered:
             self._lanes.put(work)
         else:
             self._inbox.put(work)
+
+    def _drop_stale(self) -> None:
+        """Let go of deliveries that a lost connection took back, in the order of the others.
+
+        While a handler runs for hours and the connection is lost again and again, they would pile
+        up.
+        """
+        for _ in range(self._inbox.qsize()):
+            try:
+                work = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if work is None or work.lane is not None or _is_current(work):
+                self._inbox.put(work)
+        self._lanes.drop_stale()
 
     def _work_aside(self) -> None:
         try:
@@ -208,8 +231,8 @@ class Run:
         except Exception:
             # Not the handler's, which are dealt with: ours. One message that we have a mistake
             # about must not stop the subscriber, nor be lost, nor make it spin.
+            work.consumer.repair(_PAUSE_AFTER_A_MISTAKE, partial(_fail, work))
             log.exception("Internal error over a delivery; it is given back.")
-            work.consumer.requeue_later(work.delivery, _PAUSE_AFTER_A_MISTAKE)
         finally:
             if work.lane is not None:
                 self._lanes.done(work.lane)
@@ -226,6 +249,8 @@ class Lanes:
         self._inbox = inbox
         self._lock = threading.Lock()
         self._lanes: dict[str, deque[Work]] = {}
+        #: How many wait in the lanes.
+        self.waiting = 0
 
     def put(self, work: Work) -> None:
         """To the inbox, or behind what is under way for the same object."""
@@ -242,6 +267,7 @@ class Lanes:
         with self._lock:
             if key in self._lanes:
                 self._lanes[key].append(work)
+                self.waiting += 1
                 return
             self._lanes[key] = deque()
         self._inbox.put(work)
@@ -251,25 +277,40 @@ class Lanes:
         with self._lock:
             lane = self._lanes.get(key)
             following = lane.popleft() if lane else None
+            self.waiting -= following is not None
             if following is None:
                 self._lanes.pop(key, None)  # it is gone already when the run has ended meanwhile
         if following is not None:
             self._inbox.put(following)
+
+    def drop_stale(self) -> None:
+        """Let go of what a lost connection took back, but for the first event of each object."""
+        with self._lock:
+            for key, lane in self._lanes.items():
+                self._lanes[key] = deque(filter(_is_current, lane))
+            self.waiting = sum(map(len, self._lanes.values()))
 
     def left_over(self) -> list[Work]:
         """What waits in the lanes; they are empty afterwards."""
         with self._lock:
             left = [work for lane in self._lanes.values() for work in lane]
             self._lanes.clear()
+            self.waiting = 0
         return left
+
+
+def _is_current(work: Work) -> bool:
+    return work.consumer.is_current(work.delivery)
+
+
+def _fail(work: Work) -> None:
+    work.consumer.settle(work.delivery, Settlement.FAILED)
+    work.consumer.flush()
 
 
 @contextmanager
 def _signals(run: Run) -> Iterator[None]:
     """SIGTERM and SIGINT stop the run; a second SIGINT interrupts it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and run.stopping:
@@ -278,14 +319,21 @@ def _signals(run: Run) -> Iterator[None]:
 
     before: dict[int, Any] = {}
     for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-        # One that is ignored stays so: that is how a shell protects background jobs.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, on_signal)
+        handler = signal.getsignal(number)
+        # One that is ignored stays so: that is how a shell protects background jobs. None was
+        # installed by C code, which alone could put it back.
+        if handler is signal.SIG_IGN or handler is None:
+            continue
+        # Only the main thread may; whether this is it, Python alone knows: with eventlet,
+        # threading.current_thread() is not threading.main_thread() there either.
+        with suppress(ValueError):
+            signal.signal(number, on_signal)
+            before[number] = handler
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)
 
 
 def _left(deadline: float | None) -> float | None:

@@ -20,7 +20,7 @@ from domain_events.options import make_options
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
-from domain_events.subscription import Handler, Moves, Subscription
+from domain_events.subscription import Delivered, Handler, Moves, Subscription
 
 log = Log("domain_events")
 
@@ -58,7 +58,7 @@ class Subscriber:
             raise ConfigurationError(f"workers is a number from 1 up, not {workers!r}.")
         self._urls = settings.resolve(connection_settings)
         self.exchange = topology.check_name(exchange, "exchange")
-        self._exchange_type = exchange_type
+        self.exchange_type = exchange_type
         self._workers = workers
         self._timeout = timeout
         self._broker = None if self._urls is None else connect(self._urls)
@@ -88,6 +88,7 @@ class Subscriber:
         queue_type: Literal["quorum", "classic"] = "quorum",
         prefetch_count: int | None = None,
         ordered: bool = False,
+        retired_keys: Sequence[str] = (),
     ) -> None:
         """Have ``handler`` called with every event that one of the binding keys matches.
 
@@ -112,12 +113,15 @@ class Subscriber:
         :param retry_on: exceptions on which an event is tried again, after ``backoff``.
         :param backoff: the delays for ``retry_on``; `Backoff` () if left out.
         :param queue_type: ``classic`` to go on with a queue of domain-event-broker.
-        :param prefetch_count: how many events are held ready by this process; the fewer, the
-            more evenly slow handlers in several processes share the work. If left out, 50 (and
-            at least four for each worker), and up to 2,000 as long as the handler is done with
-            5,000 a second or more, for which 50 are too few.
+        :param prefetch_count: how many events this process holds at most, with the one that is
+            being handled; the fewer, the more evenly slow handlers in several processes share
+            the work. If left out, 200, or four for each worker if that is more.
         :param ordered: with several workers, never handle two events of one
             ``domain_object_id`` at the same time, and handle them in their order.
+        :param retired_keys: binding keys of earlier releases under which nobody is to receive
+            any more. They are unbound, and what still comes by them is acked unhandled. A key that
+            is merely no longer listed stays bound, for other releases of this subscriber may yet
+            need it: its events are handed back, for a process that lists it.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
         :raises TopologyError: the queue exists with other arguments, or is taken.
@@ -128,8 +132,9 @@ class Subscriber:
             dead_letter,
             retry_on,
             backoff,
+            retired_keys,
             exchange=self.exchange,
-            exchange_type=self._exchange_type,
+            exchange_type=self.exchange_type,
             durable=durable,
             exclusive=exclusive,
             auto_delete=auto_delete,
@@ -146,10 +151,12 @@ class Subscriber:
         if self._broker is not None:
             self._consuming_connection().declare(options.topology(), self._timeout)
         subscription = Subscription(handler, options, self._moves)
-        self._subscriptions.append(subscription)
-        run = self._run
-        if run is not None:
-            run.consume(subscription)
+        with self._lock:
+            # One lock with `start_consuming`, or both would consume from the new queue.
+            self._subscriptions.append(subscription)
+            run = self._run
+            if run is not None:
+                run.consume(subscription)
 
     def on(
         self, *binding_keys: str, name: str, **options: Any
@@ -188,22 +195,32 @@ class Subscriber:
             return
         if not self._subscriptions:
             raise ConfigurationError("Nothing is registered with this Subscriber.")
-        if self._run is not None and self._run.pid == os.getpid():
-            raise ConfigurationError("This Subscriber is consuming already.")
         run = Run(self._consuming_connection(), self._workers, timeout)
-        self._carry_out(run, lambda: run.work(self._subscriptions))
+        self._carry_out(run, run.work)
 
-    def _carry_out(self, run: Run, work: Callable[[], None]) -> None:
+    def _carry_out(
+        self,
+        run: Run,
+        work: Callable[[Sequence[Subscription]], None],
+        observe: Callable[[Delivered], None] | None = None,
+    ) -> None:
         """Do the work of a run, and end it in order."""
-        self._run = run
+        with self._lock:
+            if self._run is not None and self._run.pid == os.getpid():
+                raise ConfigurationError("This Subscriber is consuming already.")
+            self._run = run
+            subscriptions = list(self._subscriptions)
+        if observe is not None:
+            subscriptions = [each.observed(observe) for each in subscriptions]
+        self._moves.begin()
         try:
             if self._stop_at_start:
                 run.stop()
-            work()
+            work(subscriptions)
         finally:
             try:
                 run.give_back()
-                if not self._moves.wait(_MOVE_TIMEOUT):
+                if not self._moves.end(_MOVE_TIMEOUT):
                     log.warning("Some retries or dead letters are not confirmed; they come again.")
             finally:
                 self._run = None
@@ -281,17 +298,16 @@ class Subscriber:
             run.stop()
 
 
-def work_off(subscriber: Subscriber, watched: Callable[[Subscription], Subscription]) -> None:
+def work_off(subscriber: Subscriber, observe: Callable[[Delivered], None]) -> None:
     """For `testing`: have handled, in this thread, what waits for the subscriber now.
 
     Only with an embedded broker, which has delivered it all at once.
 
-    :param watched: puts another subscription in the place of each.
+    :param observe: called with what became of each delivery.
     """
     subscriber._follow()
     run = Run(subscriber._consuming_connection(), 1, None)
-    subscriptions = [watched(each) for each in subscriber._subscriptions]
-    subscriber._carry_out(run, lambda: run.work_off(subscriptions))
+    subscriber._carry_out(run, run.work_off, observe)
 
 
 def declare(subscriber: Subscriber) -> None:

@@ -1,87 +1,209 @@
 """One handler and its queue: what a delivery becomes when the handler has had its say.
 
-An event is acked when its handler has returned. What the handler wants tried again, or failed
+An event is settled when its handler has returned. What the handler wants tried again, or failed
 on, is *moved*: published to its new place, confirmed there, and only then acked where it came
 from. A crash in between makes a second copy and never loses the first.
 
+An event whose routing key this process does not list belongs to another release of the same
+subscriber: two run side by side in every rolling deployment, and after a roll-back the old one
+alone. It is **handed back** with growing delays, so that a process that lists it gets it, and is a
+dead letter when none has turned up after some fifteen minutes. It is never acked unhandled, but
+for the keys that the user has retired.
+
 Knows no threads but those it is called on: `Subscription.handle` on a worker, `Moves` also on
-the broker's.
+the broker's. State is changed first and logged afterwards.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from typing import TypeAlias
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias
 
 from domain_events import message as messages
-from domain_events import topology
-from domain_events.broker import Consumer, Publication, Publishing
+from domain_events.broker import Consumer, Publication, Publishing, Settlement
 from domain_events.errors import DomainEventsError, InvalidEvent
 from domain_events.events import DomainEvent
 from domain_events.log import Log
-from domain_events.message import Delivery, Message
+from domain_events.message import Delivery, GivenUp, Message
 from domain_events.options import Options
-from domain_events.retry import Reject, Retry
+from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
+from domain_events.text import printable
+from domain_events.topology import Topology
 
 log = Log("domain_events")
 
 Handler: TypeAlias = Callable[[DomainEvent], object]
 
-# Seconds before a delivery whose move failed is given back, so that this cannot spin.
+# Seconds before a move that failed is tried again; twice as long after each further failure.
 _PAUSE_AFTER_A_FAILED_MOVE = 5.0
+_LONGEST_PAUSE = 60.0
+
+# Seconds after which an event that is not listed comes back, each time: 15 minutes in all. Which
+# process gets it then is the broker's choice; with one in twenty that lists the key, most of the
+# events have found it after half of the time.
+_HAND_BACK_DELAYS = tuple(round(min(15.0, 0.5 * 1.3**n), 1) for n in range(70))
+
+# So often a delivery may fail - the process died, the connection broke, the handler exited -
+# before the event is given up; as often as RabbitMQ lets it by default since 4.0.
+_MOST_FAILURES = 20
+# Up to RabbitMQ 4.2 an event that is given back counts as failed. So often it is; then it is
+# renewed instead, so that orderly stops, however many, never make a dead letter of it.
+_MOST_GIVE_BACKS = 10
 
 _ROUTING_KEYS_REMEMBERED = 10_000
 
 
-class Subscription:
-    """A handler, its options, and what happens to each delivery."""
+class Outcome(str, Enum):
+    """What a delivery came to; each is equal to its text."""
 
-    def __init__(self, handler: Handler, options: Options, moves: Moves) -> None:
+    HANDLED = "handled"
+    RETRY = "retry"
+    DEAD_LETTER = "dead letter"
+    #: Given up, by a subscriber that keeps no dead letters.
+    DROPPED = "dropped"
+    #: The handler ended the process, with ``sys.exit()`` for example: the event comes again.
+    GIVEN_BACK = "given back"
+    #: Its routing key is not listed here: it comes again, for a process that lists it.
+    HANDED_BACK = "handed back"
+    #: Its routing key is among the ``retired_keys``: acked without calling the handler.
+    RETIRED = "retired"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class Delivered:
+    """One event, delivered to one subscriber, and what became of it."""
+
+    #: The subscriber's name.
+    subscriber: str
+    #: The event; None for a message that is none, which goes to the dead letters unhandled.
+    event: DomainEvent | None
+    outcome: Outcome
+    #: What the handler raised.
+    error: BaseException | None = None
+    #: Seconds after which a retry, or what was handed back, comes again.
+    delay: float | None = None
+
+    def __repr__(self) -> str:
+        what = printable(self.event.routing_key) if self.event else "a message that is not an event"
+        after = f" in {self.delay:g} s" if self.delay is not None else ""
+        why = f" ({printable(repr(self.error))})" if self.error is not None else ""
+        return f"<{self.subscriber}: {what} -> {self.outcome}{after}{why}>"
+
+
+class Subscription:
+    """A handler, its options, and what happens to each delivery.
+
+    :param observe: called with what became of each delivery, on the thread that handled it.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        options: Options,
+        moves: Moves,
+        observe: Callable[[Delivered], None] | None = None,
+    ) -> None:
         self.options = options
-        self.handler = handler
-        self.moves = moves
-        # Whether an event with this routing key is still asked for.
-        self._asked_for: dict[str, bool] = {}
+        self._handler = handler
+        self._moves = moves
+        self._observe = observe
+        # Whether an event with this routing key is listed.
+        self._listed: dict[str, bool] = {}
+        self._delays_declared = bool(options.max_retries)
+        self._warned_of_claims = False
+
+    def observed(self, observe: Callable[[Delivered], None]) -> Subscription:
+        """The same handler and options, watched."""
+        return Subscription(self._handler, self.options, self._moves, observe)
 
     def handle(self, delivery: Delivery, consumer: Consumer) -> None:
         """Have the delivery handled and settled.
 
-        :raises BaseException: what the handler raised, when it is no `Exception`; the delivery
-            is then given back.
+        :raises BaseException: what the handler raised to end the process, such as SystemExit; the
+            delivery has then failed.
         """
         if not consumer.is_current(delivery):
             return
+        if delivery.exchange == self.options.exchange:
+            delivery.ours = False  # whatever the exchange is called
+        outcome = self._handled(delivery, consumer)
+        if self._observe is not None:
+            self._observe(outcome)
+        if outcome.error is not None and _ends_the_process(outcome.error):
+            raise outcome.error
+
+    def give_back(self, delivery: Delivery, consumer: Consumer) -> None:
+        """Return a delivery that was not begun."""
+        often = self.options.counts_failures and delivery.failures >= _MOST_GIVE_BACKS
+        if often and not delivery.counts_returns:
+            self._moves.move(messages.renewed(delivery, self.options.name), delivery, consumer)
+        else:
+            consumer.settle(delivery, Settlement.GIVE_BACK)
+
+    # --- one delivery ----------------------------------------------------------------------------
+
+    def _handled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
+        name = self.options.name
         try:
-            event = messages.to_event(delivery)
+            event, claimed = messages.read_event(delivery)
         except InvalidEvent as error:
-            log.error("%s got a message that is no event. %s", self.options.name, error)
-            self._give_up(delivery, consumer, error)
-            return
-        if not self._is_asked_for(delivery):
-            consumer.settle(delivery)
-            return
+            outcome = self._give_up(delivery, consumer, error)
+            log.error("%s got a message that is not an event. %s", name, printable(error))
+            return Delivered(name, None, outcome)
+        if claimed != event.routing_key:
+            self._warn_of_claim(event, claimed)
+        if not self._is_listed(delivery, event):
+            return self._pass_on(event, delivery, consumer)
+        if delivery.redelivered and self._has_failed_too_often(event, delivery):
+            limit = GivenUp(
+                "delivery limit",
+                f"Delivered {delivery.failures + 1} times and never settled: each time the process "
+                "or its connection ended before the handler returned, or the event was given back.",
+            )
+            outcome = self._give_up(delivery, consumer, limit)
+            log.error("%s gave up on %s. %s", name, _named(event), limit)
+            return Delivered(name, event, outcome, limit)
+        return self._call(event, delivery, consumer)
+
+    def _call(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+        name = self.options.name
         token = messages.handling.set((event, delivery))
         try:
-            self.handler(event)
+            result = self._handler(event)
+            if result is not None:
+                _check_finished(result)
         except Retry as signal:
-            self._try_again(event, delivery, consumer, signal.delay, signal)
+            return self._try_again(
+                event, delivery, consumer, signal, partial(getattr, signal, "delay")
+            )
         except Reject as signal:
-            log.warning("%s rejected %s: %s", self.options.name, _named(event), signal.reason)
-            self._give_up(delivery, consumer, signal)
+            outcome = self._give_up(delivery, consumer, signal)
+            log.warning("%s rejected %s: %s", name, _named(event), printable(signal.reason))
+            return Delivered(name, event, outcome, signal)
         except self.options.retry_on as error:
-            delay = self.options.backoff.delay(event.retries + 1)
-            self._try_again(event, delivery, consumer, delay, error)
-        except Exception as error:
-            log.exception("%s failed on %s", self.options.name, _named(event))
-            self._give_up(delivery, consumer, error)
-        except BaseException:
-            consumer.settle(delivery, requeue=True)
-            raise
+            delay_of = partial(self.options.backoff.delay, event.retries + 1)
+            return self._try_again(event, delivery, consumer, error, delay_of)
+        except BaseException as error:
+            if _ends_the_process(error):
+                return self._exited(event, delivery, consumer, error)
+            outcome = self._give_up(delivery, consumer, error)
+            log.error("%s failed on %s", name, _named(event), exc_info=error)
+            return Delivered(name, event, outcome, error)
         else:
             consumer.settle(delivery)
+            return Delivered(name, event, Outcome.HANDLED)
         finally:
             messages.handling.reset(token)
 
@@ -90,131 +212,367 @@ class Subscription:
         event: DomainEvent,
         delivery: Delivery,
         consumer: Consumer,
-        delay: float,
-        error: Exception,
-    ) -> None:
+        error: BaseException,
+        delay_of: Callable[[], float],
+    ) -> Delivered:
         options = self.options
-        if event.retries >= options.max_retries:
-            log.error(
-                "%s gave up on %s after %d retries",
-                options.name,
-                _named(event),
-                event.retries,
-                exc_info=error,
-            )
-            self._give_up(delivery, consumer, error)
-            return
+        name, most = options.name, options.max_retries
+        if event.retries >= most:
+            outcome = self._give_up(delivery, consumer, error)
+            why = f"after {event.retries} retries (max_retries={most})"
+            if not most:
+                why = "at once: its handler asked for a retry, and max_retries is 0"
+            log.error("%s gave up on %s %s", name, _named(event), why, exc_info=error)
+            return Delivered(name, event, outcome, error)
+        try:
+            # The user's code may compute it, and any attribute may have been changed.
+            delay = round(units_of(checked_delay(delay_of(), "a delay")) * SHORTEST_DELAY, 1)
+        except Exception as wrong:
+            wrong.__cause__ = error
+            outcome = self._give_up(delivery, consumer, wrong)
+            log.error("%s failed on %s", name, _named(event), exc_info=wrong)
+            return Delivered(name, event, outcome, wrong)
+        reason = messages.reason_of(error)
+        message = messages.retry(delivery, options.exchange, name, delay, reason)
+        self._moves.move(message, delivery, consumer)
         log.info(
-            "%s tries %s again in %.1f s (retry %d of %d)",
-            options.name,
+            "%s tries %s again in %.1f s (retry %d of %d) after %s: %s",
+            name,
             _named(event),
             delay,
             event.retries + 1,
-            options.max_retries,
+            most,
+            messages.type_name(reason),
+            printable(reason),
         )
-        message = messages.retry(delivery, options.exchange, options.name, delay)
-        self.moves.move(message, delivery, consumer)
+        return Delivered(name, event, Outcome.RETRY, error, delay)
 
-    def _give_up(self, delivery: Delivery, consumer: Consumer, error: Exception) -> None:
+    def _exited(
+        self, event: DomainEvent, delivery: Delivery, consumer: Consumer, error: BaseException
+    ) -> Delivered:
+        """The handler ended the process: the event comes again, but not for ever."""
+        name = self.options.name
+        options = self.options
+        last = options.counts_failures and delivery.failures + 1 >= _MOST_FAILURES
+        # Otherwise it stays unsettled until the connection is closed, which ends this run: to the
+        # broker a failed delivery. Rejected, it would at once be delivered here again.
+        outcome = Outcome.GIVEN_BACK
+        if last and options.dead_letter:
+            outcome = self._give_up(delivery, consumer, error)
+        log.error("%s: the handler ended the process on %s", name, _named(event), exc_info=error)
+        return Delivered(name, event, outcome, error)
+
+    def _give_up(self, delivery: Delivery, consumer: Consumer, error: BaseException) -> Outcome:
         if self.options.dead_letter:
             message = messages.dead_letter(delivery, self.options.name, error)
-            self.moves.move(message, delivery, consumer)
-        else:
-            log.error(
-                "%s keeps no dead letters; dropped: %s %s",
-                self.options.name,
-                _shown(delivery.original_routing_key),
-                _shown(delivery.properties.message_id),
-            )
-            consumer.settle(delivery)
+            self._moves.move(message, delivery, consumer)
+            return Outcome.DEAD_LETTER
+        consumer.settle(delivery)
+        log.error(
+            "%s keeps no dead letters; dropped: %s %s",
+            self.options.name,
+            printable(delivery.original_routing_key),
+            printable(delivery.properties.message_id),
+        )
+        return Outcome.DROPPED
 
-    def _is_asked_for(self, delivery: Delivery) -> bool:
-        """Not, when it came by a binding of an earlier deployment that is no longer listed."""
+    def _has_failed_too_often(self, event: DomainEvent, delivery: Delivery) -> bool:
         options = self.options
-        if delivery.exchange != options.exchange:
-            return True  # a retry or a replay
-        key = delivery.routing_key
-        asked_for = self._asked_for.get(key)
-        if asked_for is None:
-            if options.exchange_type == "topic":
-                # The plain look first: there may be a thousand binding keys.
-                asked_for = key in options.binding_keys or any(
-                    topology.matches(each, key) for each in options.binding_keys
-                )
-            else:
-                asked_for = options.exchange_type != "direct" or key in options.binding_keys
-            if not asked_for:
-                log.warning(
-                    "%s no longer lists a binding key for %r, but its queue is still bound for "
-                    "it: such events are acked unhandled. Unbind the old key from the exchange "
-                    "%r, or list it again.",
-                    options.name,
-                    key,
-                    options.exchange,
-                )
-            if len(self._asked_for) >= _ROUTING_KEYS_REMEMBERED:
-                self._asked_for.clear()
-            self._asked_for[key] = asked_for
-        return asked_for
+        if not options.counts_failures or delivery.failures < _MOST_FAILURES:
+            return False
+        if not options.dead_letter:
+            # Not dropped, for nobody can say that the event is to blame. The broker will put it
+            # aside, where it waits until there is a queue for dead letters.
+            log.error(
+                "%s: %s was delivered %d times and never settled; it is tried again",
+                options.name,
+                _named(event),
+                delivery.failures + 1,
+            )
+        return options.dead_letter
+
+    def _warn_of_claim(self, event: DomainEvent, claimed: str) -> None:
+        if not self._warned_of_claims:
+            self._warned_of_claims = True
+            log.warning(
+                "%s: the envelope of %s says %s. The event's routing key is the one it was "
+                "published with, which the broker has checked; said once.",
+                self.options.name,
+                _named(event),
+                printable(claimed),
+            )
+
+    # --- events that are not listed --------------------------------------------------------------
+
+    def _is_listed(self, delivery: Delivery, event: DomainEvent) -> bool:
+        if not (delivery.exchange == self.options.exchange or delivery.is_ours):
+            return True  # by a binding to another exchange, which somebody else has made
+        key = event.routing_key
+        listed = self._listed.get(key)
+        if listed is None:
+            listed = self.options.lists(key)
+            if len(self._listed) >= _ROUTING_KEYS_REMEMBERED:
+                self._listed.clear()
+            self._listed[key] = listed
+            if not listed:
+                self._warn_of_unlisted(key)
+        return listed
+
+    def _warn_of_unlisted(self, key: str) -> None:
+        name = self.options.name
+        if self.options.has_retired(key):
+            log.warning("%s has retired %s: such events are acked unhandled.", name, printable(key))
+            return
+        log.warning(
+            "%s gets events with the routing key %s, which matches none of the binding keys of "
+            "this process: %s. Another release of this subscriber has bound it, or another service "
+            "uses the same name. They are handed back for a process that lists the key, and become "
+            "dead letters after about %d minutes without one. If nobody is to get them any more, "
+            "register with retired_keys=[%r].",
+            name,
+            printable(key),
+            ", ".join(map(printable, self.options.binding_keys[:10])),
+            round(sum(_HAND_BACK_DELAYS) / 60),
+            printable(key),
+        )
+
+    def _pass_on(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+        options = self.options
+        if options.has_retired(event.routing_key):
+            consumer.settle(delivery)
+            return Delivered(options.name, event, Outcome.RETIRED)
+        # The delay levels count; if this user may not use them, the queue does.
+        often = max(delivery.hand_backs, delivery.returns if options.counts_failures else 0)
+        if often >= len(_HAND_BACK_DELAYS) and options.dead_letter:
+            unlisted = GivenUp(
+                "unlisted routing key",
+                f"No process of {options.name} that lists the routing key "
+                f"{printable(event.routing_key)} took it in {round(sum(_HAND_BACK_DELAYS) / 60)} "
+                f"minutes. This one lists: {', '.join(map(printable, options.binding_keys))}.",
+            )
+            outcome = self._give_up(delivery, consumer, unlisted)
+            log.error("%s gave up on %s. %s", options.name, _named(event), unlisted)
+            return Delivered(options.name, event, outcome, unlisted)
+        delay = _HAND_BACK_DELAYS[min(often, len(_HAND_BACK_DELAYS) - 1)]
+        self._hand_back(delivery, consumer, delay)
+        return Delivered(options.name, event, Outcome.HANDED_BACK, delay=delay)
+
+    def _hand_back(self, delivery: Delivery, consumer: Consumer, delay: float) -> None:
+        options = self.options
+        message = messages.hand_back(delivery, options.exchange, options.name, delay)
+        # A user who may not declare or use the delay levels: given back after the same delay.
+        if self._delays_declared:
+            self._moves.move(message, delivery, consumer, give_back_after=delay)
+        else:
+            # Without retries this subscriber has had no use for the delay levels so far.
+            self._moves.move_later(
+                message,
+                delivery,
+                consumer,
+                also=options.delays(),
+                give_back_after=delay,
+                declared=self._note_delays,
+            )
+
+    def _note_delays(self) -> None:
+        self._delays_declared = True
 
 
 class Moves:
     """Messages on their way to another queue; each is acked where it was once it is there.
 
-    Nobody waits for one of them, so a failing handler is not slowed down by its failures.
+    Nobody waits for one of them, so a failing handler is not slowed down by its failures. One that
+    fails is tried again after a pause, and its delivery held meanwhile: to give it back would
+    count against the event up to RabbitMQ 4.2.
     """
 
     def __init__(self, publishing: Callable[[], Publishing]) -> None:
-        self.publishing = publishing
-        self._begin_anew()
+        self._publishing = publishing
+        self._reset()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._open = 0
+        # Deliveries whose move is going to be tried, or tried again, after a pause.
+        self._held: dict[Delivery, Consumer] = {}
+        self._ending = False
 
-    def move(self, message: Message, delivery: Delivery, consumer: Consumer) -> None:
-        """Publish the message; then, once confirmed, ack the delivery."""
+    def begin(self) -> None:
+        """A run begins."""
         self._leave_to_parent()
+        self._ending = False
+
+    def move(
+        self,
+        message: Message,
+        delivery: Delivery,
+        consumer: Consumer,
+        *,
+        give_back_after: float | None = None,
+        failures: int = 0,
+    ) -> None:
+        """Publish the message; then, once confirmed, ack the delivery.
+
+        :param give_back_after: should the move fail, give the delivery back after so many seconds,
+            instead of holding it until the move succeeds.
+        """
+        self._leave_to_parent()
+        done = partial(self._done, delivery, consumer, give_back_after, failures)
+        publication = Publication(message, done)
         with self._changed:
             self._open += 1
-        publication = Publication(message, partial(self._done, delivery, consumer))
-        self.publishing().submit(publication)
+        try:
+            self._publishing().submit(publication)
+        except DomainEventsError as error:
+            publication.error = error
+            self._done(delivery, consumer, give_back_after, failures, publication)
+        except BaseException:
+            self._close_one()
+            raise
 
-    def wait(self, timeout: float) -> bool:
-        """Wait until none is on its way; False when time ran out."""
+    def move_later(
+        self,
+        message: Message,
+        delivery: Delivery,
+        consumer: Consumer,
+        *,
+        seconds: float = 0.0,
+        also: Topology = (),
+        give_back_after: float | None = None,
+        failures: int = 0,
+        declared: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Hold the delivery; move it when the topology is declared again, and the pause over."""
+
+        def again() -> None:
+            declared()
+            if self._let_go(delivery) and consumer.is_current(delivery):
+                self.move(
+                    message,
+                    delivery,
+                    consumer,
+                    give_back_after=give_back_after,
+                    failures=failures,
+                )
+
+        self._hold(delivery, consumer)
+        consumer.repair(seconds, again, also)
+
+    def end(self, timeout: float) -> bool:
+        """Give back what is held, and wait until nothing is on its way; False at the timeout."""
         self._leave_to_parent()
+        with self._changed:
+            self._ending = True
+            held, self._held = self._held, {}
+        for delivery, consumer in held.items():
+            consumer.settle(delivery, Settlement.GIVE_BACK)
+            consumer.flush()
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
 
     def _leave_to_parent(self) -> None:
         # What was on its way when this process was forked is its parent's.
         if self._pid != os.getpid():
-            self._begin_anew()
+            self._reset()
 
-    def _done(self, delivery: Delivery, consumer: Consumer, publication: Publication) -> None:
-        error: DomainEventsError | None = publication.error
-        if error is None:
-            consumer.settle(delivery)
-            consumer.flush()
-        else:
-            log.error(
-                "%s could not be moved to %r: %s Its delivery is given back.",
-                _shown(delivery.original_routing_key),
-                publication.message.exchange or publication.message.routing_key,
-                error,
-            )
-            consumer.requeue_later(delivery, _PAUSE_AFTER_A_FAILED_MOVE)
+    def _hold(self, delivery: Delivery, consumer: Consumer) -> None:
+        with self._changed:
+            self._held[delivery] = consumer
+
+    def _let_go(self, delivery: Delivery) -> bool:
+        with self._changed:
+            return self._held.pop(delivery, None) is not None
+
+    def _close_one(self) -> None:
         with self._changed:
             self._open -= 1
             self._changed.notify_all()
 
+    def _done(
+        self,
+        delivery: Delivery,
+        consumer: Consumer,
+        give_back_after: float | None,
+        failures: int,
+        publication: Publication,
+    ) -> None:
+        error, message = publication.error, publication.message
+        if error is None:
+            consumer.settle(delivery)
+            consumer.flush()
+        elif self._ending:
+            consumer.settle(delivery, Settlement.GIVE_BACK)
+            consumer.flush()
+        elif give_back_after is not None:
+            self._give_back_later(delivery, consumer, give_back_after)
+        else:
+            pause = min(_LONGEST_PAUSE, _PAUSE_AFTER_A_FAILED_MOVE * 2.0 ** min(failures, 10))
+            self.move_later(message, delivery, consumer, seconds=pause, failures=failures + 1)
+        self._close_one()
+        if error is not None:
+            log.error(
+                "%s could not be moved to %s: %s %s",
+                printable(delivery.original_routing_key),
+                printable(message.exchange or message.routing_key),
+                printable(error, 1000),
+                "It is given back." if self._ending or give_back_after else "It is tried again.",
+            )
+
+    def _give_back_later(self, delivery: Delivery, consumer: Consumer, seconds: float) -> None:
+        def give_back() -> None:
+            if self._let_go(delivery):
+                consumer.settle(delivery, Settlement.GIVE_BACK)
+                consumer.flush()
+
+        self._hold(delivery, consumer)
+        consumer.repair(seconds, give_back)
+
+
+def _check_finished(result: object) -> None:
+    """A handler has returned something: nothing may show that its work is yet to be done.
+
+    :raises TypeError: says what was returned, and what to do.
+    """
+    what = ""
+    if isinstance(result, BaseException) or _is_exception_class(result):
+        what = "an exception instead of raising it"
+    elif inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody has awaited it
+        what = "a coroutine, which nobody runs; call asyncio.run(...) in a plain function"
+    elif inspect.isgenerator(result) or isinstance(result, map | filter | zip):
+        what = "a generator or another lazy iterator, which nobody iterates over"
+    elif inspect.isasyncgen(result):
+        what = "an asynchronous generator, which nobody iterates over"
+    elif isinstance(result, Future):
+        if result.done():
+            result.result()
+        else:
+            what = "a future whose work is not done; wait for its result()"
+    elif inspect.isawaitable(result):
+        what = "an awaitable, which nobody awaits; call asyncio.run(...) in a plain function"
+    elif isinstance(result, FunctionType | MethodType | partial):
+        what = "a function, which nobody calls; register what it returns, perhaps"
+    if what:
+        raise TypeError(f"The handler returned {what}. The event counts as failed.")
+
+
+def _is_exception_class(result: object) -> bool:
+    return isinstance(result, type) and issubclass(result, BaseException)
+
+
+def _ends_the_process(error: BaseException) -> bool:
+    """Whether the handler has not failed, but the program is to end.
+
+    Everything else is a failure of the handler, also where its class is not an `Exception`:
+    asyncio.CancelledError, gevent.Timeout, pytest's outcomes.
+    """
+    greenlet: Any = sys.modules.get("greenlet")
+    ends: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt)
+    if greenlet is not None:
+        ends += (greenlet.GreenletExit,)
+    return isinstance(error, ends)
+
 
 def _named(event: DomainEvent) -> str:
-    return f"{_shown(event.routing_key)} {_shown(event.uuid_string)}"
-
-
-def _shown(text: object) -> str:
-    """What a sender has chosen, in a log line: it must not make lines of its own, nor long ones."""
-    shown = str(text)[: topology.LONGEST_NAME]
-    return shown if shown.isprintable() else repr(shown)
+    return f"{printable(event.routing_key)} {printable(event.uuid_string)}"

@@ -27,14 +27,14 @@ queue has the same ones whatever its options are.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
 from domain_events.errors import ConfigurationError
-from domain_events.retry import SHORTEST_DELAY
+from domain_events.retry import SHORTEST_DELAY, units_of
 
 LEVELS = 24
 
@@ -44,6 +44,9 @@ LONGEST_NAME = 255
 #: Without a limit of its own a quorum queue has 20 from RabbitMQ 4.0 on, and browsing counts.
 #: -1 ("no limit") drops at the first requeue on 3.10.
 _AS_GOOD_AS_UNLIMITED = 10**9
+
+_DUE = ".due"
+_RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
 
 _CONFIRMED_DEAD_LETTERING = {
     "x-dead-letter-strategy": "at-least-once",
@@ -82,7 +85,16 @@ class Binding:
     to_exchange: bool = False
 
 
-Declaration: TypeAlias = Exchange | Queue | Binding
+@dataclass(frozen=True)
+class Unbinding:
+    """The queue is no longer to be bound to the exchange by this key."""
+
+    exchange: str
+    destination: str
+    binding_key: str
+
+
+Declaration: TypeAlias = Exchange | Queue | Binding | Unbinding
 Topology: TypeAlias = Sequence[Declaration]
 
 
@@ -150,6 +162,11 @@ def bindings(exchange: str, name: str, binding_keys: Sequence[str]) -> list[Bind
     return [Binding(exchange, name, key) for key in binding_keys]
 
 
+def unbindings(exchange: str, name: str, retired_keys: Sequence[str]) -> list[Unbinding]:
+    """Which events of ``exchange`` are no longer to reach the queue ``name``."""
+    return [Unbinding(exchange, name, key) for key in retired_keys]
+
+
 def delays(exchange: str) -> list[Declaration]:
     """All that delayed retries on ``exchange`` need, apart from each subscriber's `way_back`."""
     undelivered = f"{exchange}.undelivered"
@@ -192,20 +209,14 @@ def way_back(exchange: str, name: str) -> Binding:
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
     """The exchange and the routing key that bring a message to ``name`` after ``delay`` seconds.
 
-    The delay is rounded up to whole tenths of a second, since a retry must not come early; it
+    The delay is rounded up to whole tenths of a second; it
     starts at the level of the highest bit, the others above it having nothing to add.
     """
-    # A whole number of tenths is seldom exact in binary: 0.3 / 0.1 is 2.9999999999999996.
-    units = max(1, math.ceil(round(delay / SHORTEST_DELAY, 6)))
+    units = units_of(delay)
     if units >> LEVELS:
         raise ValueError(f"A delay of {delay} s is longer than the delay levels reach.")
     bits = ".".join(f"{units:0{LEVELS}b}")
     return _level(exchange, units.bit_length() - 1), f"{bits}.{name}"
-
-
-def delay_of(address: str) -> float:
-    """The delay, in seconds, that is written in a routing key by `delay_address`."""
-    return round(int("".join(address.split(".")[:LEVELS]), 2) * SHORTEST_DELAY, 1)
 
 
 def check_name(name: str, what: str) -> str:
@@ -262,8 +273,17 @@ def matches(binding_key: str, routing_key: str) -> bool:
     return len(words) in ends
 
 
+def is_return_exchange(exchange: str) -> bool:
+    """Whether what comes through this exchange was sent on by this library.
+
+    Retries come back through ``<exchange>.due``, and from the last level in whose queue they have
+    waited through the next level's; replays and dead letters through the default one.
+    """
+    return not exchange or _RETURN_EXCHANGE.search(exchange) is not None
+
+
 def _due(exchange: str) -> str:
-    return f"{exchange}.due"
+    return exchange + _DUE
 
 
 def _level(exchange: str, level: int) -> str:

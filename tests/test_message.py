@@ -250,7 +250,8 @@ def test_reading_takes_the_retries_from_our_header_only() -> None:
     headers: dict[str, Any] = {"x-death": [{"count": 7}], "x-delivery-count": 5}
     assert message.to_event(delivery(headers=headers)).retries == 0
     headers["domain-events-retries"] = 3
-    assert message.to_event(delivery(headers=headers)).retries == 3
+    returned = delivery(headers=headers, exchange="domain-events.due")
+    assert message.to_event(returned).retries == 3
 
 
 @pytest.mark.parametrize("value", [None, -1, "3", 2.5, [], {}])
@@ -289,7 +290,9 @@ def test_the_original_routing_key_survives_the_ways_through_the_broker() -> None
     """Of a retry or a dead letter the header tells it; else it is the delivery's."""
     assert delivery(routing_key="a.b").original_routing_key == "a.b"
     headers: dict[str, Any] = {"domain-events-routing-key": "a.b"}
-    assert delivery(routing_key="0.1.q", headers=headers).original_routing_key == "a.b"
+    for exchange in ("domain-events.due", "domain-events.delay.07", ""):
+        returned = delivery(routing_key="0.1.q", headers=headers, exchange=exchange)
+        assert returned.original_routing_key == "a.b"
     headers = {"domain-events-routing-key": 7}
     assert delivery(routing_key="a.b", headers=headers).original_routing_key == "a.b"
 
@@ -325,7 +328,7 @@ ACTED_UPON = {
 
 def sent_on(received: Delivery) -> list[Message]:
     return [
-        message.retry(received, "domain-events", "q", 1.0),
+        message.retry(received, "domain-events", "q", 1.0, ValueError("broken")),
         message.dead_letter(received, "q", ValueError("why")),
         message.replay(received, "q"),
     ]
@@ -436,19 +439,20 @@ def test_properties_that_are_no_text_can_be_sent_on() -> None:
 
 def test_a_retry_goes_through_the_delay_and_counts_one_more() -> None:
     """To the address of the delay levels; it knows the key that it was published with."""
-    first = message.retry(delivery(), "domain-events", "q", 2.5)
+    first = message.retry(delivery(), "domain-events", "q", 2.5, ValueError("broken"))
     assert (first.exchange, first.routing_key) == delay_address("domain-events", "q", 2.5)
     assert first.headers == {
         "domain-events-retries": 1,
         "domain-events-routing-key": "user.registered",
+        "domain-events-first-error-type": "ValueError",
+        "domain-events-first-error-message": "broken",
     }
-    back = delivery(first.body, dict(first.headers), routing_key=first.routing_key)
+    back = delivery(
+        first.body, dict(first.headers), routing_key=first.routing_key, exchange="x.due"
+    )
     assert (back.retries, back.original_routing_key) == (1, "user.registered")
-    second = message.retry(back, "domain-events", "q", 2.5)
-    assert second.headers == {
-        "domain-events-retries": 2,
-        "domain-events-routing-key": "user.registered",
-    }
+    second = message.retry(back, "domain-events", "q", 2.5, KeyError("later"))
+    assert second.headers == {**first.headers, "domain-events-retries": 2}
 
 
 # ------------------------------------------------------------------ dead letters
@@ -464,11 +468,13 @@ def failure(text: str = "no such user") -> ValueError:
 def test_a_dead_letter_carries_its_reason() -> None:
     """Subscriber, exception, traceback, time, host, retries: and all can be read again."""
     before = datetime.now(timezone.utc)
-    received = delivery(headers={"domain-events-retries": 2, "trace": "t"})
+    received = delivery(headers={"domain-events-retries": 2, "trace": "t"}, exchange="x.due")
+    received.properties.headers["domain-events-routing-key"] = "user.registered"
+    received.properties.headers["domain-events-first-error-type"] = "TimeoutError"
     sent = message.dead_letter(received, "mail", failure())
     assert (sent.exchange, sent.routing_key) == ("", "mail-dl")
     assert sent.headers["trace"] == "t"
-    letter = delivery(sent.body, properties_of(sent)["headers"], routing_key="mail-dl")
+    letter = delivery(sent.body, properties_of(sent)["headers"], routing_key="mail-dl", exchange="")
     assert (letter.retries, letter.original_routing_key) == (2, "user.registered")
     told = message.told_by_a_dead_letter(letter)
     failed_at = told.pop("failed_at")
@@ -483,6 +489,8 @@ def test_a_dead_letter_carries_its_reason() -> None:
         "error_type": "ValueError",
         "error_message": "no such user",
         "host": socket.gethostname(),
+        "first_error_type": "TimeoutError",
+        "first_error_message": None,
     }
 
 
@@ -537,9 +545,18 @@ def test_a_dead_letter_of_a_dead_letter_tells_the_last_reason() -> None:
 
 def test_a_replay_is_the_event_as_it_was_before_it_failed() -> None:
     """No reason and no retries are left; the sender's headers and the cause are."""
-    headers = {"trace": "t", "domain-events-cause": "c", "domain-events-retries": 3}
-    letter = message.dead_letter(delivery(headers=headers), "q", failure())
-    sent = message.replay(delivery(letter.body, dict(letter.headers), routing_key="q-dl"), "q")
+    headers = {
+        "trace": "t",
+        "domain-events-cause": "c",
+        "domain-events-retries": 3,
+        "domain-events-hand-backs": 3,
+        "domain-events-first-error-type": "KeyError",
+        "domain-events-routing-key": "user.registered",
+    }
+    letter = message.dead_letter(delivery(headers=headers, exchange="x.due"), "q", failure())
+    assert letter.headers[message.RETRIES] == 3
+    received = delivery(letter.body, dict(letter.headers), routing_key="q-dl", exchange="")
+    sent = message.replay(received, "q")
     assert (sent.exchange, sent.routing_key) == ("", "q")
     assert sent.headers == {
         "trace": "t",
@@ -550,13 +567,15 @@ def test_a_replay_is_the_event_as_it_was_before_it_failed() -> None:
 
 def test_of_what_the_broker_moved_its_reason_is_told() -> None:
     """Its handler had killed the process again and again; nobody was there to say more."""
-    nothing = dict.fromkeys(
-        ["subscriber", "error_type", "error_message", "traceback", "failed_at", "host"]
-    )
     for reason, told in (("delivery_limit", "delivery limit"), ("rejected", "rejected")):
-        moved = delivery(headers={"x-first-death-reason": reason})
-        assert message.told_by_a_dead_letter(moved) == {**nothing, "error_type": told}
-    assert message.told_by_a_dead_letter(delivery()) == nothing
+        death = {"reason": reason, "queue": "q", "exchange": "x", "routing-keys": ["a.b"]}
+        forged = {message.SUBSCRIBER: "other", message.TRACEBACK: "?", message.RETRIES: 7}
+        moved = delivery(headers={"x-death": [death], **forged}, routing_key="q-dl", exchange="")
+        found = message.told_by_a_dead_letter(moved)
+        assert (found["subscriber"], found["error_type"]) == ("q", told)
+        assert (found["traceback"], moved.retries) == (None, 0)
+        assert moved.original_routing_key == "a.b"
+    assert set(message.told_by_a_dead_letter(delivery()).values()) == {None}
 
 
 @patient
@@ -704,23 +723,20 @@ def headers_of_size(size: int) -> dict[str, Any]:
     return {"h": "x" * (size - empty)}
 
 
-def test_a_sender_that_filled_the_frame_costs_its_traceback_first() -> None:
-    """Then the sender's own headers; the reason stays, shortened."""
+def test_sender_that_filled_the_frame_costs_its_own_headers() -> None:
+    """The largest of them; never ours: the reason and its traceback stay."""
     assert message._size(headers_of_size(1000)) == 1000
     small = message.dead_letter(delivery(headers=headers_of_size(50_000)), "q", failure())
     assert {"h", message.TRACEBACK, message.ERROR_MESSAGE} <= set(small.headers)
-    large = message.dead_letter(
-        delivery(headers=headers_of_size(124 * 1024 - 2000)), "q", failure("x" * 500)
-    )
-    assert {"h", message.ERROR_MESSAGE} <= set(large.headers)
-    assert message.TRACEBACK not in large.headers
-    huge = message.dead_letter(
-        delivery(headers={**headers_of_size(124 * 1024), message.RETRIES: 2}), "q", failure()
-    )
-    assert "h" not in huge.headers
-    assert huge.headers[message.ERROR_MESSAGE] == "no such user"
-    assert huge.headers[message.ROUTING_KEY] == "user.registered"
-    assert huge.headers[message.RETRIES] == 2
+    returned = {message.RETRIES: 2, message.ROUTING_KEY: "user.registered", "small": "kept"}
+    for size in (124 * 1024 - 2000, 124 * 1024, 126_000):
+        received = delivery(headers={**headers_of_size(size), **returned}, exchange="x.due")
+        sent = message.dead_letter(received, "q", failure("x" * 500)).headers
+        assert "h" not in sent
+        assert sent["small"] == "kept"
+        assert sent[message.TRACEBACK].endswith("x" * 500 + "\n")
+        assert sent[message.ROUTING_KEY] == "user.registered"
+        assert sent[message.RETRIES] == 2
 
 
 def test_a_retry_and_a_replay_fit_where_the_event_did() -> None:
@@ -731,7 +747,10 @@ def test_a_retry_and_a_replay_fit_where_the_event_did() -> None:
     filled["h"] += "x" * (FRAME - len(header_frame(sent)))
     assert len(header_frame(sent)) == FRAME
     received.properties.headers = filled
-    for sent in (message.retry(received, "x", "q", 1.0), message.replay(received, "q")):
+    for sent in (
+        message.retry(received, "x", "q", 1.0, ValueError("broken")),
+        message.replay(received, "q"),
+    ):
         assert len(header_frame(sent)) <= FRAME
 
 
@@ -749,7 +768,7 @@ def test_the_largest_dead_letter_passes_a_broker(broker_url: str, names: Names) 
         room = 124 * 1024
         filled: dict[str, Any] = dict.fromkeys(PROPERTIES, "p" * 255)
         filled["timestamp"] = PROPERTIES["timestamp"]
-        received = delivery(headers=headers_of_size(room - 2000), **filled)
+        received = delivery(headers=headers_of_size(room - 4000), **filled)
         sent = message.dead_letter(received, "q", failure("x" * 500))
         assert "h" in sent.headers
         channel.basic_publish("", queue, sent.body, properties(sent))
@@ -778,11 +797,12 @@ def test_a_traceback_tells_causes() -> None:
 )
 def test_forged_retry_count_can_be_counted_on_and_sent_on(forged: object, retries: int) -> None:
     """One that no frame could carry would keep the event from its dead letters."""
-    received = delivery(headers={message.RETRIES: forged})
+    assert delivery(headers={message.RETRIES: forged}).retries == 0
+    received = delivery(headers={message.RETRIES: forged}, exchange="x.due")
     assert received.retries == retries
     assert type(received.retries) is int
     for sent in (
-        message.retry(received, "domain-events", "print", 1.0),
+        message.retry(received, "domain-events", "print", 1.0, ValueError("broken")),
         message.dead_letter(received, "print", ValueError()),
     ):
         assert header_frame(sent)

@@ -315,7 +315,7 @@ def test_message_that_is_no_event_is_a_dead_letter(event_broker: EventBroker) ->
     store.call(lambda: store.publish(Message("", "reader", b"no event")))
     (delivered,) = event_broker.deliver(subscriber)
     assert (delivered.event, delivered.outcome) == (None, Outcome.DEAD_LETTER)
-    assert "no event" in repr(delivered)
+    assert "not an event" in repr(delivered)
 
 
 def test_subscriber_registered_before_can_be_delivered_to() -> None:

@@ -226,7 +226,7 @@ class World:
                 self.exchanges[declaration.name] = declaration
             elif isinstance(declaration, Queue):
                 self.queues[declaration.name] = declaration
-            else:
+            elif isinstance(declaration, Binding):
                 assert declaration.exchange in self.exchanges, "bound before it is declared"
                 self.bindings.append(declaration)
 
@@ -480,7 +480,7 @@ def test_all_that_is_built_from_a_good_name_can_be_declared(exchange: str, name:
     for declaration in delays(exchange):
         if isinstance(declaration, Binding):
             texts += [declaration.exchange, declaration.destination, declaration.binding_key]
-        else:
+        elif isinstance(declaration, Exchange | Queue):
             texts.append(declaration.name)
     texts += delay_address(exchange, name, 0.1)
     assert max(len(text.encode()) for text in texts) <= 255

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from enum import Enum
+from typing import Protocol
 
 from domain_events.errors import ConfigurationError, DomainEventsError
 from domain_events.message import Delivery, Message
@@ -65,15 +66,15 @@ class Publishing(Protocol):
         """Wait for what is under way, then close. Ends in about ``timeout`` seconds."""
 
 
-class Prefetch(NamedTuple):
-    """How many deliveries of a queue may be unsettled at a time.
+class Settlement(Enum):
+    """What is to become of a delivery."""
 
-    ``few`` where handlers are slow, so that other processes have their share; up to ``many``
-    while they are so fast that few would be handled before more can arrive.
-    """
-
-    few: int
-    many: int
+    #: It is done with: out of the queue.
+    DONE = "done"
+    #: Back into the queue; nothing was the matter with it.
+    GIVE_BACK = "give back"
+    #: Back into the queue, which counts it as a failed delivery, towards its limit.
+    FAILED = "failed"
 
 
 class Consumer(Protocol):
@@ -82,17 +83,21 @@ class Consumer(Protocol):
     def is_current(self, delivery: Delivery) -> bool:
         """Whether the delivery can still be settled; else it has gone back to the queue."""
 
-    def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
-        """Ack the delivery, or give it back; the broker is told soon, with `flush` at once.
+    def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
+        """Settle the delivery; the broker learns of it soon, with `flush` at once.
 
         One that is not current is passed over: its tag died with its channel.
         """
 
     def flush(self) -> None:
-        """Have everything settled so far told to the broker now."""
+        """Have everything settled so far sent to the broker now."""
 
-    def requeue_later(self, delivery: Delivery, seconds: float) -> None:
-        """Declare the topology again, then give the delivery back after a pause."""
+    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
+        """Declare the topology again, and from now on ``also``; call ``then`` after a pause.
+
+        ``then`` is called on the broker's thread; not at all once this consumer's connection is
+        closed.
+        """
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries; those taken can still be settled."""
@@ -141,10 +146,18 @@ class Consuming(Protocol):
         self,
         queue: str,
         topology: Topology,
-        prefetch: Prefetch,
+        prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
+        *,
+        careful: bool = False,
     ) -> Consumer:
-        """Start to consume; ``topology`` is what to declare again after any trouble."""
+        """Start to consume; ``topology`` is what to declare again after any trouble.
+
+        :param prefetch_count: how many deliveries may be unsettled at a time, at most.
+        :param careful: begin, also after each trouble, with one at a time, until one arrives that
+            was never delivered before. For what comes again may have killed the process that held
+            it, and whatever is held beside it would share its fate.
+        """
 
     def browse(self, queue: str, timeout: float) -> Browser:
         """Look at the messages of a queue."""

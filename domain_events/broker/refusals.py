@@ -10,7 +10,7 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.message import Message
-from domain_events.topology import Binding, Declaration, Exchange, Queue
+from domain_events.topology import Binding, Declaration, Exchange, Queue, Unbinding
 
 # The codes of AMQP: https://www.rabbitmq.com/amqp-0-9-1-reference#constants
 FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
@@ -114,15 +114,16 @@ def _described(declaration: Declaration) -> tuple[str, str]:
         flags = ("durable", "exclusive", "auto_delete")
         chosen = ", ".join(flag for flag in flags if getattr(declaration, flag))
         return f"The queue {declaration.name!r}", f"{chosen}, {dict(declaration.arguments)}"
-    assert isinstance(declaration, Binding)
+    assert isinstance(declaration, Binding | Unbinding)
     what = f"The binding of {declaration.destination!r} to the exchange {declaration.exchange!r}"
     return f"{what} by {declaration.binding_key!r}", ""
 
 
 def _permissions(declaration: Declaration) -> str:
     """Which permissions it takes; RabbitMQ says only from 4.0 on which one it has missed."""
-    if isinstance(declaration, Binding):
-        kind = "exchange" if declaration.to_exchange else "queue"
+    if isinstance(declaration, Binding | Unbinding):
+        to_exchange = isinstance(declaration, Binding) and declaration.to_exchange
+        kind = "exchange" if to_exchange else "queue"
         return (
             f"write on the {kind} {declaration.destination!r} and read on the exchange "
             f"{declaration.exchange!r}"

@@ -15,7 +15,7 @@ With pytest there is a fixture, ``event_broker``; with unittest or Django, use i
 manager or call ``start`` and ``stop``.
 """
 
+from domain_events.subscription import Delivered, Outcome
 from domain_events.testing.broker import EventBroker
-from domain_events.testing.deliveries import Delivered, Outcome
 
 __all__ = ["Delivered", "EventBroker", "Outcome"]

@@ -17,11 +17,10 @@ from domain_events.broker.memory.clock import SECOND, VirtualTime
 from domain_events.broker.memory.store import Store
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.events import DomainEvent
-from domain_events.message import RETRIES, Delivery, Message, to_event
+from domain_events.message import ROUTING_KEY, Delivery, Message, to_event
 from domain_events.publisher import Publisher
 from domain_events.subscriber import Subscriber
-from domain_events.subscription import Subscription
-from domain_events.testing.deliveries import Delivered, Watched
+from domain_events.subscription import Delivered
 from domain_events.testing.matching import ANYTHING, difference, expectation, listing
 
 # Two handlers that publish for each other would go round for ever.
@@ -153,7 +152,7 @@ class EventBroker:
         :raises AssertionError: it never ends; two handlers may publish for each other.
         """
         self.attach(to)
-        with Publisher(exchange=to.exchange) as of_events:
+        with Publisher(exchange=to.exchange, exchange_type=to.exchange_type) as of_events:
             of_events.publish_many(events)
         deliveries: list[Delivered] = []
 
@@ -162,10 +161,7 @@ class EventBroker:
             if len(deliveries) >= _MOST_DELIVERIES:
                 to.stop_consuming()
 
-        def watched(subscription: Subscription) -> Subscription:
-            return Watched(subscription, note)
-
-        subscriber.work_off(to, watched)
+        subscriber.work_off(to, note)
         if len(deliveries) >= _MOST_DELIVERIES:
             raise AssertionError(
                 f"{_MOST_DELIVERIES:,} deliveries and no end; the last one is {deliveries[-1]}."
@@ -199,8 +195,8 @@ class EventBroker:
 
     def _on_publish(self, message: Message) -> None:
         """Under the embedded broker's lock: a message was published."""
-        # A retry goes to an exchange too, of the delay levels.
-        if message.exchange and RETRIES not in message.headers:
+        # What is sent on, such as a retry, names the key that it was published with.
+        if message.exchange and ROUTING_KEY not in message.headers:
             delivery = Delivery(message.exchange, message.routing_key, False, message, message.body)
             self._published.append(to_event(delivery))
 

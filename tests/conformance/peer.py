@@ -13,9 +13,9 @@ from domain_events.broker import (
     Browser,
     Consumer,
     Consuming,
-    Prefetch,
     Publication,
     Publishing,
+    Settlement,
     connect,
 )
 from domain_events.message import Delivery, Message
@@ -27,10 +27,18 @@ TIMEOUT = 10.0
 class Inbox:
     """A consumer, and all that it was ever delivered."""
 
-    def __init__(self, consuming: Consuming, queue: str, topology: Topology, prefetch: int) -> None:
+    def __init__(
+        self,
+        consuming: Consuming,
+        queue: str,
+        topology: Topology,
+        prefetch: int,
+        *,
+        careful: bool = False,
+    ) -> None:
         self.deliveries: list[Delivery] = []
         self.consumer: Consumer = consuming.consume(
-            queue, topology, Prefetch(prefetch, prefetch), self._deliver
+            queue, topology, prefetch, self._deliver, careful=careful
         )
 
     def _deliver(self, delivery: Delivery, _consumer: Consumer) -> None:
@@ -46,8 +54,9 @@ class Inbox:
 
     def settle(self, *deliveries: Delivery, requeue: bool = False) -> None:
         """Settle them, and tell the broker now."""
+        how = Settlement.GIVE_BACK if requeue else Settlement.DONE
         for delivery in deliveries:
-            self.consumer.settle(delivery, requeue=requeue)
+            self.consumer.settle(delivery, how)
         self.consumer.flush()
 
 
@@ -116,8 +125,10 @@ class Peer:
         prefetch: int = 100,
         topology: Topology = (),
         connection: Consuming | None = None,
+        *,
+        careful: bool = False,
     ) -> Inbox:
-        return Inbox(connection or self.consuming, queue, topology, prefetch)
+        return Inbox(connection or self.consuming, queue, topology, prefetch, careful=careful)
 
     def browse(self, queue: str) -> Browser:
         return self.consuming.browse(queue, TIMEOUT)

@@ -231,7 +231,7 @@ class LockStep(RuleBasedStateMachine):
         numbers = [number for each, number in held if each == kind]
         for delay, number in zip((0.1, 0.2, 0.3), numbers[:most], strict=False):
             self.move(
-                lambda each: messages.retry(each, self.exchange, queue, delay),  # noqa: B023
+                lambda each: messages.retry(each, self.exchange, queue, delay, ValueError()),  # noqa: B023
                 kind,
                 number,
             )

@@ -118,7 +118,7 @@ def test_what_is_settled_after_the_connection_ended_is_passed_over(peer: Peer, q
     connection.close(TIMEOUT)
     inbox.settle(delivery)
     inbox.settle(delivery, requeue=True)
-    inbox.consumer.requeue_later(delivery, 0)
+    inbox.consumer.repair(0, lambda: None)
     inbox.consumer.stop(TIMEOUT)
     peer.wait_for_count(queue, 1)
 
@@ -190,8 +190,8 @@ def test_consumers_share_what_comes(peer: Peer, queue: str) -> None:
     assert sorted(first.bodies() + second.bodies()) == [b"0", b"1", b"2", b"3"]
 
 
-def test_requeue_later_is_later_and_repairs(peer: Peer, names: Names) -> None:
-    """Declared again at once, given back after the pause; others are delivered meanwhile."""
+def test_repair_declares_again_and_calls_back_later(peer: Peer, names: Names) -> None:
+    """Declared again at once, called back after the pause: here, to give it back."""
     exchange, name = names.exchange(), names.queue()
     topology: Topology = [
         Exchange(exchange),
@@ -205,7 +205,7 @@ def test_requeue_later_is_later_and_repairs(peer: Peer, names: Names) -> None:
     (delivery,) = inbox.wait(1)
     peer.delete(dead_letter_queue(name))
     begun = time.monotonic()
-    inbox.consumer.requeue_later(delivery, 0.4)
+    inbox.consumer.repair(0.4, lambda: inbox.settle(delivery, requeue=True))
     wait_until(lambda: peer.exists(f"{name}-dl"))
     again = inbox.wait(2)[1]
     assert 0.4 <= time.monotonic() - begun < 3

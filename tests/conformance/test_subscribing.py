@@ -15,7 +15,6 @@ from support import Names, wait_until
 from conformance.peer import Peer
 from domain_events import (
     ConfigurationError,
-    DeadLetters,
     DomainEvent,
     Publisher,
     Reject,
@@ -333,26 +332,6 @@ def test_event_published_in_a_handler_names_its_cause(bench: Bench) -> None:
     assert cause not in (None, first.uuid_string, properties.message_id)
 
 
-def test_event_by_a_binding_key_no_longer_listed_is_passed_over(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One warning per routing key; the handler gets only what it lists."""
-    queue = bench.names.queue()
-    bench_subscriber = bench.subscriber()
-    bench_subscriber.register(print, queue, ["old.*", "new.*"])
-    bench_subscriber.close()
-    seen: Events = []
-    subscriber = bench.subscriber()
-    subscriber.register(stops_after(1, subscriber, seen), queue, ["new.*"])
-    for _ in range(3):
-        bench.publish("old.thing")
-    event = bench.publish("new.thing")
-    subscriber.start_consuming(timeout=10)
-    assert seen == [event]
-    assert caplog.text.count("'old.thing'") == 1
-    assert onlooker.count(bench.url, queue) == 0
-
-
 @pytest.mark.parametrize("exchange_type", ["direct", "fanout"])
 def test_other_exchange_types_route_as_they_do(
     broker_url: str, names: Names, exchange_type: str
@@ -577,29 +556,6 @@ def test_event_of_a_crashed_process_comes_again(bench: Bench, peer: Peer) -> Non
     subscriber.start_consuming(timeout=10)
     assert sorted(event.data for event in seen) == [0, 1]
     assert {event.uuid_string for event in seen} == {event.uuid_string for event in events}
-
-
-def test_event_that_kills_every_process_ends_among_the_dead_letters(
-    bench: Bench, peer: Peer
-) -> None:
-    """The broker moves it when it was delivered a hundred times in vain; the next goes on."""
-    queue = bench.names.queue()
-    seen: Events = []
-    subscriber = bench.subscriber()
-    subscriber.register(stops_after(1, subscriber, seen), queue, ["user.#"])
-    poison = bench.publish("user.registered", "poison")
-    for _ in range(101):
-        connection = peer.another_connection()
-        peer.consume(queue, prefetch=1, connection=connection).wait(1)
-        connection.close(10)
-    event = bench.publish("user.registered", "next")
-    subscriber.start_consuming(timeout=10)
-    assert seen == [event]
-    with DeadLetters(queue, bench.url) as dead_letters:
-        (letter,) = dead_letters
-        assert letter.event == poison
-        assert (letter.error_type, letter.subscriber) == ("delivery limit", queue)
-        assert letter.routing_key == "user.registered"
 
 
 def test_classic_queue_that_exists_is_taken_over(bench: Bench) -> None:

@@ -34,13 +34,13 @@ class _Acked:
     def is_current(self, delivery: Any) -> bool:
         return bool(self._consumer.is_current(delivery))
 
-    def settle(self, delivery: Any, *, requeue: bool = False) -> None:
+    def settle(self, delivery: Any, how: Any = None) -> None:
         pass
 
     def flush(self) -> None:
         self._consumer.flush()
 
-    def requeue_later(self, delivery: Any, seconds: float) -> None:
+    def repair(self, seconds: float, then: Any, also: Any = ()) -> None:
         pass
 
 
@@ -63,10 +63,10 @@ def _ack_first() -> None:
 
 def _retry_after_ack() -> None:
     def move_acked(move: Any) -> Any:
-        def broken(self: Any, message: Any, delivery: Any, consumer: Any) -> None:
+        def broken(self: Any, message: Any, delivery: Any, consumer: Any, **how: Any) -> None:
             consumer.settle(delivery)
             consumer.flush()
-            move(self, message, delivery, _Acked(consumer))
+            move(self, message, delivery, _Acked(consumer), **how)
 
         return broken
 

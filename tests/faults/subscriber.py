@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domain_events import BrokerUnavailable, DomainEvent, Reject, Retry, Subscriber
-from domain_events.broker.rabbitmq import consumer
 from faults import broken
 from faults.records import Recorder, watch
 
@@ -93,9 +92,6 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     if config.broken:
         broken.make(config.broken)
-    # The load here is never what is fast otherwise; the prefetch is to change in the middle of it.
-    consumer._FAST = 100
-    consumer._SOON_FAST = 20
     recorder = Recorder(Path(config.folder) / f"{config.process}.records")
     watch(recorder)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from domain_events.broker import Consumer, Prefetch, refusals
+from domain_events.broker import Consumer, Settlement, refusals
 from domain_events.broker.memory.clock import SECOND
 from domain_events.broker.memory.queues import Entry, QueueState
 from domain_events.broker.memory.store import Store
@@ -62,12 +62,16 @@ class MemoryConsuming:
         self,
         queue: str,
         topology: Topology,
-        prefetch: Prefetch,
+        prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
+        *,
+        careful: bool = False,
     ) -> MemoryConsumer:
         """Start to consume."""
         self.check_open()
-        consumer = MemoryConsumer(self._store, self, queue, topology, prefetch, deliver)
+        consumer = MemoryConsumer(
+            self._store, self, queue, topology, prefetch_count, deliver, careful=careful
+        )
         self._consumers.append(consumer)
         self._store.soon(consumer.open)
         return consumer
@@ -154,14 +158,17 @@ class MemoryConsumer:
         owner: MemoryConsuming,
         queue: str,
         topology: Topology,
-        prefetch: Prefetch,
+        prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
+        *,
+        careful: bool,
     ) -> None:
         self._store = store
         self._owner = owner
         self._queue = queue
         self._topology = topology
-        self._prefetch_count = prefetch.few  # here nothing has to arrive first
+        self._prefetch_count = prefetch_count
+        self._starts_carefully = self._careful = careful
         self._deliver = deliver
         self.held = _Held(store)
         self._pause = _PAUSE
@@ -173,21 +180,24 @@ class MemoryConsumer:
         """Whether the delivery can still be settled."""
         return delivery.receipt in self.held
 
-    def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
-        """Ack the delivery, or give it back."""
-        self._store.soon(lambda: self._settle(delivery, requeue))
+    def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
+        """Settle the delivery."""
+        self._store.soon(lambda: self._settle(delivery, how))
 
     def flush(self) -> None:
-        """Nothing to do: what is settled is told at once."""
+        """Nothing to do: what is settled takes effect at once."""
 
-    def requeue_later(self, delivery: Delivery, seconds: float) -> None:
-        """Declare the topology again, then give the delivery back after a pause."""
+    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
+        """Declare the topology again, and from now on ``also``; call ``then`` after a pause."""
 
-        def repair() -> None:
-            self._store.later(round(seconds * SECOND), lambda: self._settle(delivery, True))
+        def begin() -> None:
+            if also:
+                new = [each for each in also if each not in self._topology]
+                self._topology = [*self._topology, *new]
+            self._store.later(round(seconds * SECOND), then)
             self._store.declare(self._topology, self._owner)
 
-        self._store.soon(repair)
+        self._store.soon(begin)
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries."""
@@ -207,13 +217,15 @@ class MemoryConsumer:
             self._open_later()
             return
         self._pause = _PAUSE
+        self._careful = self._starts_carefully
         self.held.queue = queue
         self._store.attach(queue, self)
 
     def has_room(self) -> bool:
-        return len(self.held) < self._prefetch_count
+        return len(self.held) < (1 if self._careful else self._prefetch_count)
 
     def take(self, entry: Entry) -> None:
+        self._careful = self._careful and entry.redelivered
         try:
             self._deliver(_delivery(entry, self.held.add(entry)), self)
         except Exception:
@@ -236,15 +248,15 @@ class MemoryConsumer:
         if self.held.queue is not None:
             self._store.detach(self.held.queue, self)
 
-    def _settle(self, delivery: Delivery, requeue: bool) -> None:
+    def _settle(self, delivery: Delivery, how: Settlement) -> None:
         entry = self.held.remove(delivery.receipt)
         queue = self.held.queue
         if entry is None or queue is None:
             return
-        if requeue:
-            self._store.give_back(queue, [entry], failed=False)
-        else:
+        if how is Settlement.DONE:
             self._store.feed(queue)
+        else:
+            self._store.give_back(queue, [entry], failed=how is Settlement.FAILED)
 
 
 class MemoryBrowser:
@@ -293,9 +305,19 @@ class MemoryBrowser:
 
 def _delivery(entry: Entry, number: int) -> Delivery:
     message = entry.message
-    if message.headers:
+    headers = message.headers
+    if headers:
         # Other receivers have the same message, and this one may get it again.
-        message = replace(message, headers=copy.deepcopy(message.headers))
+        headers = copy.deepcopy(dict(headers))
+    if entry.redelivered:
+        # As RabbitMQ since 4.3: failures, and how often it came back in all.
+        headers = {
+            **headers,
+            "x-delivery-count": entry.failures,
+            "x-acquired-count": entry.returns,
+        }
+    if headers is not message.headers:
+        message = replace(message, headers=headers)
     return Delivery(
         message.exchange, message.routing_key, entry.redelivered, message, message.body, number
     )

@@ -22,6 +22,8 @@ class Entry:
     redelivered: bool = False
     #: How often a consumer was lost while it held this.
     failures: int = 0
+    #: How often it came back in all.
+    returns: int = 0
 
 
 class Taker(Protocol):

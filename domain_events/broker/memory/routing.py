@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from domain_events import topology
 from domain_events.broker.refusals import MISSING, REFUSED, Refused
-from domain_events.topology import Binding, Exchange
+from domain_events.topology import Binding, Exchange, Unbinding
 
 _TYPES = ("topic", "direct", "fanout")
 
@@ -58,6 +58,17 @@ class Routing:
                 raise Refused(MISSING, f"there is no {name!r}")
         key = (binding.destination, binding.to_exchange, binding.binding_key)
         self._exchanges[binding.exchange].bindings[key] = None
+        self._routes.clear()
+
+    def unbind(self, unbinding: Unbinding) -> None:
+        """Remove the binding of a queue, if there is one.
+
+        :raises Refused: the exchange is missing.
+        """
+        exchange = self._exchanges.get(unbinding.exchange)
+        if exchange is None:
+            raise Refused(MISSING, f"there is no {unbinding.exchange!r}")
+        exchange.bindings.pop((unbinding.destination, False, unbinding.binding_key), None)
         self._routes.clear()
 
     def delete(self, exchange: str) -> None:

@@ -31,7 +31,7 @@ from domain_events.broker.refusals import Refused
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Message
-from domain_events.topology import Declaration, Exchange, Queue, Topology
+from domain_events.topology import Declaration, Exchange, Queue, Topology, Unbinding
 
 log = Log("domain_events")
 
@@ -165,6 +165,8 @@ class Store:
             self._routing.declare(declaration)
         elif isinstance(declaration, Queue):
             self._declare_queue(declaration, owner)
+        elif isinstance(declaration, Unbinding):
+            self._routing.unbind(declaration)
         else:
             if not declaration.to_exchange and declaration.destination not in self._queues:
                 raise Refused(refusals.MISSING, f"there is no {declaration.destination!r}")
@@ -274,6 +276,7 @@ class Store:
         limit = queue.argument("x-delivery-limit")
         for entry in entries:
             entry.failures += failed
+            entry.returns += 1
             if limit is not None and entry.failures > limit:
                 self._dead_letter(queue, entry, "delivery_limit")
             else:

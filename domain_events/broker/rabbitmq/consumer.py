@@ -7,24 +7,26 @@ A tag dies with its channel: each channel that is opened here has a number (its 
 receipt names it, and what is settled under an old one is passed over, since the broker has put
 the delivery back in the queue.
 
-A prefetch cannot be changed while the queue is consumed. To take another, consuming ends and
-begins again on the same channel, where what is unsettled stays as it is. What was on its way just
-then would come again later, out of order (rabbit_fifo_client returns it; seen on 3.10). So acks are
-withheld until all that the old prefetch allows is here, and nothing can be on its way.
+**The careful start.** A quorum queue counts a lost connection against everything that was unsettled
+on it. So on each channel it is first consumed with a prefetch of 1: what comes again may have
+killed the process that held it, and is handled alone. When a delivery arrives that was never
+delivered before, this consumer, which can have nothing else on its way, is cancelled. Once that
+delivery is settled, another one takes as many as the prefetch count allows. If its handler takes
+long, others must not wait for it: then the other one takes all but one, and a third the one when
+the first delivery is settled. So there are never more unsettled than the prefetch count says.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from pika.channel import Channel
 
-from domain_events.broker import Consumer, Prefetch
+from domain_events.broker import Consumer, Settlement
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
@@ -40,19 +42,15 @@ log = Log("domain_events")
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
 
-# Settled in a second, at least: fast. Far beyond what one can ask of a database.
-_FAST = 5000
-# When so many were settled since the last look, there is no need to wait for the next.
-_SOON_FAST = 500
-
-# Bytes that many deliveries may take.
-_MOST_HELD = 64 * 2**20
-
-# Acks of a fast handler are told to the broker together, at the latest when there are so many.
+# Acks of a fast handler are sent together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
-# Nor for longer than so many seconds: the next handler may take an hour, and to the broker what is
-# not acked is not handled.
+# Nor are they withheld for longer than so many seconds: the next handler may take an hour, and to
+# the broker what is not acked is not handled.
 _LONGEST_WITHHELD = 0.1
+
+# Bodies from this size on are counted, and a warning logged when so many bytes of them are held.
+_LARGE = 64 * 1024
+_MANY_BYTES = 256 * 2**20
 
 
 class RabbitConsumer:
@@ -61,21 +59,23 @@ class RabbitConsumer:
     def __init__(
         self,
         link: Link,
-        repair: Callable[[Topology], None],
+        declare: Callable[[Topology, Callable[[], None]], None],
         queue: str,
         topology: Topology,
-        prefetch: Prefetch,
+        prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
+        *,
+        careful: bool,
     ) -> None:
         self._link = link
-        self._repair = repair
+        self._declare = declare
         self._queue = queue
         self._topology = topology
-        self._prefetch = prefetch
-        self._prefetch_count = prefetch.few
+        self._prefetch_count = prefetch_count
         self._deliver = deliver
-        # Any thread: what was settled and the broker not yet told.
-        self._settled: deque[tuple[tuple[int, int], bool]] = deque()
+        self._starts_carefully = careful and prefetch_count > 1
+        # Any thread: what was settled and not sent to the broker yet.
+        self._settled: deque[tuple[tuple[int, int], Settlement]] = deque()
         self._woken = False
         # Any thread reads it, the I/O thread writes it.
         self._epoch = 0
@@ -84,25 +84,22 @@ class RabbitConsumer:
         self._opening: Opening | None = None
         self._stopping = False
         self._stopped = threading.Event()
-        self._tag = ""
         self._trouble = ""
         self._failures = 0
-        self._forget_tags()
+        self._warned_of_bytes = False
+        self._forget_channel()
 
-    def _forget_tags(self) -> None:
-        self._lowest = 1  # every tag below it is settled
-        self._above: set[int] = set()  # settled tags above it
-        self._highest = 0  # the last tag that was delivered
-        self._looking = False  # whether `_look` is going to be called
-        self._looked_at = 0.0
-        self._told = 0  # of how many deliveries since then
-        self._unsettled = 0  # of those this prefetch counts for, as far as the broker was told
-        self._since = 1  # the first of them
-        self._size = 0  # of the bodies since the last look
-        self._in_vain = 0  # the last tag when acks had been withheld and nothing came
-        self._wanted = self._prefetch_count
-        self._filling = False  # whether acks are withheld until the wanted prefetch can be taken
-        self._changing = False  # whether consuming ends, to begin again with it
+    def _forget_channel(self) -> None:
+        self._careful = self._starts_carefully  # while all that comes was delivered before
+        self._first = 0  # the first that was not, as long as it is unsettled
+        self._taking = False  # whether more are consumed, or going to be
+        self._consumer_tags: set[str] = set()
+        self._cancelling: set[str] = set()  # of those, the ones that are being cancelled
+        self._ack_floor = 1  # every delivery below it is settled
+        self._settled_above: set[int] = set()  # settled deliveries above it
+        self._last = 0  # the last delivery
+        self._ticking = False  # whether `_tick` is going to be called
+        self._large: dict[int, int] = {}  # unsettled deliveries with large bodies: their sizes
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -110,34 +107,32 @@ class RabbitConsumer:
         """Whether the delivery can still be settled."""
         return bool(delivery.receipt[0] == self._epoch)
 
-    def settle(self, delivery: Delivery, *, requeue: bool = False) -> None:
-        """Ack the delivery, or give it back."""
-        self._settled.append((delivery.receipt, requeue))
+    def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
+        """Settle the delivery; the broker learns of it soon, with `flush` at once."""
+        self._settled.append((delivery.receipt, how))
         if len(self._settled) >= _ACKS_TOGETHER:
             self.flush()
 
     def flush(self) -> None:
-        """Have everything settled so far told to the broker now."""
+        """Have everything settled so far sent to the broker now."""
         if self._settled and not self._woken:
             try:
                 self._woken = True
-                self._wake(self._tell)
+                self._wake(self._send_settled)
             except BaseException:
                 self._woken = False  # a signal handler that raises
                 raise
 
-    def requeue_later(self, delivery: Delivery, seconds: float) -> None:
-        """Declare the topology again, then give the delivery back after a pause."""
+    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
+        """Declare the topology again, and from now on ``also``; call ``then`` after a pause."""
 
-        def give_back() -> None:
-            self.settle(delivery, requeue=True)
-            self._tell()
+        def begin() -> None:
+            if also:
+                new = [each for each in also if each not in self._topology]
+                self._topology = [*self._topology, *new]
+            self._declare(self._topology, lambda: self._call_later(seconds, then))
 
-        def repair() -> None:
-            self._repair(self._topology)
-            self._link.call_later(seconds, give_back)
-
-        self._wake(repair)
+        self._wake(begin)
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries."""
@@ -146,11 +141,14 @@ class RabbitConsumer:
             if self._stopping:
                 return  # pika would never answer a second cancel
             self._stopping = True
-            self._filling = False
-            if self._channel is None or not self._channel.is_open:
+            channel = self._channel
+            if channel is None or not channel.is_open:
                 self._stopped.set()
-            elif not self._changing:  # else it ends just now
-                self._channel.basic_cancel(self._tag, callback=lambda _frame: self._stopped.set())
+                return
+            for tag in self._consumer_tags - self._cancelling:
+                self._cancel(channel, tag)
+            if not self._consumer_tags:
+                self._stopped.set()
 
         if self._wake(stop):
             self._stopped.wait(timeout)
@@ -173,91 +171,118 @@ class RabbitConsumer:
             return
         if self._opening or self._stopping:
             return
-        self._prefetch_count = self._prefetch.few
         self._opening = Opening(
             self._link,
             connection,
             self._topology,
-            prepare=partial(self._limit, connection),
+            prepare=partial(self._prepare, connection),
             failed=self._turned_away,
             closed=self._closed,
         )
 
-    def _limit(self, connection: Connection, channel: Channel) -> None:
-        if not channel.is_open:
-            return  # the broker has cancelled meanwhile, or all is being closed
-        guarded = self._link.guarded
-        channel.basic_qos(
-            prefetch_count=self._prefetch_count,
-            callback=guarded(lambda _frame: self._consume(connection, channel)),
-        )
+    def _prepare(self, connection: Connection, channel: Channel) -> None:
+        prefetch_count = 1 if self._starts_carefully else self._prefetch_count
+        self._limit(channel, prefetch_count, partial(self._begin, connection, channel))
 
-    def _consume(self, connection: Connection, channel: Channel) -> None:
+    def _limit(self, channel: Channel, prefetch_count: int, then: Callable[[], None]) -> None:
+        if channel.is_open:  # the broker may have cancelled meanwhile, or all is being closed
+            guarded = self._link.guarded
+            channel.basic_qos(
+                prefetch_count=prefetch_count, callback=guarded(lambda _frame: then())
+            )
+
+    def _begin(self, connection: Connection, channel: Channel) -> None:
         if not channel.is_open:
-            return
-        if self._stopping and self._changing:
-            self._consumes(None)  # all is said and done
-            self._stopped.set()
             return
         if self._stopping:
             channel.close()
             return
         guarded = self._link.guarded
-        if not self._changing:
-            self._forget_tags()
-            self._epoch += 1
-            self._channel = channel
-            channel.add_on_cancel_callback(guarded(self._cancelled))
-            # Deliveries may come before the reply to what is asked for below.
-            connection.stream.hear_deliveries(
-                channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
+        self._forget_channel()
+        self._epoch += 1
+        self._channel = channel
+        channel.add_on_cancel_callback(guarded(self._cancelled))
+        # Deliveries may come before the reply to what is asked for below.
+        connection.stream.hear_deliveries(
+            channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
+        )
+        self._consume(channel)
+
+    def _consume(self, channel: Channel) -> None:
+        self._consumer_tags.add(
+            channel.basic_consume(
+                self._queue,
+                lambda *_: None,  # required; our own reader intercepts deliveries
+                callback=self._link.guarded(self._consumes),
             )
-        self._changing = False
-        self._since, self._unsettled = self._highest + 1, 0
-        self._tag = channel.basic_consume(
-            self._queue,
-            lambda *_: None,  # pika hears of no delivery
-            callback=guarded(self._consumes),
         )
 
-    def _change_if_full(self) -> None:
-        """Go on with the wanted prefetch, if nothing can be on its way."""
-        if not self._filling or self._unsettled < self._prefetch_count:
+    def _cancel(self, channel: Channel, tag: str) -> None:
+        self._cancelling.add(tag)
+        channel.basic_cancel(tag, callback=self._link.guarded(partial(self._cancel_ok, tag)))
+
+    def _begin_to_trust(self, tag: int) -> None:
+        """What comes is new."""
+        self._careful = False
+        channel = self._channel
+        if channel is None or self._stopping or not channel.is_open:
             return
-        connection, channel, opening = self._link.connection, self._channel, self._opening
-        self._filling = False
-        if connection is None or channel is None or opening is None or not channel.is_open:
+        self._first = tag
+        for consumer_tag in self._consumer_tags - self._cancelling:
+            self._cancel(channel, consumer_tag)
+        self._link.call_later(_LONGEST_WITHHELD, partial(self._do_not_wait, self._epoch))
+
+    def _do_not_wait(self, epoch: int) -> None:
+        if epoch == self._epoch and self._first:
+            self._take(self._prefetch_count - 1)
+
+    def _first_settled(self) -> None:
+        self._first = 0
+        self._take(1 if self._taking else self._prefetch_count)
+
+    def _take(self, prefetch_count: int) -> None:
+        """Consume so many at a time, besides what is consumed already."""
+        channel, opening = self._channel, self._opening
+        if channel is None or opening is None or self._stopping or not channel.is_open:
             return
-        self._prefetch_count = self._wanted
-        self._changing = True
+
+        def consume() -> None:
+            if channel is self._channel and not self._stopping and channel.is_open:
+                self._consume(channel)
+            else:
+                opening.usable()
+
+        self._taking = True
         opening.busy()
-        channel.basic_cancel(
-            self._tag,
-            callback=self._link.guarded(lambda _frame: self._limit(connection, channel)),
-        )
+        self._limit(channel, prefetch_count, consume)
 
     def _consumes(self, _frame: object) -> None:
         if self._opening is not None:
             self._opening.usable()
         self._failures = 0
         if self._trouble:
-            log.warning("%s consumes again; %s.", self._queue, self._trouble)
-            self._trouble = ""
+            trouble, self._trouble = self._trouble, ""
+            log.warning("%s consumes again; %s.", self._queue, trouble)
 
     def _turned_away(self, error: DomainEventsError, _reason: BaseException) -> None:
         if not self._stopping:
-            log.error("%s cannot consume. %s", self._queue, error)
             self._trouble = "the broker had turned it away"
             self._open_later()
+            log.error("%s cannot consume. %s", self._queue, error)
 
     def _cancelled(self, _frame: object) -> None:
         # The queue was deleted, or its node is going, or a delivery was held for too long. What
         # is still unsettled here has gone back to the queue, if there is one.
         self._trouble = "the broker had cancelled the consumer"
-        self._filling = False
-        self._tell()
+        self._send_settled()
         if self._opening is not None and self._channel is not None and self._channel.is_open:
             self._opening.close(self._channel)
+
+    def _cancel_ok(self, tag: str, _frame: object) -> None:
+        self._consumer_tags.discard(tag)
+        self._cancelling.discard(tag)
+        if self._stopping and not self._consumer_tags:
+            self._stopped.set()
 
     def _closed(self, reason: BaseException) -> None:
         if self._stopping:
@@ -284,7 +309,7 @@ class RabbitConsumer:
         self._channel = None
         self._opening = None
         self._settled.clear()
-        self._filling = self._changing = False
+        self._forget_channel()
         if self._stopping:
             self._stopped.set()
 
@@ -292,7 +317,10 @@ class RabbitConsumer:
         self._let_go()
         longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
         self._failures += 1
-        self._link.call_later(longest * random.uniform(0.5, 1), self.open)
+        self._call_later(longest * random.uniform(0.5, 1), self.open)
+
+    def _call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._link.call_later(seconds, callback)
 
     def _on_delivery(
         self,
@@ -306,97 +334,80 @@ class RabbitConsumer:
     ) -> None:
         if epoch != self._epoch:
             return  # the channel is closing; the broker has it in the queue again
-        self._highest = tag
-        self._unsettled += 1
-        self._size += len(body)
-        if not self._looking:
-            self._look_later()
+        self._last = tag
+        if len(body) >= _LARGE:
+            self._large[tag] = len(body)
+            self._warn_of_bytes()
+        if not self._ticking:
+            self._tick_later()
         self._deliver(
             Delivery(exchange, routing_key, redelivered, properties, body, (epoch, tag)), self
         )
-        self._change_if_full()
+        if self._careful and not redelivered:
+            self._begin_to_trust(tag)
 
-    def _look_later(self) -> None:
-        self._looking = True
-        self._looked_at = time.monotonic()
-        self._told = self._size = 0
-        self._link.call_later(_LONGEST_WITHHELD, partial(self._look, self._epoch))
+    def _warn_of_bytes(self) -> None:
+        if self._warned_of_bytes or sum(self._large.values()) < _MANY_BYTES:
+            return
+        self._warned_of_bytes = True
+        log.warning(
+            "%s holds %d MiB of events that are not settled, in %d deliveries. It may hold %d "
+            "deliveries (prefetch_count); with a lower one, less.",
+            self._queue,
+            sum(self._large.values()) // 2**20,
+            len(self._large),
+            self._prefetch_count,
+        )
 
-    def _look(self, epoch: int) -> None:
-        """As long as something is unsettled: tell what was settled and nobody has flushed."""
+    def _tick_later(self) -> None:
+        self._ticking = True
+        self._link.call_later(_LONGEST_WITHHELD, partial(self._tick, self._epoch))
+
+    def _tick(self, epoch: int) -> None:
+        """As long as something is unsettled: send what was settled and nobody has flushed."""
         if epoch != self._epoch:
             return
-        self._looking = False
-        if self._filling:
-            self._in_vain = self._highest
-            self._filling = False
+        self._ticking = False
         if self._settled:
-            self._tell()
-        self._adapt()
-        if self._lowest <= self._highest:
-            self._look_later()
+            self._send_settled()
+        if self._ack_floor <= self._last:
+            self._tick_later()
 
-    def _adapt(self) -> None:
-        if self._filling or self._changing or self._stopping or self._in_vain == self._highest:
-            return
-        if self._lowest < self._since:
-            return  # what was held at the last change is still; together it would be too much
-        seconds = max(time.monotonic() - self._looked_at, 0.001)
-        self._wanted = prefetch_count(
-            self._prefetch,
-            self._prefetch_count,
-            self._told / seconds,
-            self._unsettled,
-            self._size // max(1, self._told),
-        )
-        self._filling = self._wanted != self._prefetch_count
-        self._change_if_full()
-
-    def _tell(self) -> None:
-        """Tell the broker what was settled: a run of acks that leaves no gap as one."""
+    def _send_settled(self) -> None:
+        """Send what was settled: a run of acks that leaves no gap as one."""
         self._woken = False
-        if self._filling:
-            return
         channel = self._channel
         acks = []
+        first_settled = False
         while self._settled:
-            (epoch, tag), requeue = self._settled.popleft()
+            (epoch, tag), how = self._settled.popleft()
             if epoch != self._epoch or channel is None or not channel.is_open:
                 continue
-            self._told += 1
-            if tag >= self._since:
-                self._unsettled -= 1
-            if requeue:
-                channel.basic_nack(tag, requeue=True)
-                self._above.add(tag)
-            else:
+            self._large.pop(tag, None)
+            first_settled = first_settled or tag == self._first
+            if how is Settlement.DONE:
                 acks.append(tag)
-        self._above.update(acks)
-        while self._lowest in self._above:
-            self._above.discard(self._lowest)
-            self._lowest += 1
-        if not acks or channel is None:
-            return
-        together = [tag for tag in acks if tag < self._lowest]
+                continue
+            self._settled_above.add(tag)
+            if how is Settlement.GIVE_BACK:
+                channel.basic_nack(tag, requeue=True)
+            else:
+                # Since RabbitMQ 4.3 only this counts towards the delivery limit.
+                channel.basic_reject(tag, requeue=True)
+        if channel is not None:
+            self._ack(channel, acks)
+            if first_settled:
+                self._first_settled()
+
+    def _ack(self, channel: Channel, tags: Sequence[int]) -> None:
+        self._settled_above.update(tags)
+        while self._ack_floor in self._settled_above:
+            self._settled_above.discard(self._ack_floor)
+            self._ack_floor += 1
+        together = [tag for tag in tags if tag < self._ack_floor]
         if together:
             # The tag named must itself be outstanding, hence the highest of these acks.
             channel.basic_ack(max(together), multiple=True)
-        for tag in acks:
-            if tag > self._lowest:
+        for tag in tags:
+            if tag > self._ack_floor:
                 channel.basic_ack(tag)
-        if self._prefetch_count < self._prefetch.many and self._told >= _SOON_FAST:
-            self._adapt()
-
-
-def prefetch_count(prefetch: Prefetch, now: int, rate: float, held: int, size: int) -> int:
-    """The prefetch to go on with.
-
-    :param now: the present one.
-    :param rate: deliveries settled in a second.
-    :param held: deliveries not settled.
-    :param size: bytes of a delivery, about.
-    """
-    if rate >= _FAST and prefetch.many * size <= _MOST_HELD:
-        return prefetch.many
-    # More than can be handled in a second is too much.
-    return prefetch.few if held > max(prefetch.few, rate) else now

@@ -18,7 +18,7 @@ from typing import Any
 import pika
 from pika.channel import Channel
 
-from domain_events.broker import Consumer, Prefetch
+from domain_events.broker import Consumer
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
 from domain_events.broker.rabbitmq.link import Link
@@ -79,11 +79,15 @@ class RabbitConsuming:
         self,
         queue: str,
         topology: Topology,
-        prefetch: Prefetch,
+        prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
+        *,
+        careful: bool = False,
     ) -> RabbitConsumer:
         """Start to consume, and go on over every trouble."""
-        consumer = RabbitConsumer(self._link, self._repair, queue, topology, prefetch, deliver)
+        consumer = RabbitConsumer(
+            self._link, self._repair, queue, topology, prefetch_count, deliver, careful=careful
+        )
 
         def start() -> None:
             self._consumers.append(consumer)
@@ -244,14 +248,16 @@ class RabbitConsuming:
             declared=answer.came_to,
         )
 
-    def _repair(self, topology: Topology) -> None:
-        """Declare the topology again, without anybody waiting for it."""
+    def _repair(self, topology: Topology, then: Callable[[], None]) -> None:
+        """Declare the topology again, without anybody waiting for it; then call ``then``."""
         connection = self._link.connection
         if connection is None or not connection.is_open:
+            then()
             return
         answer = Answer(awaited=False)
 
         def report(done: concurrent.futures.Future[Any]) -> None:
+            then()
             if done.exception() is not None:
                 log.error("%s", done.exception())
 

@@ -14,7 +14,7 @@ from domain_events.broker.refusals import (
     unreadable_by_this_user,
 )
 from domain_events.errors import DomainEventsError, TopologyError
-from domain_events.topology import Exchange, Queue, Topology
+from domain_events.topology import Exchange, Queue, Topology, Unbinding
 
 
 class Declaring:
@@ -59,6 +59,14 @@ class Declaring:
                     exclusive=declaration.exclusive,
                     auto_delete=declaration.auto_delete,
                     arguments=dict(declaration.arguments) or None,
+                    callback=succeeded,
+                )
+            elif isinstance(declaration, Unbinding):
+                # To unbind what is not bound is not an error.
+                channel.queue_unbind(
+                    declaration.destination,
+                    declaration.exchange,
+                    declaration.binding_key,
                     callback=succeeded,
                 )
             elif declaration.to_exchange:
