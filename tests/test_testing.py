@@ -436,3 +436,42 @@ def test_examples_of_the_documentation_pass(command: list[str]) -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "6 passed" in ran.stdout or "Ran 2 tests" in ran.stderr
+
+
+@pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])
+def test_events_are_delivered_whatever_type_the_exchange_has(
+    event_broker: EventBroker, exchange_type: str
+) -> None:
+    """The publisher that the kit uses has the subscriber's."""
+    subscriber = Subscriber(exchange="others", exchange_type=exchange_type)
+    seen: list[DomainEvent] = []
+    subscriber.register(seen.append, "reader", ["user.registered"])
+    event = DomainEvent("user.registered", {"id": 1})
+    (delivered,) = event_broker.deliver(subscriber, event)
+    assert (delivered.outcome, seen) == (Outcome.HANDLED, [event])
+
+
+def test_event_that_is_not_listed_is_handed_back(event_broker: EventBroker) -> None:
+    """As in a rolling deployment: the outcome says so, and when it comes again."""
+    new, old = Subscriber(), Subscriber()
+    seen: list[DomainEvent] = []
+    new.register(seen.append, "reader", ["user.*"])
+    old.register(ignore, "reader", ["user.registered"])
+    event = DomainEvent("user.deleted", {"id": 1})
+    (delivered,) = event_broker.deliver(old, event)
+    assert (delivered.outcome, delivered.delay) == (Outcome.HANDED_BACK, 0.5)
+    event_broker.advance(0.5)
+    (delivered,) = event_broker.deliver(new)
+    assert (delivered.outcome, seen) == (Outcome.HANDLED, [event])
+
+
+def test_event_that_nobody_lists_ends_as_a_dead_letter(event_broker: EventBroker) -> None:
+    """After a quarter of an hour, which takes no time here."""
+    new, old = Subscriber(), Subscriber()
+    new.register(ignore, "reader", ["user.*"])
+    old.register(ignore, "reader", ["user.registered"])
+    deliveries = event_broker.deliver_all(old, DomainEvent("user.deleted", {}))
+    assert deliveries[-1].outcome is Outcome.DEAD_LETTER
+    assert 850 < sum(each.delay or 0.0 for each in deliveries) < 950
+    (letter,) = event_broker.dead_letters("reader")
+    assert letter.error_type == "unlisted routing key"

@@ -1,0 +1,46 @@
+"""An event that ends every process that handles it, in processes of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bench import Bench
+
+from domain_events import DeadLetters
+
+PROGRAM = Path(__file__).parent / "programs" / "poisoned.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("how", ["exit", "kill", "sys.exit"])
+def test_neighbours_are_handled_and_the_culprit_is_a_dead_letter(
+    bench: Bench, tmp_path: Path, how: str
+) -> None:
+    """However it ends them; each event is handled, and no other becomes a dead letter."""
+    queue, handled = bench.names.queue(), tmp_path / "handled"
+    command = [sys.executable, str(PROGRAM), bench.url, bench.exchange, queue, str(handled), how]
+    with bench.subscriber() as subscriber:
+        subscriber.register(print, queue, ["#"])
+    events = ["first", "poison", *map(str, range(20))]
+    published = [bench.publish("n.n", data) for data in events]
+    starts = 0
+    while True:
+        ended = subprocess.run(command, check=False, timeout=60, stderr=subprocess.DEVNULL)
+        starts += 1
+        if ended.returncode == 0:
+            break
+        assert starts < 40
+    lines = Counter(handled.read_text().split())
+    assert set(lines) == {*events} - {"poison"}
+    assert max(lines.values()) <= 2, "at most what was under way comes twice"
+    with DeadLetters(queue, bench.url) as dead_letters:
+        (letter,) = dead_letters
+    assert letter.event == published[1]
+    assert letter.error_type == ("SystemExit" if how == "sys.exit" else "delivery limit")
+    assert letter.error_message
+    assert 10 < starts <= 21
