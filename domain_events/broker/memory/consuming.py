@@ -194,8 +194,13 @@ class MemoryConsumer:
             if also:
                 new = [each for each in also if each not in self._topology]
                 self._topology = [*self._topology, *new]
-            self._store.later(round(seconds * SECOND), then)
-            self._store.declare(self._topology, self._owner)
+            try:
+                self._store.declare(self._topology, self._owner)
+            finally:
+                if seconds:
+                    self._store.later(round(seconds * SECOND), then)
+                else:
+                    then()  # now, also where time stands still
 
         self._store.soon(begin)
 
