@@ -124,7 +124,7 @@ class _Consumer:
     def flush(self) -> None:
         pass
 
-    def repair(self, _seconds: float, _then: Callable[[], None], _also: Topology = ()) -> None:
+    def repair(self, _seconds: float, _then: Callable[[bool], None], _also: Topology = ()) -> None:
         pass
 
     def stop(self, _timeout: float) -> None:

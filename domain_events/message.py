@@ -315,9 +315,11 @@ def hand_back(delivery: Delivery, exchange: str, name: str, delay: float) -> Mes
     return _delayed(delivery, exchange, name, delay, own)
 
 
-def renewed(delivery: Delivery, name: str) -> Message:
-    """The delivery again, in the same queue, where the broker then counts from 0."""
-    own = {ROUTING_KEY: delivery.original_routing_key}
+def renewed(delivery: Delivery, name: str, *, handed_back: bool = False) -> Message:
+    """The delivery again, at the end of its queue, where the broker then counts from 0."""
+    own: dict[str, Any] = {ROUTING_KEY: delivery.original_routing_key}
+    if handed_back:
+        own[HAND_BACKS] = delivery.hand_backs + 1
     return _sent_on(delivery, "", name, _with_kept_headers(delivery, own))
 
 

@@ -303,7 +303,7 @@ def _is_current(work: Work) -> bool:
     return work.consumer.is_current(work.delivery)
 
 
-def _fail(work: Work) -> None:
+def _fail(work: Work, _exists: bool) -> None:
     work.consumer.settle(work.delivery, Settlement.FAILED)
     work.consumer.flush()
 

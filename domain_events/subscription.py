@@ -20,6 +20,7 @@ import inspect
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ _MOST_FAILURES = 20
 # Up to RabbitMQ 4.2 an event that is given back counts as failed. So often it is; then it is
 # renewed instead, so that orderly stops, however many, never make a dead letter of it.
 _MOST_GIVE_BACKS = 10
+
+# Seconds after which a user who could not declare the delay levels tries again.
+_PAUSE_WITHOUT_DELAYS = 60.0
 
 _ROUTING_KEYS_REMEMBERED = 10_000
 
@@ -121,7 +125,8 @@ class Subscription:
         self._observe = observe
         # Whether an event with this routing key is listed.
         self._listed: dict[str, bool] = {}
-        self._delays_declared = bool(options.max_retries)
+        self._has_delays = bool(options.max_retries)
+        self._no_delays_until = 0.0
         self._warned_of_claims = False
 
     def observed(self, observe: Callable[[Delivered], None]) -> Subscription:
@@ -341,8 +346,7 @@ class Subscription:
         if options.has_retired(event.routing_key):
             consumer.settle(delivery)
             return Delivered(options.name, event, Outcome.RETIRED)
-        # The delay levels count; if this user may not use them, the queue does.
-        often = max(delivery.hand_backs, delivery.returns if options.counts_failures else 0)
+        often = delivery.hand_backs
         if often >= len(_HAND_BACK_DELAYS) and options.dead_letter:
             unlisted = GivenUp(
                 "unlisted routing key",
@@ -358,24 +362,30 @@ class Subscription:
         return Delivered(options.name, event, Outcome.HANDED_BACK, delay=delay)
 
     def _hand_back(self, delivery: Delivery, consumer: Consumer, delay: float) -> None:
-        options = self.options
-        message = messages.hand_back(delivery, options.exchange, options.name, delay)
-        # A user who may not declare or use the delay levels: given back after the same delay.
-        if self._delays_declared:
-            self._moves.move(message, delivery, consumer, give_back_after=delay)
+        options, moves = self.options, self._moves
+        delayed = messages.hand_back(delivery, options.exchange, options.name, delay)
+
+        def wait_here() -> None:
+            # This user may not have the delay levels: to the end of the queue, after the delay.
+            self._has_delays = False
+            again = messages.renewed(delivery, options.name, handed_back=True)
+            moves.later(delay, delivery, consumer, lambda _: moves.move(again, delivery, consumer))
+
+        def declared(exist: bool) -> None:
+            self._has_delays = exist
+            if exist:
+                moves.move(delayed, delivery, consumer, otherwise=wait_here)
+            else:
+                self._no_delays_until = time.monotonic() + _PAUSE_WITHOUT_DELAYS
+                wait_here()
+
+        if self._has_delays:
+            moves.move(delayed, delivery, consumer, otherwise=wait_here)
+        elif time.monotonic() < self._no_delays_until:
+            wait_here()
         else:
             # Without retries this subscriber has had no use for the delay levels so far.
-            self._moves.move_later(
-                message,
-                delivery,
-                consumer,
-                also=options.delays(),
-                give_back_after=delay,
-                declared=self._note_delays,
-            )
-
-    def _note_delays(self) -> None:
-        self._delays_declared = True
+            moves.later(0, delivery, consumer, declared, also=options.delays())
 
 
 class Moves:
@@ -409,16 +419,18 @@ class Moves:
         delivery: Delivery,
         consumer: Consumer,
         *,
-        give_back_after: float | None = None,
+        otherwise: Callable[[], None] | None = None,
         failures: int = 0,
     ) -> None:
         """Publish the message; then, once confirmed, ack the delivery.
 
-        :param give_back_after: should the move fail, give the delivery back after so many seconds,
-            instead of holding it until the move succeeds.
+        :param otherwise: what to do if that fails, instead of trying again.
         """
         self._leave_to_parent()
-        done = partial(self._done, delivery, consumer, give_back_after, failures)
+
+        def done(publication: Publication) -> None:
+            self._done(publication, delivery, consumer, otherwise, failures)
+
         publication = Publication(message, done)
         with self._changed:
             self._open += 1
@@ -426,38 +438,32 @@ class Moves:
             self._publishing().submit(publication)
         except DomainEventsError as error:
             publication.error = error
-            self._done(delivery, consumer, give_back_after, failures, publication)
+            done(publication)
         except BaseException:
             self._close_one()
             raise
 
-    def move_later(
+    def later(
         self,
-        message: Message,
+        seconds: float,
         delivery: Delivery,
         consumer: Consumer,
-        *,
-        seconds: float = 0.0,
+        then: Callable[[bool], None],
         also: Topology = (),
-        give_back_after: float | None = None,
-        failures: int = 0,
-        declared: Callable[[], None] = lambda: None,
     ) -> None:
-        """Hold the delivery; move it when the topology is declared again, and the pause over."""
+        """Hold the delivery; call ``then`` when all is declared again, and a pause is over.
 
-        def again() -> None:
-            declared()
+        :param then: gets whether all of it exists; not called when the delivery was given back.
+        :param also: what is to be declared besides what the subscriber always needs.
+        """
+
+        def call(exists: bool) -> None:
             if self._let_go(delivery) and consumer.is_current(delivery):
-                self.move(
-                    message,
-                    delivery,
-                    consumer,
-                    give_back_after=give_back_after,
-                    failures=failures,
-                )
+                then(exists)
 
-        self._hold(delivery, consumer)
-        consumer.repair(seconds, again, also)
+        with self._changed:
+            self._held[delivery] = consumer
+        consumer.repair(seconds, call, also)
 
     def end(self, timeout: float) -> bool:
         """Give back what is held, and wait until nothing is on its way; False at the timeout."""
@@ -476,10 +482,6 @@ class Moves:
         if self._pid != os.getpid():
             self._reset()
 
-    def _hold(self, delivery: Delivery, consumer: Consumer) -> None:
-        with self._changed:
-            self._held[delivery] = consumer
-
     def _let_go(self, delivery: Delivery) -> bool:
         with self._changed:
             return self._held.pop(delivery, None) is not None
@@ -491,24 +493,26 @@ class Moves:
 
     def _done(
         self,
+        publication: Publication,
         delivery: Delivery,
         consumer: Consumer,
-        give_back_after: float | None,
+        otherwise: Callable[[], None] | None,
         failures: int,
-        publication: Publication,
     ) -> None:
         error, message = publication.error, publication.message
-        if error is None:
-            consumer.settle(delivery)
+        if error is None or self._ending:
+            consumer.settle(delivery, Settlement.GIVE_BACK if error else Settlement.DONE)
             consumer.flush()
-        elif self._ending:
-            consumer.settle(delivery, Settlement.GIVE_BACK)
-            consumer.flush()
-        elif give_back_after is not None:
-            self._give_back_later(delivery, consumer, give_back_after)
+        elif otherwise is not None:
+            otherwise()
         else:
             pause = min(_LONGEST_PAUSE, _PAUSE_AFTER_A_FAILED_MOVE * 2.0 ** min(failures, 10))
-            self.move_later(message, delivery, consumer, seconds=pause, failures=failures + 1)
+            self.later(
+                pause,
+                delivery,
+                consumer,
+                lambda _: self.move(message, delivery, consumer, failures=failures + 1),
+            )
         self._close_one()
         if error is not None:
             log.error(
@@ -516,17 +520,8 @@ class Moves:
                 printable(delivery.original_routing_key),
                 printable(message.exchange or message.routing_key),
                 printable(error, 1000),
-                "It is given back." if self._ending or give_back_after else "It is tried again.",
+                "It is given back." if self._ending else "It is tried again.",
             )
-
-    def _give_back_later(self, delivery: Delivery, consumer: Consumer, seconds: float) -> None:
-        def give_back() -> None:
-            if self._let_go(delivery):
-                consumer.settle(delivery, Settlement.GIVE_BACK)
-                consumer.flush()
-
-        self._hold(delivery, consumer)
-        consumer.repair(seconds, give_back)
 
 
 def _check_finished(result: object) -> None:

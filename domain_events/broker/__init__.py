@@ -92,11 +92,11 @@ class Consumer(Protocol):
     def flush(self) -> None:
         """Have everything settled so far sent to the broker now."""
 
-    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
-        """Declare the topology again, and from now on ``also``; call ``then`` after a pause.
+    def repair(self, seconds: float, then: Callable[[bool], None], also: Topology = ()) -> None:
+        """Declare the topology again, and ``also``; call ``then`` after a pause.
 
-        ``then`` is called on the broker's thread; not at all once this consumer's connection is
-        closed.
+        ``then`` is called on the broker's thread, with whether all of it exists now; not at all
+        once this consumer's connection is closed.
         """
 
     def stop(self, timeout: float) -> None:

@@ -118,7 +118,7 @@ def test_what_is_settled_after_the_connection_ended_is_passed_over(peer: Peer, q
     connection.close(TIMEOUT)
     inbox.settle(delivery)
     inbox.settle(delivery, requeue=True)
-    inbox.consumer.repair(0, lambda: None)
+    inbox.consumer.repair(0, lambda _exists: None)
     inbox.consumer.stop(TIMEOUT)
     peer.wait_for_count(queue, 1)
 
@@ -205,7 +205,7 @@ def test_repair_declares_again_and_calls_back_later(peer: Peer, names: Names) ->
     (delivery,) = inbox.wait(1)
     peer.delete(dead_letter_queue(name))
     begun = time.monotonic()
-    inbox.consumer.repair(0.4, lambda: inbox.settle(delivery, requeue=True))
+    inbox.consumer.repair(0.4, lambda _exists: inbox.settle(delivery, requeue=True))
     wait_until(lambda: peer.exists(f"{name}-dl"))
     again = inbox.wait(2)[1]
     assert 0.4 <= time.monotonic() - begun < 3

@@ -296,7 +296,8 @@ def test_deleted_retry_queues_are_made_again(
         if broken == "dead letters":
             # It is declared again before anything can be in it.
             dead = f"{queue}-dl"
-            wait_until(lambda: deliveries and onlooker.exists(bench.url, dead))
+            wait_until(lambda: "could not be moved" in caplog.text)
+            wait_until(lambda: onlooker.exists(bench.url, dead))
             wait_until(lambda: onlooker.count(bench.url, dead) == 1)
         else:
             wait_until(lambda: len(deliveries) == 2)

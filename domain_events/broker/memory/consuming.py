@@ -13,6 +13,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from domain_events.broker import Consumer, Settlement, refusals
 from domain_events.broker.memory.clock import SECOND
@@ -187,20 +188,21 @@ class MemoryConsumer:
     def flush(self) -> None:
         """Nothing to do: what is settled takes effect at once."""
 
-    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
-        """Declare the topology again, and from now on ``also``; call ``then`` after a pause."""
+    def repair(self, seconds: float, then: Callable[[bool], None], also: Topology = ()) -> None:
+        """Declare the topology again, and ``also``; call ``then`` after a pause."""
 
         def begin() -> None:
-            if also:
-                new = [each for each in also if each not in self._topology]
-                self._topology = [*self._topology, *new]
             try:
-                self._store.declare(self._topology, self._owner)
-            finally:
-                if seconds:
-                    self._store.later(round(seconds * SECOND), then)
-                else:
-                    then()  # now, also where time stands still
+                self._store.declare([*self._topology, *also], self._owner)
+            except DomainEventsError as error:
+                log.error("%s", error)
+                call = partial(then, False)
+            else:
+                call = partial(then, True)
+            if seconds:
+                self._store.later(round(seconds * SECOND), call)
+            else:
+                call()  # now, also where time stands still
 
         self._store.soon(begin)
 

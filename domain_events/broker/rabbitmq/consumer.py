@@ -59,7 +59,7 @@ class RabbitConsumer:
     def __init__(
         self,
         link: Link,
-        declare: Callable[[Topology, Callable[[], None]], None],
+        declare: Callable[[Topology, Callable[[bool], None]], None],
         queue: str,
         topology: Topology,
         prefetch_count: int,
@@ -123,16 +123,13 @@ class RabbitConsumer:
                 self._woken = False  # a signal handler that raises
                 raise
 
-    def repair(self, seconds: float, then: Callable[[], None], also: Topology = ()) -> None:
-        """Declare the topology again, and from now on ``also``; call ``then`` after a pause."""
+    def repair(self, seconds: float, then: Callable[[bool], None], also: Topology = ()) -> None:
+        """Declare the topology again, and ``also``; call ``then`` after a pause."""
 
-        def begin() -> None:
-            if also:
-                new = [each for each in also if each not in self._topology]
-                self._topology = [*self._topology, *new]
-            self._declare(self._topology, lambda: self._call_later(seconds, then))
+        def declared(succeeded: bool) -> None:
+            self._call_later(seconds, partial(then, succeeded))
 
-        self._wake(begin)
+        self._wake(lambda: self._declare([*self._topology, *also], declared))
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries."""

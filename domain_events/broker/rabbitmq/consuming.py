@@ -55,6 +55,7 @@ class RabbitConsuming:
         self._running: list[tuple[Request, Answer]] = []
         self._consumers = []
         self._failure: DomainEventsError | None = None
+        self._last_error = ""  # of `_repair`
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -248,18 +249,21 @@ class RabbitConsuming:
             declared=answer.came_to,
         )
 
-    def _repair(self, topology: Topology, then: Callable[[], None]) -> None:
+    def _repair(self, topology: Topology, then: Callable[[bool], None]) -> None:
         """Declare the topology again, without anybody waiting for it; then call ``then``."""
         connection = self._link.connection
         if connection is None or not connection.is_open:
-            then()
+            then(False)
             return
         answer = Answer(awaited=False)
 
         def report(done: concurrent.futures.Future[Any]) -> None:
-            then()
-            if done.exception() is not None:
-                log.error("%s", done.exception())
+            error = done.exception()
+            then(error is None)
+            # Not each time: what stands against it may do so for days.
+            if error is not None and str(error) != self._last_error:
+                self._last_error = str(error)
+                log.error("%s", error)
 
         answer.add_done_callback(report)
         self._declare(topology, connection, answer)
