@@ -462,8 +462,14 @@ class Moves:
                 then(exists)
 
         with self._changed:
-            self._held[delivery] = consumer
-        consumer.repair(seconds, call, also)
+            ending = self._ending
+            if not ending:
+                self._held[delivery] = consumer
+        if ending:
+            consumer.settle(delivery, Settlement.GIVE_BACK)
+            consumer.flush()
+        else:
+            consumer.repair(seconds, call, also)
 
     def end(self, timeout: float) -> bool:
         """Give back what is held, and wait until nothing is on its way; False at the timeout."""

@@ -376,6 +376,40 @@ def test_orderly_stops_never_move_an_event_that_was_not_begun(bench: Bench) -> N
     assert letters_of(bench, queue) == []
 
 
+def test_event_that_was_given_back_often_does_not_come_nearer_to_the_limit(
+    bench: Bench, peer: Peer
+) -> None:
+    """RabbitMQ counts it up to 4.2: there the count begins anew, and the event stays the same."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber()
+    entered, release = threading.Event(), threading.Event()
+
+    def handle(_event: DomainEvent) -> None:
+        entered.set()
+        release.wait(20)
+
+    subscriber.register(handle, queue, ["#"])
+    often = bench.publish("n.n", "often")
+    connection = peer.another_connection()
+    inbox = peer.consume(queue, prefetch=1, connection=connection)
+    for number in range(1, 13):
+        delivery = inbox.wait(number)[-1]
+        if number < 12:
+            inbox.settle(delivery, requeue=True)
+    bench.publish("n.n", "first")
+    with running(subscriber):
+        assert entered.wait(20)
+        inbox.consumer.stop(10)
+        inbox.settle(delivery, requeue=True)
+        wait_until(is_empty(bench, queue), message="it is held by the subscriber")
+        subscriber.stop_consuming()
+        release.set()
+    (again,) = peer.consume(queue).wait(1)
+    assert again.properties.message_id == often.uuid_string
+    assert again.original_routing_key == "n.n"
+    assert again.failures == 0
+
+
 def test_what_is_held_is_never_more_than_the_prefetch_count(bench: Bench) -> None:
     """From the first delivery on, before and after it is settled."""
     queue = bench.names.queue()
