@@ -10,17 +10,25 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from weakref import ref
 
 from domain_events import settings, topology
 from domain_events.broker import Consuming, Publishing, connect
+from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.options import make_options
+from domain_events.options import QueueType, check_handler, make_options
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.subscription import Handler, Moves, Subscription
+from domain_events.topology import ExchangeType
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from domain_events.options import RegisterOptions
 
 log = Log("domain_events")
 
@@ -29,6 +37,12 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 # How long stopping may take: what is not confirmed yet, and closing.
 _MOVE_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 10.0
+
+# Each is a thread of its own.
+_MOST_WORKERS = 1000
+
+# Those of this process, to notice two that share a queue by mistake.
+_subscribers: list[ref[Subscriber]] = []
 
 
 class Subscriber:
@@ -40,7 +54,7 @@ class Subscriber:
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
     :param exchange: where events are published. It is declared.
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
-    :param workers: how many handlers run at the same time.
+    :param workers: how many handlers run at the same time, each in a thread; up to 1,000.
     :param timeout: seconds within which the broker must give each answer that `register` needs.
     :raises ConfigurationError: for settings that cannot work.
     """
@@ -49,18 +63,16 @@ class Subscriber:
         self,
         connection_settings: ConnectionSettings = DEFAULT,
         exchange: str = "domain-events",
-        exchange_type: str = "topic",
+        exchange_type: ExchangeType = "topic",
         *,
         workers: int = 1,
         timeout: float = 10.0,
     ) -> None:
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise ConfigurationError(f"workers is a number from 1 up, not {workers!r}.")
         self._urls = settings.resolve(connection_settings)
         self.exchange = topology.check_name(exchange, "exchange")
-        self._exchange_type = exchange_type
-        self._workers = workers
-        self._timeout = timeout
+        self._exchange_type = topology.check_exchange_type(exchange_type)
+        self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
+        self._timeout = seconds(timeout)
         self._broker = None if self._urls is None else connect(self._urls)
         self._subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
@@ -71,6 +83,7 @@ class Subscriber:
         self._moves = Moves(self._publishing_connection)
         self._run: Run | None = None
         self._stop_at_start = False
+        _subscribers.append(ref(self, _subscribers.remove))
 
     def register(
         self,
@@ -85,7 +98,7 @@ class Subscriber:
         *,
         retry_on: type[Exception] | Sequence[type[Exception]] = (),
         backoff: Backoff | None = None,
-        queue_type: Literal["quorum", "classic"] = "quorum",
+        queue_type: QueueType = "quorum",
         prefetch_count: int | None = None,
         ordered: bool = False,
     ) -> None:
@@ -99,7 +112,7 @@ class Subscriber:
         is in ``retry_on``. **It must be idempotent**: after a crash an event can come a second
         time, with the same ``uuid_string``.
 
-        :param handler: called with a `DomainEvent`.
+        :param handler: called with a `DomainEvent`; a plain function, not ``async``.
         :param name: the subscriber's name, and its queue's; the same in each deployment.
         :param binding_keys: routing keys, with ``*`` for one word and ``#`` for any number.
         :param dead_letter: keep what the handler gave up as dead letters in the queue
@@ -117,11 +130,13 @@ class Subscriber:
             at least four for each worker), and up to 2,000 as long as the handler is done with
             5,000 a second or more, for which 50 are too few.
         :param ordered: with several workers, never handle two events of one
-            ``domain_object_id`` at the same time, and handle them in their order.
+            ``domain_object_id`` at the same time, and handle them in their order. With one
+            worker it is always so.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
         :raises TopologyError: the queue exists with other arguments, or is taken.
         """
+        check_handler(handler, name)
         options = make_options(
             name,
             binding_keys,
@@ -138,21 +153,42 @@ class Subscriber:
             prefetch_count=prefetch_count,
             ordered=ordered,
         )
-        if not callable(handler):
-            raise ConfigurationError(f"{name}: the handler cannot be called: {handler!r}.")
-        if any(each.options.name == name for each in self._subscriptions):
-            raise ConfigurationError(f"{name} is registered already, with this Subscriber.")
+        if any(each.options.name == options.name for each in self._subscriptions):
+            raise ConfigurationError(
+                f"{options.name} is registered already, with this Subscriber: two handlers on one "
+                "queue would each get only some of the events. Give each a name of its own."
+            )
         self._follow()
         if self._broker is not None:
             self._consuming_connection().declare(options.topology(), self._timeout)
         subscription = Subscription(handler, options, self._moves)
+        self._warn_of_sharing(subscription)
+        if options.exchange_type == "direct" and any(map(topology.has_wildcards, binding_keys)):
+            log.warning(
+                "%s: '*' and '#' are letters on a direct exchange, and no wildcards: %s",
+                options.name,
+                ", ".join(options.binding_keys),
+            )
         self._subscriptions.append(subscription)
         run = self._run
         if run is not None:
             run.consume(subscription)
 
+    @overload
     def on(
-        self, *binding_keys: str, name: str, **options: Any
+        self,
+        binding_key: str,
+        /,
+        *binding_keys: str,
+        name: str,
+        **options: Unpack[RegisterOptions],
+    ) -> Callable[[AnyHandler], AnyHandler]: ...
+
+    @overload
+    def on(self, *, name: str, **options: Any) -> NoReturn: ...
+
+    def on(
+        self, *binding_keys: str, name: str | None = None, **options: Any
     ) -> Callable[[AnyHandler], AnyHandler]:
         """`register`, as a decorator; the function itself is left as it is.
 
@@ -161,6 +197,15 @@ class Subscriber:
             @subscriber.on('user.registered', 'user.imported', name='welcome-mail')
             def send_welcome_mail(event): ...
         """
+
+        example = "@subscriber.on('user.registered', name='welcome-mail')"
+        if not all(isinstance(key, str) for key in binding_keys):
+            raise ConfigurationError(
+                "on() takes binding keys one by one and is called before it decorates, as in "
+                f"{example}; a list of keys is given as on(*keys, name=...)."
+            )
+        if name is None:
+            raise ConfigurationError(f"on() needs the subscriber's name, as in {example}.")
 
         def decorate(handler: AnyHandler) -> AnyHandler:
             self.register(handler, name, binding_keys, **options)
@@ -182,14 +227,21 @@ class Subscriber:
         :param timeout: stop after about so many seconds; never, if None.
         :raises ConfigurationError: nothing is registered, or the broker refuses the password.
         """
+        if timeout is not None:
+            timeout = seconds(timeout, zero=True)
         self._follow()
         if self._broker is None:
-            log.debug("No broker is configured; nothing to consume.")
             return
         if not self._subscriptions:
-            raise ConfigurationError("Nothing is registered with this Subscriber.")
+            raise ConfigurationError(
+                "Nothing is registered with this Subscriber; call register() before "
+                "start_consuming()."
+            )
         if self._run is not None and self._run.pid == os.getpid():
-            raise ConfigurationError("This Subscriber is consuming already.")
+            raise ConfigurationError(
+                "This Subscriber is consuming already; for more handlers at a time there is "
+                "Subscriber(workers=...)."
+            )
         run = Run(self._consuming_connection(), self._workers, timeout)
         self._carry_out(run, lambda: run.work(self._subscriptions))
 
@@ -252,6 +304,23 @@ class Subscriber:
     ) -> None:
         self.close()
 
+    def _warn_of_sharing(self, new: Subscription) -> None:
+        """Of another Subscriber of this process with this name that is not the same subscriber."""
+        name = new.options.name
+        for other in [each() for each in list(_subscribers)]:
+            # One that is closed stands for a process that has ended.
+            if other is None or other is self or other._consuming is None:
+                continue
+            if other._connected_to == self._connected_to and any(
+                old.options.name == name and not _is_same(old, new) for old in other._subscriptions
+            ):
+                log.warning(
+                    "%s is registered by two Subscribers of this process, with different handlers "
+                    "or binding keys: they share one queue, so that each gets only some of the "
+                    "events. Give each a name of its own.",
+                    name,
+                )
+
     def _follow(self) -> None:
         """Go over to the broker that a test has put in the place of ours, or back."""
         urls = settings.replaced(self._urls)
@@ -279,6 +348,19 @@ class Subscriber:
         run = self._run
         if run is not None:
             run.stop()
+
+
+def _is_same(one: Subscription, other: Subscription) -> bool:
+    if (one.options.exchange, set(one.options.binding_keys)) != (
+        other.options.exchange,
+        set(other.options.binding_keys),
+    ):
+        return False
+    # Each of several threads may have made the function anew.
+    code = getattr(one.handler, "__code__", None)
+    return one.handler == other.handler or (
+        code is not None and code is getattr(other.handler, "__code__", None)
+    )
 
 
 def work_off(subscriber: Subscriber, watched: Callable[[Subscription], Subscription]) -> None:

@@ -78,7 +78,7 @@ def test_there_is_enough_for_all_workers(
 
     So does a classic one, which may have been found and be one.
     """
-    defaults = {
+    defaults: dict[str, Any] = {
         "exchange": "x",
         "exchange_type": "topic",
         "durable": True,

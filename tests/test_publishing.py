@@ -31,9 +31,9 @@ from domain_events import (
     EventRejected,
     InvalidEvent,
     Publisher,
+    close_publishers,
     publish_domain_event,
 )
-from domain_events.publisher import _close_publishers
 
 
 def test_events_are_persistent(publisher: Publisher, queue: str, broker_url: str) -> None:
@@ -51,7 +51,7 @@ def test_one_connection_serves_all_publishes_of_a_process(broker_url: str) -> No
             publish_domain_event("nobody.listens", {}, connection_settings=broker_url)
         assert threading.active_count() == before + 1
     finally:
-        _close_publishers()
+        close_publishers()
 
 
 def test_switched_off_publishing_returns_the_event() -> None:
