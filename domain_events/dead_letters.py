@@ -105,7 +105,7 @@ class DeadLetters:
         timeout: float = 10.0,
     ) -> None:
         self.name = topology.check_name(name, "subscriber")
-        self._queue = topology.dead_letter_name(name)
+        self._queue = topology.dead_letter_name(self.name)
         self._timeout = seconds(timeout)
         urls = settings.replaced(settings.resolve(connection_settings))
         self._broker = None if urls is None else connect(urls)

@@ -117,6 +117,8 @@ class DomainEvent:
                     "".join(data)
                 except TypeError:
                     _refuse_clashing_keys(data)
+            elif isinstance(data, Enum):  # whose value may be a dict
+                _refuse_clashing_keys(data)
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, RecursionError):
                 why = "its data is nested too deeply, or contains itself"

@@ -109,7 +109,7 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
     if _replacements:
         return _replacements[-1]
     if connection_settings is None:
-        if "an argument" not in _switched_off:
+        if not _switched_off:  # else it may be what `configure` was given, on its way inside
             _switched_off["an argument"] = _caller()
         return None
     if connection_settings is DEFAULT or connection_settings == "":

@@ -77,6 +77,9 @@ def _encoding_trouble(found: re.Match[str]) -> str:
             "it has a '/', '?', '#' or '@' where none can be; within the user, the password or "
             "the vhost write %2F, %3F, %23, %40 (urllib.parse.quote(password, safe=''))."
         )
+    user, at, _ = authority.rpartition("@")
+    if at and ":" not in user:
+        return f"it has a user and no password; write user:password@, as in {_FORM}."
     return ""
 
 
