@@ -93,10 +93,10 @@ def configure(
             raise refusal(app_id, "app_id", f"a str of at most {LONGEST_NAME} bytes")
         app_id = plain(app_id)
     _configured, _app_id = urls or connection_settings, app_id
-    _switched_off.pop("configure()", None)
-    _said.discard("configure()")
+    _switched_off.pop("to configure()", None)
+    _said.discard("to configure()")
     if urls is None:
-        _switched_off["configure()"] = _caller()
+        _switched_off["to configure()"] = _caller()
 
 
 def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...] | None:
@@ -110,7 +110,7 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
         return _replacements[-1]
     if connection_settings is None:
         if not _switched_off:  # else it may be what `configure` was given, on its way inside
-            _switched_off["an argument"] = _caller()
+            _switched_off["as an argument"] = _caller()
         return None
     if connection_settings is DEFAULT or connection_settings == "":
         connection_settings = _configured
@@ -128,7 +128,7 @@ def replaced(urls: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return _replacements[-1]
     if urls is None and not _said.issuperset(_switched_off):
         _said.update(_switched_off)
-        given = "; ".join(f"to {way}, in {place}" for way, place in _switched_off.items())
+        given = "; ".join(f"{way} in {place}" for way, place in _switched_off.items())
         log.warning(
             "Publishing and subscribing are switched off, since connection_settings is None (given "
             "%s): no event is sent or received. If that is not meant, give an AMQP URL; the "

@@ -265,7 +265,7 @@ def test_none_is_said_once_at_the_first_use(
     said = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
     text = said[0].getMessage()
-    assert f"given to configure(), in {__file__}, line {line})" in text
+    assert f"given to configure() in {__file__}, line {line})" in text
     assert "connection_settings is None" in text
     assert "switched off" in text
 
@@ -277,7 +277,7 @@ def test_none_as_an_argument_is_said_too(caplog: pytest.LogCaptureFixture) -> No
     publisher.publish(DomainEvent("a.b", {}), mandatory=True)
     publisher.publish(DomainEvent("a.b", {}))
     assert caplog.text.count("switched off") == 1
-    assert f"given to an argument, in {__file__}, line {line})" in caplog.text
+    assert f"given as an argument in {__file__}, line {line})" in caplog.text
     configure(None)
     publish_domain_event("a.b", {})
     assert caplog.text.count("switched off") == 2
@@ -298,7 +298,7 @@ def test_variable_that_is_not_set_is_noticed_by_whoever_runs_the_program() -> No
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    assert "connection_settings is None (given to configure(), in <string>, line 4)" in done.stderr
+    assert "connection_settings is None (given to configure() in <string>, line 4)" in done.stderr
     assert done.stderr.count("switched off") == 1
 
 
