@@ -29,7 +29,7 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.events import DomainEvent
-from domain_events.publisher import Publisher, publish_domain_event
+from domain_events.publisher import Publisher, close_publishers, publish_domain_event
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
 from domain_events.subscriber import Subscriber
@@ -57,6 +57,7 @@ __all__ = [
     "Retry",
     "Subscriber",
     "TopologyError",
+    "close_publishers",
     "configure",
     "publish_domain_event",
     "replay_all",

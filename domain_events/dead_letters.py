@@ -16,6 +16,7 @@ from typing import Any
 from domain_events import message as messages
 from domain_events import settings, topology
 from domain_events.broker import Browser, Consuming, Publishing, connect
+from domain_events.checks import refusal, seconds
 from domain_events.errors import (
     DomainEventsError,
     EventUnroutable,
@@ -107,9 +108,9 @@ class DeadLetters:
         timeout: float = 10.0,
     ) -> None:
         self.name = topology.check_name(name, "subscriber")
-        self._queue = topology.dead_letter_name(name)
-        self._timeout = timeout
-        urls = settings.resolve(connection_settings)
+        self._queue = topology.dead_letter_name(self.name)
+        self._timeout = seconds(timeout)
+        urls = settings.replaced(settings.resolve(connection_settings))
         self._broker = None if urls is None else connect(urls)
         self._consuming: Consuming | None = None
         self._publishing: Publishing | None = None
@@ -270,6 +271,7 @@ def replay_event(
     :return: how many dead letters there are behind that one.
     :raises ValueError: another answer than these; the dead letter is left.
     """
+    _check_callback(message_callback)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():
             _decide(dead_letters, delivery, message_callback)
@@ -286,10 +288,17 @@ def replay_all(
 
     :return: how many have come since it began.
     """
+    _check_callback(message_callback)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():
             _decide(dead_letters, delivery, message_callback)
         return dead_letters._count_ready()
+
+
+def _check_callback(message_callback: object) -> None:
+    if not callable(message_callback):
+        right = "a function that returns RETRY, LEAVE or DISCARD"
+        raise refusal(message_callback, "message_callback", right)
 
 
 def _decide(

@@ -13,14 +13,16 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from datetime import date
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from uuid import UUID
 
 from domain_events.errors import InvalidEvent
+from domain_events.text import plain, printable
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -32,7 +34,8 @@ class DomainEvent:
 
     :param routing_key: ``<DOMAIN>.<EVENT_TYPE>``, such as ``user.registered``.
     :param data: what happened: a dict or a dataclass of JSON values; datetime, date, time,
-        UUID, Decimal (all as text) and Enum (as its value) may be among them.
+        UUID, Decimal (all as text) and Enum (as its value) may be among them. A tuple, also a
+        named one, arrives as a list, and a key that is a number as text. None is an empty dict.
     :param domain_object_id: the id of the object it happened to; optional.
     :param uuid_string: the event's own id: the key by which a handler can tell that it has
         seen the event before. A new one if left out.
@@ -58,13 +61,26 @@ class DomainEvent:
     ) -> None:
         # One update of the dict: object.__setattr__ six times costs more than the rest of this.
         self.__dict__.update(
-            routing_key=routing_key,
+            routing_key=routing_key if type(routing_key) is str else _exact(routing_key),
             data={} if data is None else data,
-            domain_object_id=domain_object_id,
-            uuid_string=_new_id() if uuid_string is None else uuid_string,
-            timestamp=time.time() if timestamp is None else timestamp,
+            domain_object_id=None if domain_object_id is None else _exact(domain_object_id),
+            uuid_string=_new_id() if uuid_string is None else _exact(uuid_string),
+            timestamp=time.time() if timestamp is None else _exact(timestamp),
             retries=retries,
         )
+
+    if not TYPE_CHECKING:  # for a type checker, every attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            # Only called for what is not there. Not `self.data`, which is not there either while
+            # an event is being unpickled.
+            error = f"A DomainEvent has no attribute {name!r}"
+            data = self.__dict__.get("data")
+            if isinstance(data, dict) and name in data:
+                error += f"; it is in the event's data: event.data[{name!r}]"
+            elif name in getattr(data, "__dataclass_fields__", ()):
+                error += f"; it is in the event's data: event.data.{name}"
+            raise AttributeError(error, name=name, obj=self)
 
     @property
     def event_data(self) -> dict[str, Any]:
@@ -80,22 +96,52 @@ class DomainEvent:
     def to_json(self) -> str:
         """The envelope as JSON.
 
-        :raises InvalidEvent: when the data is not JSON (NaN is not).
+        :raises InvalidEvent: when the data is not JSON (NaN is not), or would lose a value in
+            JSON: of two keys that are the same text, ``1`` and ``'1'``, only one would arrive;
+            and when ``domain_object_id`` is neither a str, an int, a UUID nor None.
         """
+        data, about = self.data, self.domain_object_id
+        if about is not None and type(about) is not str and not _is_id(about):
+            raise self._invalid(
+                "domain_object_id must be a str, an int, a UUID or None, not of type "
+                f"{type(about).__name__}; give the object's id, such as str(user.id)."
+            )
         try:
-            return _encode(self.event_data)
+            text = _encode(self.event_data)
+            # Most events need not be walked: no brace behind the first character of their data,
+            # hence no object within it, and all keys are text, of which join() makes sure.
+            if text.find("{", text.index('"data": ') + 9) > 0:
+                _refuse_clashing_keys(data)
+            elif isinstance(data, dict):
+                try:
+                    "".join(data)
+                except TypeError:
+                    _refuse_clashing_keys(data)
+            elif isinstance(data, Enum):  # whose value may be a dict
+                _refuse_clashing_keys(data)
         except (TypeError, ValueError, RecursionError) as error:
-            invalid = InvalidEvent(f"The event {self.routing_key!r} is not JSON: {error}")
-            invalid.event = self
-            raise invalid from error
+            if isinstance(error, RecursionError):
+                why = "its data is nested too deeply, or contains itself"
+            else:
+                why = f"{error}{_where(data)}"
+            raise self._invalid(f"it is not JSON: {why}") from error
+        return text
+
+    def _invalid(self, why: str) -> InvalidEvent:
+        error = InvalidEvent(
+            f"The event {printable(repr(self.routing_key))} cannot be published: {why}"
+        )
+        error.event = self
+        return error
 
     @classmethod
     def from_json(cls, json_data: bytes | str) -> DomainEvent:
         """The event of an envelope.
 
-        :raises InvalidEvent: when it is no JSON object with a routing key and data.
+        :param json_data: JSON in UTF-8; a byte order mark before it does no harm.
+        :raises InvalidEvent: when it is not a JSON object with a routing key and data.
         """
-        return cls(**read_envelope(json_data))
+        return from_envelope(read_envelope(json_data), kind=cls)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DomainEvent):
@@ -106,32 +152,63 @@ class DomainEvent:
         return hash(self.uuid_string)
 
     def __repr__(self) -> str:
-        about = "" if self.domain_object_id is None else f", about {self.domain_object_id!r}"
-        again = f", retry {self.retries}" if self.retries else ""
-        return f"<DomainEvent {self.routing_key!r} {self.uuid_string}{about}{again}>"
+        # Others may have written them.
+        key, about = printable(repr(self.routing_key)), printable(repr(self.domain_object_id))
+        return (
+            f"<DomainEvent {key} {printable(self.uuid_string)}"
+            + ("" if self.domain_object_id is None else f", about {about}")
+            + (f", retry {self.retries}" if self.retries else "")
+            + ">"
+        )
 
 
-def read_envelope(json_data: bytes | str) -> dict[str, Any]:
-    """The five fields of an envelope; its id or its timestamp may be None.
+class Envelope(TypedDict):
+    """The fields that travel, as they were read; an id or a timestamp that is missing is None."""
 
-    :raises InvalidEvent: when it is no JSON object with a routing key and data.
+    routing_key: str
+    data: Any
+    domain_object_id: Any
+    uuid_string: str | None
+    timestamp: float | None
+
+
+def from_envelope(
+    envelope: Envelope, retries: int = 0, kind: type[DomainEvent] = DomainEvent
+) -> DomainEvent:
+    """The event that was read.
+
+    Not by its constructor, for which None as data is an empty dict: null in an envelope is null.
+    """
+    event = kind.__new__(kind)
+    event.__dict__.update(envelope, retries=retries)
+    if envelope["uuid_string"] is None:
+        event.__dict__["uuid_string"] = _new_id()
+    if envelope["timestamp"] is None:
+        event.__dict__["timestamp"] = time.time()
+    return event
+
+
+def read_envelope(json_data: bytes | str) -> Envelope:
+    """The five fields of an envelope.
+
+    :raises InvalidEvent: when it is not a JSON object with a routing key and data.
     """
     try:
         text = json_data.decode() if isinstance(json_data, bytes) else json_data
         envelope = _decode(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidEvent(f"Not JSON: {error}") from error
+        raise InvalidEvent(f"Not JSON in UTF-8: {error}") from error
     if not isinstance(envelope, dict):
-        raise InvalidEvent("Not an event: the JSON is no object.")
+        raise InvalidEvent("Not an event: the JSON must be an object.")
     routing_key = envelope.get("routing_key")
     if not isinstance(routing_key, str) or "data" not in envelope:
         raise InvalidEvent("Not an event: the envelope needs a routing_key and data.")
     uuid_string = envelope.get("uuid_string")
     if uuid_string is not None and not isinstance(uuid_string, str):
-        raise InvalidEvent("Not an event: its uuid_string is no string.")
+        raise InvalidEvent("Not an event: its uuid_string must be a string.")
     timestamp = envelope.get("timestamp")
     if not _is_timestamp(timestamp):
-        raise InvalidEvent("Not an event: its timestamp is no number.")
+        raise InvalidEvent("Not an event: its timestamp must be a number.")
     return {
         "routing_key": routing_key,
         "data": envelope["data"],
@@ -147,7 +224,8 @@ def _decode(text: str) -> Any:
         value, end = _raw_decode(text)
     except ValueError:
         end = None
-    return value if end == len(text) else json.loads(text)
+    # .NET's encoder writes a byte order mark, which json.loads refuses.
+    return value if end == len(text) else json.loads(text.removeprefix("\ufeff"))
 
 
 # Random numbers that no event has yet, and the process they belong to.
@@ -180,6 +258,21 @@ def _new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
+def _exact(value: Any) -> Any:
+    """A text or a number without its subclass: an Enum member, a numpy.float64, a SafeString."""
+    if type(value) in _EXACT:
+        return value
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, float) else value
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str | int | UUID) and not isinstance(value, bool)
+
+
 def _is_timestamp(value: object) -> bool:
     if value is None:
         return True
@@ -199,9 +292,97 @@ def _plain(value: object) -> object:
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(f"a {type(value).__name__} cannot be told in JSON; convert it first.")
+    raise TypeError(
+        f"a value of type {type(value).__name__} is not JSON-serializable; convert it first, "
+        "for example to a dict, a list or a str"
+    )
 
 
-# One encoder for all: json.dumps with options builds a new one at each call.
-_encode = json.JSONEncoder(allow_nan=False, default=_plain).encode
+def _refuse_clashing_keys(data: object) -> None:
+    """Raise where two keys of a dict are one in JSON: one of their values would be lost.
+
+    :param data: what the encoder has taken, so that it has an end.
+    """
+    waiting = [data]
+    for value in waiting:  # which grows meanwhile
+        if isinstance(value, dict):
+            try:
+                "".join(value)
+            except TypeError:
+                _refuse_clash(value)
+            for part in value.values():
+                if type(part) not in _EXACT:
+                    waiting.append(part)  # noqa: PERF401 - a list of them costs more
+        elif isinstance(value, list | tuple):
+            waiting += [part for part in value if type(part) not in _EXACT]
+        elif not isinstance(value, str | int | float):
+            waiting.append(_plain(value))
+
+
+def _refuse_clash(keys: Iterable[object]) -> None:
+    seen: dict[str, object] = {}
+    for key in keys:
+        text = plain(key) if isinstance(key, str) else _encode(key)
+        if text in seen:
+            raise ValueError(
+                f"the keys {seen[text]!r} and {key!r} are the same text in JSON, so that one of "
+                "their values would be lost; rename one of them"
+            )
+        seen[text] = key
+
+
+def _where(data: object) -> str:
+    """In words, where in the data the value is that the encoder refuses; empty if not there."""
+    if _is_json(data):
+        return ""
+    path = "event.data"
+    going_on = True
+    while going_on and len(path) < _LONGEST_PATH:
+        going_on = False
+        for step, part in _parts(data):
+            if not _is_json(part):
+                path, data, going_on = path + step, part, True
+                break
+    return f" (at {path})"
+
+
+def _parts(value: object) -> Iterable[tuple[str, object]]:
+    if isinstance(value, dict):
+        return [(f"[{printable(repr(key), 60)}]", part) for key, part in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{at}]", part) for at, part in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return [(f".{field.name}", getattr(value, field.name)) for field in fields]
+    return []
+
+
+def _is_json(value: object) -> bool:
+    try:
+        _encode(value)
+        _refuse_clashing_keys(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+_EXACT = frozenset({str, int, float, bool, type(None), UUID})
+_LONGEST_PATH = 200
+
+
+def _encoder() -> Callable[[object], str]:
+    """One encoder for all events. What contains itself ends as what is nested too deeply does."""
+    encoder = json.JSONEncoder(allow_nan=False, check_circular=False, default=_plain)
+    quote = json.encoder.encode_basestring_ascii
+    try:
+        # JSONEncoder.encode() makes one of these at each call: a fifth of all its time.
+        chunks = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+            None, _plain, quote, None, ": ", ", ", False, False, False
+        )
+    except (AttributeError, TypeError):  # a Python that has none, or another one
+        return encoder.encode
+    return lambda value: "".join(chunks(value, 0))
+
+
+_encode = _encoder()
 _raw_decode = json.JSONDecoder().raw_decode

@@ -15,13 +15,18 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any, Protocol
 from uuid import UUID
 
 from domain_events import topology
 from domain_events.errors import InvalidEvent
-from domain_events.events import DomainEvent, read_envelope
+from domain_events.events import DomainEvent, from_envelope, read_envelope
+from domain_events.log import Log
 from domain_events.retry import Retry
+from domain_events.text import printable
+
+log = Log("domain_events")
 
 # Our headers. Never `x-*`: the broker keeps that room for itself.
 RETRIES = "domain-events-retries"
@@ -293,7 +298,7 @@ def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
     envelope["routing_key"] = delivery.published_routing_key or claimed
-    return DomainEvent(**envelope, retries=delivery.retries), claimed
+    return from_envelope(envelope, delivery.retries), claimed
 
 
 def retry(
@@ -486,6 +491,18 @@ def _check_routing_key(key: object) -> None:
             f"The routing key {key!r} has a wildcard for a word; '*' and '#' are for the binding "
             "keys of subscribers."
         )
+    if isinstance(key, str):
+        _warn_of_mistyped(key)
+
+
+@lru_cache(maxsize=4096)
+def _warn_of_mistyped(key: str) -> None:
+    if why := topology.mistyped(key):
+        log.warning(
+            "The routing key %r %s; binding keys match it word by word, and perhaps none does.",
+            printable(key),
+            why,
+        )
 
 
 def _short(value: object, what: str) -> str:
@@ -493,7 +510,12 @@ def _short(value: object, what: str) -> str:
     if isinstance(value, UUID):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise InvalidEvent(f"An event's {what} must be a text that is not empty, not {value!r}.")
+        # Not the value itself: arguments that are swapped would show the event's data.
+        given = repr(value) if value in (None, "") else f"of type {type(value).__name__}"
+        raise InvalidEvent(
+            f"An event's {what} must be a text that is not empty, not {given}; the call is "
+            "publish_domain_event('user.registered', {'user_id': 1})."
+        )
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
@@ -509,7 +531,10 @@ def _short(value: object, what: str) -> str:
 def _seconds(timestamp: object) -> int | None:
     """The timestamp as AMQP has it, where it can: whole seconds since 1970."""
     if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
-        raise InvalidEvent(f"An event's timestamp is Unix seconds, not {timestamp!r}.")
+        hint = "; give its timestamp()" if hasattr(timestamp, "timestamp") else ""
+        raise InvalidEvent(
+            f"An event's timestamp is Unix seconds, a float, not {printable(timestamp)}{hint}."
+        )
     return int(timestamp) if 0 <= timestamp < 2**63 else None
 
 

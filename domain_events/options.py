@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from domain_events import topology
+from domain_events.checks import flag, refusal, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.retry import Backoff
+from domain_events.text import plain
 from domain_events.topology import Declaration
+
+_MOST_RETRIES = 2**31 - 1
+_MOST_PREFETCHED = 65_535  # AMQP's own limit
+
+QueueType = Literal["quorum", "classic"]
+
+
+class RegisterOptions(TypedDict, total=False):
+    """The options of `Subscriber.register`, for those of `Subscriber.on`."""
+
+    dead_letter: bool | None
+    durable: bool
+    exclusive: bool
+    auto_delete: bool
+    max_retries: int
+    retry_on: type[BaseException] | Sequence[type[BaseException]]
+    backoff: Backoff | None
+    queue_type: QueueType
+    prefetch_count: int | None
+    ordered: bool
+    retired_keys: Sequence[str]
+
 
 # Deliveries held by a process, where the user has not said how many, and at least for each worker.
 _PREFETCH_COUNT = 200
@@ -29,31 +55,12 @@ class Options:
     exclusive: bool
     auto_delete: bool
     max_retries: int
-    retry_on: tuple[type[Exception], ...]
+    retry_on: tuple[type[BaseException], ...]
     backoff: Backoff
-    queue_type: Literal["quorum", "classic"]
+    queue_type: QueueType
     prefetch_count: int | None
     ordered: bool
     retired_keys: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        topology.check_name(self.name, "subscriber")
-        if not self.binding_keys:
-            raise ConfigurationError(
-                f"{self.name} needs at least one binding key, such as 'user.*'."
-            )
-        for key in (*self.binding_keys, *self.retired_keys):
-            if not topology.fits(key):
-                raise ConfigurationError(f"{self.name}: {key!r:.80} is no binding key.")
-        if self.queue_type not in ("quorum", "classic"):
-            raise ConfigurationError(f"{self.name}: queue_type is 'quorum' or 'classic'.")
-        _at_least(self.name, "max_retries", self.max_retries, 0)
-        if self.prefetch_count is not None:
-            _at_least(self.name, "prefetch_count", self.prefetch_count, 1)
-        if self.retry_on and not self.max_retries:
-            raise ConfigurationError(
-                f"{self.name}: retry_on has no effect without max_retries, which is 0."
-            )
 
     def topology(self) -> list[Declaration]:
         """All that must exist on the broker for this subscriber."""
@@ -115,43 +122,68 @@ class Options:
 
 
 def make_options(
-    name: str,
-    binding_keys: Sequence[str],
+    name: object,
+    binding_keys: object,
     dead_letter: bool | None,
-    retry_on: type[Exception] | Sequence[type[Exception]],
+    retry_on: type[BaseException] | Sequence[type[BaseException]],
     backoff: Backoff | None,
-    retired_keys: Sequence[str],
-    **others: Any,
+    retired_keys: Sequence[str] = (),
+    *,
+    exchange: str,
+    exchange_type: str,
+    durable: bool,
+    exclusive: bool,
+    auto_delete: bool,
+    max_retries: int,
+    queue_type: str,
+    prefetch_count: int | None,
+    ordered: bool,
 ) -> Options:
     """The options as a user gives them, checked and with their defaults.
 
     :raises ConfigurationError: when they cannot work, or clash.
     """
-    if isinstance(binding_keys, str):
+    if not isinstance(name, str) and isinstance(binding_keys, str):
         raise ConfigurationError(
-            f"{name}: binding_keys is a list of them: [{binding_keys!r}], not {binding_keys!r}."
+            f"name is {shown(name)} and binding_keys is {shown(binding_keys)}: they are swapped; "
+            "it is register(handler, name, binding_keys)."
         )
-    if isinstance(retired_keys, str):
+    name = topology.check_name(name, "subscriber")
+    durable = flag(durable, f"{name}: durable")
+    exclusive = flag(exclusive, f"{name}: exclusive")
+    auto_delete = flag(auto_delete, f"{name}: auto_delete")
+    temporary = exclusive or auto_delete or not durable
+    max_retries = whole_number(max_retries, f"{name}: max_retries", 0, _MOST_RETRIES)
+    kinds = _exceptions(retry_on, f"{name}: retry_on")
+    if kinds and not max_retries:
         raise ConfigurationError(
-            f"{name}: retired_keys is a list of them: [{retired_keys!r}], not {retired_keys!r}."
+            f"{name}: retry_on has no effect without max_retries, which is 0; "
+            "give max_retries=3, for example."
         )
-    both = sorted({*binding_keys} & {*retired_keys})
-    if both:
-        raise ConfigurationError(
-            f"{name}: {both[0]!r} is both in binding_keys and in retired_keys; leave it out of one."
-        )
-    kinds = (retry_on,) if isinstance(retry_on, type) else tuple(retry_on)
-    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-        raise ConfigurationError(f"{name}: retry_on is a list of exception classes.")
-    temporary = others["exclusive"] or others["auto_delete"] or not others["durable"]
+    if backoff is not None and not isinstance(backoff, Backoff):
+        raise refusal(backoff, f"{name}: backoff", "a Backoff, such as Backoff(first=5)")
+    if prefetch_count is not None:
+        option = f"{name}: prefetch_count"
+        prefetch_count = whole_number(prefetch_count, option, 1, _MOST_PREFETCHED)
+    keys = _binding_keys(binding_keys, name, exchange_type)
     return Options(
         name=name,
-        binding_keys=tuple(binding_keys),
-        dead_letter=not temporary if dead_letter is None else dead_letter,
+        binding_keys=keys,
+        exchange=exchange,
+        exchange_type=exchange_type,
+        dead_letter=(
+            not temporary if dead_letter is None else flag(dead_letter, f"{name}: dead_letter")
+        ),
+        durable=durable,
+        exclusive=exclusive,
+        auto_delete=auto_delete,
+        max_retries=max_retries,
         retry_on=kinds,
         backoff=backoff or Backoff(),
-        retired_keys=tuple(retired_keys),
-        **others,
+        queue_type=_queue_type(queue_type, f"{name}: queue_type"),
+        prefetch_count=prefetch_count,
+        ordered=flag(ordered, f"{name}: ordered"),
+        retired_keys=_retired_keys(retired_keys, name, exchange_type, keys),
     )
 
 
@@ -162,6 +194,103 @@ def _matches_any(binding_keys: tuple[str, ...], routing_key: str) -> bool:
     )
 
 
-def _at_least(name: str, option: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"{name}: {option} is a number from {least} up, not {value!r}.")
+def _retired_keys(
+    given: object, name: str, exchange_type: str, binding_keys: tuple[str, ...]
+) -> tuple[str, ...]:
+    if given in ((), []):
+        return ()
+    keys = _binding_keys(given, name, exchange_type, "retired_keys")
+    both = sorted({*keys} & {*binding_keys})
+    if both:
+        raise ConfigurationError(
+            f"{name}: {both[0]!r} is both in binding_keys and in retired_keys; leave it out of one."
+        )
+    return keys
+
+
+def check_handler(handler: Any, name: object) -> None:
+    """Make sure that calling the handler with an event is what handles the event.
+
+    :raises ConfigurationError: it cannot be called so, or the call would only make a coroutine
+        or a generator, which nobody runs.
+    """
+    text = shown(handler)
+    if not callable(handler):
+        if callable(name):
+            hint = "handler and name are swapped; it is register(handler, name, binding_keys)"
+        elif handler is None:
+            hint = (
+                "pass the function itself, as in register(handle, ...), not register(handle(), ...)"
+            )
+        else:
+            hint = "pass a function that takes a DomainEvent"
+        raise ConfigurationError(f"The handler {text} cannot be called: {hint}.")
+    if inspect.isclass(handler) and any("__call__" in vars(kind) for kind in handler.__mro__):
+        raise ConfigurationError(
+            f"The handler {text} is a class, whose instances handle events; give an instance: "
+            f"{handler.__name__}()."
+        )
+    called = handler
+    while isinstance(called, functools.partial):
+        called = called.func
+    for each in (called, getattr(called, "__call__", None)):  # noqa: B004 - to look into it
+        if inspect.iscoroutinefunction(each):
+            raise ConfigurationError(
+                f"The handler {text} is an async function: calling it runs nothing. Give a plain "
+                "function that runs it, such as: lambda event: asyncio.run(handle(event))."
+            )
+        if inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each):
+            raise ConfigurationError(
+                f"The handler {text} is a generator function (it has a yield): calling it runs "
+                "nothing. Give a function without yield, or one that runs through the generator."
+            )
+    try:
+        inspect.signature(handler).bind(object())
+    except ValueError:
+        pass  # one that is written in C has no signature
+    except TypeError as error:
+        raise ConfigurationError(
+            f"The handler {text} must take one argument, the event; as it is: {error}."
+        ) from error
+
+
+def _binding_keys(
+    given: object, name: str, exchange_type: str, option: str = "binding_keys"
+) -> tuple[str, ...]:
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        hint = f"; give [{plain(given)!r}]" if isinstance(given, str) else ""
+        right = "a list of binding keys, such as ['user.*'], or ['#'] for all events"
+        raise refusal(given, f"{name}: {option}", right, hint)
+    keys = tuple(given)
+    if not keys:
+        raise ConfigurationError(
+            f"{name}: {option} is empty; give at least one, such as 'user.*', or '#' for all."
+        )
+    try:
+        return tuple(topology.check_binding_key(key, exchange_type) for key in keys)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name}: {error}") from None
+
+
+def _exceptions(given: object, option: str) -> tuple[type[BaseException], ...]:
+    kinds = (
+        tuple(given)
+        if isinstance(given, Iterable) and not isinstance(given, str | type)
+        else (given,)
+    )
+    for kind in kinds:
+        # Also those of gevent and asyncio, but not what ends the process.
+        right = isinstance(kind, type) and issubclass(kind, BaseException)
+        if not right or issubclass(kind, SystemExit | KeyboardInterrupt):
+            raise refusal(
+                kind, option, "exception classes, such as (ConnectionError, TimeoutError)"
+            )
+    return kinds
+
+
+def _queue_type(given: object, option: str) -> QueueType:
+    if given == "quorum":
+        return "quorum"
+    if given == "classic":
+        return "classic"
+    raise refusal(given, option, "'quorum' or 'classic'")

@@ -17,6 +17,7 @@ from uuid import UUID
 from domain_events import message as messages
 from domain_events import settings, topology
 from domain_events.broker import Publication, Publishing, connect
+from domain_events.checks import seconds
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -28,6 +29,7 @@ from domain_events.events import DomainEvent
 from domain_events.message import Message
 from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.topology import ExchangeType
 
 # What `publish_many` has under way at most. Larger than the connection's own window, so that
 # the connection is never out of work while the next events are made ready.
@@ -55,13 +57,13 @@ class Publisher:
         self,
         connection_settings: ConnectionSettings = DEFAULT,
         exchange: str = "domain-events",
-        exchange_type: str = "topic",
+        exchange_type: ExchangeType = "topic",
         *,
         timeout: float = 10.0,
     ) -> None:
         self._urls = settings.resolve(connection_settings)
         self._exchange = topology.check_name(exchange, "exchange")
-        self._exchange_type = exchange_type
+        self._exchange_type = topology.check_exchange_type(exchange_type)
         self._timeout = _checked_timeout(timeout)
         self._publishing = self._connect(self._urls)
         # In a test that has replaced the broker: by what, and the connection to it.
@@ -301,7 +303,8 @@ def _checked_timeout(timeout: float) -> float:
 
 # --- the process's own publishers, for `publish_domain_event` ------------------------------------
 
-_publishers: dict[tuple[str, ...] | None, Publisher] = {}
+# By URLs and exchange.
+_publishers: dict[tuple[tuple[str, ...] | None, str], Publisher] = {}
 _publishers_lock = threading.RLock()
 
 
@@ -315,49 +318,62 @@ def publish_domain_event(
     *,
     mandatory: bool = False,
     timeout: float = 10.0,
+    exchange: str = "domain-events",
 ) -> DomainEvent:
     """Publish a domain event and wait until the broker has confirmed it.
 
-    One connection per broker serves the whole process; it is made with the first event and
-    closed when the program ends. See `DomainEvent` for what the arguments mean and
-    `Publisher.publish` for what is promised.
+    One connection per broker and exchange serves the whole process; it is made with the first
+    event and closed when the program ends, or by `close_publishers`. See `DomainEvent` for what
+    the arguments mean and `Publisher.publish` for what is promised.
 
     :param connection_settings: another broker than the process's default; None publishes
         nothing and returns the event all the same.
     :param mandatory: raise `EventUnroutable` when no queue is bound for the routing key.
     :param timeout: seconds until the deadline.
+    :param exchange: where to publish; a topic exchange.
     :return: the event that was published, with its id and its timestamp.
     :raises DomainEventsError: as `Publisher.publish` does.
     """
     event = DomainEvent(routing_key, data, domain_object_id, uuid_string, timestamp)
-    publisher = _publisher(settings.resolve(connection_settings))
+    publisher = _publisher(settings.resolve(connection_settings), exchange)
     return publisher.publish(event, mandatory=mandatory, timeout=timeout)
 
 
-def _publisher(urls: tuple[str, ...] | None) -> Publisher:
-    publisher = _publishers.get(urls)
+def _publisher(urls: tuple[str, ...] | None, exchange: str) -> Publisher:
+    if type(exchange) is not str:
+        exchange = topology.check_name(exchange, "exchange")
+    publisher = _publishers.get((urls, exchange))
     if publisher is None:
         with _publishers_lock:
             if not _publishers:
-                atexit.unregister(_close_publishers)  # of publishers that are closed already
-                atexit.register(_close_publishers)
-            publisher = _publishers.get(urls) or Publisher(urls)
-            _publishers[urls] = publisher
+                atexit.unregister(close_publishers)  # of publishers that are closed already
+                atexit.register(close_publishers)
+            publisher = _publishers.get((urls, exchange)) or Publisher(urls, exchange)
+            _publishers[urls, exchange] = publisher
     return publisher
 
 
-def close_publisher(urls: tuple[str, ...]) -> None:
-    """For `testing`: close the process's publisher for this broker, and forget it."""
-    with _publishers_lock:
-        publisher = _publishers.pop(urls, None)
-    if publisher is not None:
-        publisher.close()
+def close_publishers(timeout: float = _CLOSE_TIMEOUT) -> None:
+    """Close the connections of `publish_domain_event`, after what is under way in other threads.
 
+    They are made again with the next event. The end of the program does so by itself; this is for
+    one that goes on without publishing, or that ends its threads in an order of its own.
 
-def _close_publishers() -> None:
+    :param timeout: seconds that all of this takes at most.
+    :raises ConfigurationError: when ``timeout`` is not a positive number.
+    """
+    deadline = time.monotonic() + seconds(timeout)
     with _publishers_lock:
         publishers = list(_publishers.values())
         _publishers.clear()
+    for publisher in publishers:
+        publisher.close(max(0.0, deadline - time.monotonic()))
+
+
+def close_publisher(urls: tuple[str, ...]) -> None:
+    """For `testing`: close the process's publishers for this broker, and forget them."""
+    with _publishers_lock:
+        publishers = [_publishers.pop(key) for key in list(_publishers) if key[0] == urls]
     for publisher in publishers:
         publisher.close()
 

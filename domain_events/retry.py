@@ -6,6 +6,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from domain_events.text import printable
+
 #: Delays are counted in units of a tenth of a second, by 24 binary levels (`topology`).
 SHORTEST_DELAY = 0.1
 LONGEST_DELAY = SHORTEST_DELAY * (2**24 - 1)
@@ -57,10 +59,13 @@ class Backoff:
     def __post_init__(self) -> None:
         checked_delay(self.first, "Backoff.first")
         checked_delay(self.maximum, "Backoff.maximum")
-        if not self.factor >= 1:
-            raise ValueError(f"Backoff.factor must be 1 or more, not {self.factor!r}.")
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"Backoff.jitter is a share from 0 to 1, not {self.jitter!r}.")
+        # A NaN compares false.
+        if not _is_number(self.factor) or not self.factor >= 1:
+            raise ValueError(f"Backoff.factor must be 1 or more, not {printable(self.factor, 80)}.")
+        if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
+            raise ValueError(
+                f"Backoff.jitter is a share from 0 to 1, not {printable(self.jitter, 80)}."
+            )
 
     def delay(self, retry: int) -> float:
         """Seconds to wait before the ``retry``-th retry, counted from 1."""
@@ -80,8 +85,15 @@ def units_of(delay: float) -> int:
 def checked_delay(delay: float, name: str) -> float:
     """The delay, if the delay levels can keep it; else a `ValueError` that says the bounds."""
     # A NaN compares false.
-    if not isinstance(delay, int | float) or not 0 <= delay <= LONGEST_DELAY:
+    if not _is_number(delay) or not 0 <= delay <= LONGEST_DELAY:
+        shown = printable(delay, 80)
+        if hasattr(delay, "total_seconds"):
+            shown += "; give its total_seconds()"
         raise ValueError(
-            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {delay!r}."
+            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {shown}."
         )
     return delay
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

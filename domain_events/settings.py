@@ -14,10 +14,16 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias
 
+from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
-from domain_events.topology import fits
+from domain_events.log import Log
+from domain_events.text import plain
+from domain_events.topology import LONGEST_NAME, fits
+from domain_events.urls import trouble
+
+log = Log("domain_events")
 
 ENVIRONMENT = ("DOMAIN_EVENTS_URL", "AMQP_URL", "RABBITMQ_URL", "CLOUDAMQP_URL")
 FALLBACK = "amqp://guest:guest@localhost:5672/%2F"
@@ -39,6 +45,10 @@ _configured: ConnectionSettings = DEFAULT
 _replacements: list[tuple[str, ...]] = []
 _app_id: str | None = None
 
+# Where None was given, by way of what; and whether that was said.
+_switched_off: dict[str, str] = {}
+_said: set[str] = set()
+
 
 class _Addresses(tuple[str, ...]):
     """URLs whose passwords are not seen in a debugger, or in whatever shows what holds them."""
@@ -48,6 +58,8 @@ class _Addresses(tuple[str, ...]):
     def __repr__(self) -> str:
         return f"({', '.join(map(shown, self))})"
 
+
+_PACKAGE = __name__.partition(".")[0] + "."
 
 # A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
 _BETWEEN_URLS = re.compile(r"\s*,\s*(?=[a-z]+://)", re.IGNORECASE)
@@ -68,15 +80,23 @@ def configure(
 
     :param connection_settings: an AMQP URL; several for the nodes of a cluster (a sequence, or
         separated by commas); ``memory://`` for the embedded broker, which lives in this process
-        and is for trying and testing; ``None`` to switch publishing and subscribing off.
+        and is for trying and testing; ``None`` to switch publishing and subscribing off, which
+        the log says once, as a warning, at the first use. A URL without a vhost, or with nothing
+        behind the last slash, means the vhost ``/``.
     :param app_id: the name under which this program publishes; its file's name if left out.
     :raises ConfigurationError: when it is none of these.
     """
     global _configured, _app_id
-    _split(connection_settings)
-    if app_id is not None and not fits(app_id):
-        raise ConfigurationError("app_id is a text of at most 255 bytes.")
-    _configured, _app_id = connection_settings, app_id
+    urls = _split(connection_settings)
+    if app_id is not None:
+        if not fits(app_id):
+            raise refusal(app_id, "app_id", f"a str of at most {LONGEST_NAME} bytes")
+        app_id = plain(app_id)
+    _configured, _app_id = urls or connection_settings, app_id
+    _switched_off.pop("to configure()", None)
+    _said.discard("to configure()")
+    if urls is None:
+        _switched_off["to configure()"] = _caller()
 
 
 def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...] | None:
@@ -88,17 +108,34 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
     """
     if _replacements:
         return _replacements[-1]
+    if connection_settings is None:
+        if not _switched_off:  # else it may be what `configure` was given, on its way inside
+            _switched_off["as an argument"] = _caller()
+        return None
     if connection_settings is DEFAULT or connection_settings == "":
         connection_settings = _configured
         if connection_settings is DEFAULT or connection_settings == "":
-            found = (os.environ[name] for name in ENVIRONMENT if os.environ.get(name))
-            connection_settings = next(found, FALLBACK)
+            return _of_environment()
     return _split(connection_settings)
 
 
 def replaced(urls: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """What has taken the place of these URLs, which `resolve` gave earlier; else the same."""
-    return _replacements[-1] if _replacements else urls
+    """What has taken the place of these URLs, which `resolve` gave earlier; else the same.
+
+    Asked at each use of a broker; says so once when there is none.
+    """
+    if _replacements:
+        return _replacements[-1]
+    if urls is None and not _said.issuperset(_switched_off):
+        _said.update(_switched_off)
+        given = "; ".join(f"{way} in {place}" for way, place in _switched_off.items())
+        log.warning(
+            "Publishing and subscribing are switched off, since connection_settings is None (given "
+            "%s): no event is sent or received. If that is not meant, give an AMQP URL; the "
+            "environment variable that it comes from may not be set.",
+            given,
+        )
+    return urls
 
 
 @contextmanager
@@ -133,20 +170,57 @@ def shown(url: str) -> str:
     return f"{found['scheme']}{user}{found['rest']}"
 
 
+def _of_environment() -> tuple[str, ...]:
+    for name in ENVIRONMENT:
+        # Files of environment variables (docker run --env-file) keep quotes and spaces.
+        value = os.environ.get(name, "").strip().strip("'\"").strip()
+        if value:
+            try:
+                return _split(value) or ()
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{error} (In the environment variable {name}.)") from None
+    return (FALLBACK,)
+
+
 def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
     if connection_settings is None:
         return None
     if connection_settings is DEFAULT or connection_settings == "":
         return ()
     if isinstance(connection_settings, str):
-        urls = _Addresses(_BETWEEN_URLS.split(connection_settings.strip()))
-    else:
-        given = connection_settings if isinstance(connection_settings, Sequence) else ()
-        urls = _Addresses(given)
-    # The settings themselves are not shown: there may be a password in them.
+        return _addresses(plain(connection_settings))
+    urls = connection_settings if isinstance(connection_settings, list | tuple) else ()
     if not urls or not all(isinstance(url, str) and url for url in urls):
-        raise ConfigurationError(
-            "connection_settings is an AMQP URL, several of them (a sequence, or separated by "
-            f"commas), or None; this is a {type(connection_settings).__name__}."
+        # Not shown themselves: there may be a password in them.
+        kind = type(connection_settings).__name__
+        if urls:
+            kind += " of " + ", ".join(sorted({type(url).__name__ for url in urls}))
+        _refuse(
+            "connection_settings must be an AMQP URL (a str, such as "
+            "amqp://user:password@host:5672/vhost), a list of such URLs, or None, not of type "
+            f"{kind}. Of another library's URL give str(url), of bytes url.decode()."
         )
-    return urls
+    return _Addresses(address for url in urls for address in _addresses(plain(url)))
+
+
+@lru_cache(maxsize=64)
+def _addresses(text: str) -> _Addresses:
+    """The URLs in a text."""
+    addresses = _Addresses(_BETWEEN_URLS.split(text.strip()))
+    for url in addresses:
+        if why := trouble(url):
+            _refuse(f"connection_settings: {shown(url)} cannot be a broker's URL: {why}")
+    return addresses
+
+
+def _refuse(why: str) -> NoReturn:
+    # Here, where no variable has a password in it: pytest shows those of the function that raises.
+    raise ConfigurationError(why)
+
+
+def _caller() -> str:
+    """Where the application has called us: its file and line."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"

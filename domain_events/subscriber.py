@@ -10,17 +10,25 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from weakref import ref
 
 from domain_events import settings, topology
 from domain_events.broker import Consuming, Publishing, connect
+from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.options import make_options
+from domain_events.options import QueueType, check_handler, make_options
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.subscription import Delivered, Handler, Moves, Subscription
+from domain_events.topology import ExchangeType
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from domain_events.options import RegisterOptions
 
 log = Log("domain_events")
 
@@ -29,6 +37,12 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 # How long stopping may take: what is not confirmed yet, and closing.
 _MOVE_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 10.0
+
+# Each is a thread of its own.
+_MOST_WORKERS = 1000
+
+# Those of this process, to notice two that share a queue by mistake.
+_subscribers: list[ref[Subscriber]] = []
 
 
 class Subscriber:
@@ -40,7 +54,7 @@ class Subscriber:
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
     :param exchange: where events are published. It is declared.
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
-    :param workers: how many handlers run at the same time.
+    :param workers: how many handlers run at the same time, each in a thread; up to 1,000.
     :param timeout: seconds within which the broker must give each answer that `register` needs.
     :raises ConfigurationError: for settings that cannot work.
     """
@@ -49,18 +63,16 @@ class Subscriber:
         self,
         connection_settings: ConnectionSettings = DEFAULT,
         exchange: str = "domain-events",
-        exchange_type: str = "topic",
+        exchange_type: ExchangeType = "topic",
         *,
         workers: int = 1,
         timeout: float = 10.0,
     ) -> None:
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise ConfigurationError(f"workers is a number from 1 up, not {workers!r}.")
         self._urls = settings.resolve(connection_settings)
         self.exchange = topology.check_name(exchange, "exchange")
-        self.exchange_type = exchange_type
-        self._workers = workers
-        self._timeout = timeout
+        self.exchange_type = topology.check_exchange_type(exchange_type)
+        self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
+        self._timeout = seconds(timeout)
         self._broker = None if self._urls is None else connect(self._urls)
         self._subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
@@ -71,6 +83,7 @@ class Subscriber:
         self._moves = Moves(self._publishing_connection)
         self._run: Run | None = None
         self._stop_at_start = False
+        _subscribers.append(ref(self, _subscribers.remove))
 
     def register(
         self,
@@ -83,9 +96,9 @@ class Subscriber:
         auto_delete: bool = False,
         max_retries: int = 0,
         *,
-        retry_on: type[Exception] | Sequence[type[Exception]] = (),
+        retry_on: type[BaseException] | Sequence[type[BaseException]] = (),
         backoff: Backoff | None = None,
-        queue_type: Literal["quorum", "classic"] = "quorum",
+        queue_type: QueueType = "quorum",
         prefetch_count: int | None = None,
         ordered: bool = False,
         retired_keys: Sequence[str] = (),
@@ -100,7 +113,7 @@ class Subscriber:
         is in ``retry_on``. **It must be idempotent**: after a crash an event can come a second
         time, with the same ``uuid_string``.
 
-        :param handler: called with a `DomainEvent`.
+        :param handler: called with a `DomainEvent`; a plain function, not ``async``.
         :param name: the subscriber's name, and its queue's; the same in each deployment.
         :param binding_keys: routing keys, with ``*`` for one word and ``#`` for any number.
         :param dead_letter: keep what the handler gave up as dead letters in the queue
@@ -117,7 +130,8 @@ class Subscriber:
             being handled; the fewer, the more evenly slow handlers in several processes share
             the work. If left out, 200, or four for each worker if that is more.
         :param ordered: with several workers, never handle two events of one
-            ``domain_object_id`` at the same time, and handle them in their order.
+            ``domain_object_id`` at the same time, and handle them in their order. With one
+            worker it is always so.
         :param retired_keys: binding keys of earlier releases under which nobody is to receive
             any more. They are unbound, and what still comes by them is acked unhandled. A key that
             is merely no longer listed stays bound, for other releases of this subscriber may yet
@@ -126,6 +140,7 @@ class Subscriber:
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
         :raises TopologyError: the queue exists with other arguments, or is taken.
         """
+        check_handler(handler, name)
         options = make_options(
             name,
             binding_keys,
@@ -143,14 +158,22 @@ class Subscriber:
             prefetch_count=prefetch_count,
             ordered=ordered,
         )
-        if not callable(handler):
-            raise ConfigurationError(f"{name}: the handler cannot be called: {handler!r}.")
-        if any(each.options.name == name for each in self._subscriptions):
-            raise ConfigurationError(f"{name} is registered already, with this Subscriber.")
+        if any(each.options.name == options.name for each in self._subscriptions):
+            raise ConfigurationError(
+                f"{options.name} is registered already, with this Subscriber: two handlers on one "
+                "queue would each get only some of the events. Give each a name of its own."
+            )
         self._follow()
         if self._broker is not None:
             self._consuming_connection().declare(options.topology(), self._timeout)
         subscription = Subscription(handler, options, self._moves)
+        self._warn_of_sharing(subscription)
+        if options.exchange_type == "direct" and any(map(topology.has_wildcards, binding_keys)):
+            log.warning(
+                "%s: '*' and '#' are letters on a direct exchange, and not wildcards: %s",
+                options.name,
+                ", ".join(options.binding_keys),
+            )
         with self._lock:
             # One lock with `start_consuming`, or both would consume from the new queue.
             self._subscriptions.append(subscription)
@@ -158,8 +181,21 @@ class Subscriber:
             if run is not None:
                 run.consume(subscription)
 
+    @overload
     def on(
-        self, *binding_keys: str, name: str, **options: Any
+        self,
+        binding_key: str,
+        /,
+        *binding_keys: str,
+        name: str,
+        **options: Unpack[RegisterOptions],
+    ) -> Callable[[AnyHandler], AnyHandler]: ...
+
+    @overload
+    def on(self, *, name: str, **options: Any) -> NoReturn: ...
+
+    def on(
+        self, *binding_keys: str, name: str | None = None, **options: Any
     ) -> Callable[[AnyHandler], AnyHandler]:
         """`register`, as a decorator; the function itself is left as it is.
 
@@ -168,6 +204,15 @@ class Subscriber:
             @subscriber.on('user.registered', 'user.imported', name='welcome-mail')
             def send_welcome_mail(event): ...
         """
+
+        example = "@subscriber.on('user.registered', name='welcome-mail')"
+        if not all(isinstance(key, str) for key in binding_keys):
+            raise ConfigurationError(
+                "on() takes binding keys one by one and is called before it decorates, as in "
+                f"{example}; a list of keys is given as on(*keys, name=...)."
+            )
+        if name is None:
+            raise ConfigurationError(f"on() needs the subscriber's name, as in {example}.")
 
         def decorate(handler: AnyHandler) -> AnyHandler:
             self.register(handler, name, binding_keys, **options)
@@ -189,12 +234,16 @@ class Subscriber:
         :param timeout: stop after about so many seconds; never, if None.
         :raises ConfigurationError: nothing is registered, or the broker refuses the password.
         """
+        if timeout is not None:
+            timeout = seconds(timeout, zero=True)
         self._follow()
         if self._broker is None:
-            log.debug("No broker is configured; nothing to consume.")
             return
         if not self._subscriptions:
-            raise ConfigurationError("Nothing is registered with this Subscriber.")
+            raise ConfigurationError(
+                "Nothing is registered with this Subscriber; call register() before "
+                "start_consuming()."
+            )
         run = Run(self._consuming_connection(), self._workers, timeout)
         self._carry_out(run, run.work)
 
@@ -207,7 +256,10 @@ class Subscriber:
         """Do the work of a run, and end it in order."""
         with self._lock:
             if self._run is not None and self._run.pid == os.getpid():
-                raise ConfigurationError("This Subscriber is consuming already.")
+                raise ConfigurationError(
+                    "This Subscriber is consuming already; for more handlers at a time there is "
+                    "Subscriber(workers=...)."
+                )
             self._run = run
             subscriptions = list(self._subscriptions)
         if observe is not None:
@@ -269,6 +321,23 @@ class Subscriber:
     ) -> None:
         self.close()
 
+    def _warn_of_sharing(self, new: Subscription) -> None:
+        """Of another Subscriber of this process with this name that is not the same subscriber."""
+        name = new.options.name
+        for other in [each() for each in list(_subscribers)]:
+            # One that is closed stands for a process that has ended.
+            if other is None or other is self or other._consuming is None:
+                continue
+            if other._connected_to == self._connected_to and any(
+                old.options.name == name and not _is_same(old, new) for old in other._subscriptions
+            ):
+                log.warning(
+                    "%s is registered by two Subscribers of this process, with different handlers "
+                    "or binding keys: they share one queue, so that each gets only some of the "
+                    "events. Give each a name of its own.",
+                    name,
+                )
+
     def _follow(self) -> None:
         """Go over to the broker that a test has put in the place of ours, or back."""
         urls = settings.replaced(self._urls)
@@ -296,6 +365,19 @@ class Subscriber:
         run = self._run
         if run is not None:
             run.stop()
+
+
+def _is_same(one: Subscription, other: Subscription) -> bool:
+    if (one.options.exchange, set(one.options.binding_keys)) != (
+        other.options.exchange,
+        set(other.options.binding_keys),
+    ):
+        return False
+    # Each of several threads may have made the function anew.
+    code = getattr(one.handler, "__code__", None)
+    return one.handler == other.handler or (
+        code is not None and code is getattr(other.handler, "__code__", None)
+    )
 
 
 def work_off(subscriber: Subscriber, observe: Callable[[Delivered], None]) -> None:

@@ -120,7 +120,7 @@ class Subscription:
         observe: Callable[[Delivered], None] | None = None,
     ) -> None:
         self.options = options
-        self._handler = handler
+        self.handler = handler
         self._moves = moves
         self._observe = observe
         # Whether an event with this routing key is listed.
@@ -131,7 +131,7 @@ class Subscription:
 
     def observed(self, observe: Callable[[Delivered], None]) -> Subscription:
         """The same handler and options, watched."""
-        return Subscription(self._handler, self.options, self._moves, observe)
+        return Subscription(self.handler, self.options, self._moves, observe)
 
     def handle(self, delivery: Delivery, consumer: Consumer) -> None:
         """Have the delivery handled and settled.
@@ -186,7 +186,7 @@ class Subscription:
         name = self.options.name
         token = messages.handling.set((event, delivery))
         try:
-            result = self._handler(event)
+            result = self.handler(event)
             if result is not None:
                 _check_finished(result)
         except Retry as signal:

@@ -31,10 +31,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias, cast, get_args
 
+from domain_events.checks import refusal, shown
 from domain_events.errors import ConfigurationError
 from domain_events.retry import SHORTEST_DELAY, units_of
+from domain_events.text import plain
 
 LEVELS = 24
 
@@ -47,6 +49,7 @@ _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
 _RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 _CONFIRMED_DEAD_LETTERING = {
     "x-dead-letter-strategy": "at-least-once",
@@ -93,6 +96,9 @@ class Unbinding:
     destination: str
     binding_key: str
 
+
+#: Types of exchanges that every RabbitMQ has. A plug-in's begin with ``x-``.
+ExchangeType: TypeAlias = Literal["topic", "direct", "fanout", "headers"]
 
 Declaration: TypeAlias = Exchange | Queue | Binding | Unbinding
 Topology: TypeAlias = Sequence[Declaration]
@@ -219,25 +225,110 @@ def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
     return _level(exchange, units.bit_length() - 1), f"{bits}.{name}"
 
 
-def check_name(name: str, what: str) -> str:
-    """The name of a subscriber or an exchange, if the topology above can be built from it.
+def check_name(name: object, what: str) -> str:
+    """The name of a subscriber or an exchange as plain text, if the topology can be built from it.
 
-    :raises ConfigurationError: when it is empty, too long, reserved or has wildcards.
+    :raises ConfigurationError: when it is not a text, empty, too long, reserved or has wildcards.
     """
     room = LONGEST_NAME - 2 * LEVELS
     if not isinstance(name, str) or not name:
-        raise ConfigurationError(f"The {what} needs a name.")
+        raise ConfigurationError(
+            f"The {what} needs a name: a str that is not empty, not {shown(name)}."
+        )
+    name = plain(name)
     try:
         size = len(name.encode())
     except UnicodeEncodeError as error:
-        raise ConfigurationError(f"The {what} {name[:40]!r} is no valid Unicode.") from error
+        raise ConfigurationError(
+            f"The {what}'s name {name[:40]!r} is not valid Unicode."
+        ) from error
+    text = shown(name)
     if size > room:
-        raise ConfigurationError(f"The {what} {name[:40]!r}... is longer than {room} bytes.")
+        raise ConfigurationError(
+            f"The {what}'s name {text} is longer than {room} bytes, which leave room for the "
+            "names that are built from it; choose a shorter one."
+        )
     if name.startswith("amq."):
-        raise ConfigurationError(f"The {what} {name!r}: names in 'amq.' belong to the broker.")
+        raise ConfigurationError(
+            f"The {what}'s name {text}: names in 'amq.' belong to the broker; choose another one."
+        )
     if has_wildcards(name):
-        raise ConfigurationError(f"The {what} {name!r} has a wildcard ('*' or '#') for a word.")
+        raise ConfigurationError(
+            f"The {what}'s name {text} has a wildcard ('*' or '#') for a word; wildcards belong "
+            "into binding_keys."
+        )
+    if name != name.strip() or _CONTROL.search(name):
+        raise ConfigurationError(
+            f"The {what}'s name {text} begins or ends with a space, or has a control character "
+            "in it; leave it out."
+        )
     return name
+
+
+def check_exchange_type(exchange_type: object) -> ExchangeType:
+    """The type of an exchange as plain text.
+
+    :raises ConfigurationError: when no RabbitMQ has such a type.
+    """
+    if isinstance(exchange_type, str):
+        exchange_type = plain(exchange_type)
+        if exchange_type in get_args(ExchangeType) or exchange_type.startswith("x-"):
+            return cast(ExchangeType, exchange_type)
+    types = ", ".join(map(repr, get_args(ExchangeType)))
+    raise refusal(exchange_type, "exchange_type", f"one of {types}, or a plug-in's ('x-...')")
+
+
+def check_binding_key(key: object, exchange_type: str) -> str:
+    """A binding key as plain text, if it can ever match.
+
+    On a topic exchange, that is: a ``*`` or ``#`` within a word is a letter to the broker, and
+    matches nothing that anybody means.
+
+    :raises ConfigurationError: when it cannot.
+    """
+    if not isinstance(key, str):
+        raise refusal(key, "each of binding_keys", "a str such as 'user.*'")
+    key = plain(key)
+    text = shown(key)
+    if not fits(key):
+        raise ConfigurationError(
+            f"The binding key {text} must be valid Unicode of at most {LONGEST_NAME} bytes."
+        )
+    if exchange_type not in ("topic", "direct"):
+        return key  # means nothing there, or something else
+    if not key:
+        raise ConfigurationError(
+            "A binding key is empty; give one such as 'user.*', or '#' for all."
+        )
+    if why := mistyped(key):
+        raise ConfigurationError(f"The binding key {text} {why}, so it matches nothing meant.")
+    if exchange_type == "topic" and (part := _half_wildcard(key)):
+        stem = key.split(part)[0] + part.split("*")[0].split("#")[0]
+        stem = stem.rstrip(".") or "user"
+        raise ConfigurationError(
+            f"The binding key {text} has a wildcard within the word {part!r}, where it is a "
+            f"letter. Wildcards stand for whole words between dots: '{stem}.*' for one word, "
+            f"'{stem}.#' for any number of them."
+        )
+    return key
+
+
+def mistyped(key: str) -> str:
+    """What is odd about a key, in words; empty if nothing is.
+
+    The broker takes such keys, and compares them word by word, character by character.
+    """
+    if key != key.strip():
+        return "begins or ends with a space"
+    if "" in key.split("."):
+        return "has an empty word (a dot at its beginning or end, or two in a row)"
+    return "has a control character" if _CONTROL.search(key) else ""
+
+
+def _half_wildcard(key: str) -> str:
+    """The first word that has a wildcard in it and is none."""
+    words = key.split(".")
+    return next((word for word in words if len(word) > 1 and not {"*", "#"}.isdisjoint(word)), "")
 
 
 def fits(text: object) -> bool:

@@ -31,7 +31,6 @@ from domain_events import (
     Subscriber,
     configure,
     publish_domain_event,
-    publisher,
     replay_all,
     replay_event,
 )
@@ -48,7 +47,7 @@ def default_broker(broker_url: str) -> Iterator[None]:
     configure(broker_url)
     yield
     configure()
-    publisher._close_publishers()
+    domain_events.close_publishers()
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import sys
 import textwrap
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -243,6 +245,14 @@ def test_repr_names_the_event_and_tells_nothing_of_its_data() -> None:
     assert repr(event) == "<DomainEvent 'user.registered' id-1, about 17, retry 2>"
 
 
+def test_repr_is_a_short_line_whatever_others_have_written() -> None:
+    """An id that clears the screen, a key with a newline, an object of a megabyte."""
+    event = DomainEvent("a\n.b", {}, "x" * 10**6, "\x1b[2J" + "y" * 10**6)
+    assert repr(event).isprintable()
+    assert len(repr(event)) < 800
+    assert repr(event).startswith(r"<DomainEvent 'a\n.b' \x1b[2Jyyy")
+
+
 # ------------------------------------------------------------------ to JSON
 
 
@@ -345,7 +355,7 @@ def test_data_that_is_not_json_is_an_invalid_event(data: object) -> None:
     with pytest.raises(InvalidEvent, match=r"user\.registered") as caught:
         event.to_json()
     assert caught.value.event is event
-    assert isinstance(caught.value.__cause__, TypeError | ValueError)
+    assert isinstance(caught.value.__cause__, TypeError | ValueError | RecursionError)
 
 
 def test_data_nested_too_deeply_is_an_invalid_event() -> None:
@@ -360,7 +370,148 @@ def test_the_error_names_the_type_that_is_not_json() -> None:
         DomainEvent("a.b", {"since": timedelta(1)}).to_json()
 
 
+class Count(IntEnum):
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {1: "a", "1": "b"},
+        {"1": "b", 1: "a"},
+        {True: "a", "true": "b"},
+        {False: "a", "false": "b"},
+        {None: "a", "null": "b"},
+        {1.5: "a", "1.5": "b"},
+        {-0.0: "a", "-0.0": "b"},
+        {Count.ONE: "a", "1": "b"},
+        OrderedDict({1: "a", "1": "b"}),
+        {"{": {1: "a", "1": "b"}},
+        {"x": [({"y": {1: "a", "1": "b"}},)]},
+        [{1: "a", "1": "b"}],
+        Address({1: "a", "1": "b"}, date(2020, 1, 1)),  # type: ignore[arg-type]
+        {"x": Address({"y": {1: "a", "1": "b"}}, date(2020, 1, 1))},  # type: ignore[arg-type]
+        Enum("E", {"X": {1: "a", "1": "b"}}).X,  # type: ignore[attr-defined]
+    ],
+    ids=repr,
+)
+def test_keys_that_are_one_in_json_are_refused(data: object) -> None:
+    """At any depth, in whatever is told as an object: one of the two values would be lost."""
+    with pytest.raises(InvalidEvent, match=r"same text in JSON.*lost") as caught:
+        DomainEvent("user.registered", data).to_json()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+json_keys = st.text("1{}ate.") | st.integers(0, 2) | st.booleans() | st.none() | st.just(0.5)
+keyed_values = st.recursive(
+    st.none() | st.integers() | st.text('{}"a:'),
+    lambda values: (
+        st.lists(values, max_size=3)
+        | st.lists(values, max_size=3).map(tuple)
+        | st.dictionaries(json_keys | st.just("true") | st.just("null"), values, max_size=4)
+    ),
+    max_leaves=10,
+)
+
+
+def clashes(value: object) -> bool:
+    """Whether two keys of a dict in it are the same in JSON; told by the standard library."""
+    if isinstance(value, dict):
+        told = [next(iter(json.loads(json.dumps({key: 0})))) for key in value]
+        return len(set(told)) < len(told) or any(map(clashes, value.values()))
+    return isinstance(value, list | tuple) and any(map(clashes, value))
+
+
+@patient
+@given(keyed_values, st.text('{}"data: '))
+@example({"a": 1}, '"data": {')
+@example({1: 1, "1": 1}, '"data": {')
+def test_no_value_is_lost_in_json(data: object, routing_key: str) -> None:
+    """What has clashing keys is refused; everything else says what json.dumps does."""
+    event = DomainEvent(routing_key, data)
+    if clashes(data):
+        with pytest.raises(InvalidEvent, match="same text in JSON"):
+            event.to_json()
+    else:
+        assert event.to_json() == json.dumps(event.event_data)
+
+
+def test_error_says_where_in_the_data() -> None:
+    """Through dicts, lists and dataclasses; not more of it than fits a line."""
+    moved = Moved(UUID(int=2), Address("x", {1}))  # type: ignore[arg-type]
+    with pytest.raises(InvalidEvent, match=r"at event\.data\['a'\]\[1\]\.to\.since\)$"):
+        DomainEvent("a.b", {"a": [0, moved]}).to_json()
+    with pytest.raises(InvalidEvent) as caught:
+        DomainEvent("a.b", {"x" * 10_000: {"\n": b""}}).to_json()
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_data_that_contains_itself_says_so() -> None:
+    """A dict in itself, a dataclass in itself."""
+    event = DomainEvent("a.b", circular())
+    moved = Moved(UUID(int=1), None)  # type: ignore[arg-type]
+    moved.to = moved  # type: ignore[assignment]
+    for each in (event, DomainEvent("a.b", moved)):
+        with pytest.raises(InvalidEvent, match="contains itself"):
+            each.to_json()
+
+
+def test_other_pythons_encode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without the encoder in C: PyPy."""
+    data = {"x": [1.5, None, "ü"], "y": UUID(int=1), 1: True}
+    expected = DomainEvent("a.b", data, uuid_string="id", timestamp=1).to_json()
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    monkeypatch.setattr(events_module, "_encode", events_module._encoder())
+    assert DomainEvent("a.b", data, uuid_string="id", timestamp=1).to_json() == expected
+
+
+def test_missing_attribute_breaks_no_protocol() -> None:
+    """Of copying, pickling, or whoever asks whether there is one; also half-way through."""
+    event = DomainEvent("a.b", {"__deepcopy__": 1, "__setstate__": 2, "keys": 3})
+    for twin in (copy.copy(event), copy.deepcopy(event), pickle.loads(pickle.dumps(event))):
+        assert (twin, vars(twin)) == (event, vars(event))
+    empty = DomainEvent.__new__(DomainEvent)
+    assert not hasattr(empty, "data")
+    assert not hasattr(event, "keys")
+    assert getattr(event, "__deepcopy__", None) is None
+
+
 # ------------------------------------------------------------------ from JSON
+
+
+@pytest.mark.parametrize("encode", [str, str.encode])
+def test_byte_order_mark_is_read_over(encode: Callable[[str], bytes | str]) -> None:
+    """.NET's encoder writes one before its UTF-8."""
+    event = DomainEvent("a.b", {"name": "\ufeffAda"}, 5)
+    assert DomainEvent.from_json(encode("\ufeff" + event.to_json())) == event
+    with pytest.raises(InvalidEvent):
+        DomainEvent.from_json(encode("\ufeff\ufeff" + event.to_json()))
+
+
+@pytest.mark.parametrize("data", [None, {}, [], "", 0, False])
+def test_null_is_read_as_none(data: object) -> None:
+    """And every other empty value as itself; only a constructor without data makes a dict."""
+    body = json.dumps({"routing_key": "a.b", "data": data})
+    event = DomainEvent.from_json(body)
+    assert event.data == data
+    assert type(event.data) is type(data)
+    assert json.loads(event.to_json())["data"] == data
+    assert pickle.loads(pickle.dumps(event)).data == data
+    assert DomainEvent("a.b", None).data == {}
+
+
+def test_reading_makes_an_event_of_the_class_that_reads() -> None:
+    """With all that a new one has."""
+
+    class Mine(DomainEvent):
+        pass
+
+    event = Mine.from_json('{"routing_key": "a.b", "data": 1}')
+    assert type(event) is Mine
+    assert UUID(event.uuid_string).version == 4
+    assert abs(event.timestamp - time.time()) < 60
+    assert event.retries == 0
 
 
 def test_reading_ignores_what_it_does_not_know() -> None:

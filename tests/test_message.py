@@ -170,7 +170,7 @@ def test_an_id_may_be_a_uuid_or_any_short_text(uuid_string: Any) -> None:
         ({"uuid_string": 7}, "uuid_string must be a text"),
         ({"uuid_string": "x" * 256}, "uuid_string has at most 255 bytes"),
         ({"uuid_string": "\ud800"}, "uuid_string is no valid Unicode"),
-        ({"data": object()}, "cannot be told in JSON"),
+        ({"data": object()}, "object is not JSON-serializable"),
         ({"timestamp": "now"}, "timestamp is Unix seconds"),
         ({"timestamp": True}, "timestamp is Unix seconds"),
         ({"timestamp": Decimal(1)}, "timestamp is Unix seconds"),

@@ -31,9 +31,9 @@ from domain_events import (
     EventRejected,
     InvalidEvent,
     Publisher,
+    close_publishers,
     publish_domain_event,
 )
-from domain_events.publisher import _close_publishers
 
 
 def test_events_are_persistent(publisher: Publisher, queue: str, broker_url: str) -> None:
@@ -51,7 +51,25 @@ def test_one_connection_serves_all_publishes_of_a_process(broker_url: str) -> No
             publish_domain_event("nobody.listens", {}, connection_settings=broker_url)
         assert threading.active_count() == before + 1
     finally:
-        _close_publishers()
+        close_publishers()
+
+
+def test_event_may_go_to_another_exchange(broker_url: str, names: Names) -> None:
+    """By `publish_domain_event`; `close_publishers` closes its connection, and it comes again."""
+    queue, exchange = names.queue(), names.exchange()
+    onlooker.bind_queue(broker_url, queue, exchange, "#")
+    before = threading.active_count()
+    try:
+        for number in (1, 2):
+            publish_domain_event(
+                "a.b", {}, connection_settings=broker_url, exchange=exchange, mandatory=True
+            )
+            assert onlooker.count(broker_url, queue) == number
+            assert threading.active_count() > before
+            close_publishers(timeout=5)
+            wait_until(lambda: threading.active_count() == before)
+    finally:
+        close_publishers()
 
 
 def test_switched_off_publishing_returns_the_event() -> None:

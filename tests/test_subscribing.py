@@ -58,10 +58,10 @@ def test_wrong_options_are_told_at_once(bench: Bench) -> None:
     """Each mistake has a message that says what to do."""
     subscriber = bench.subscriber()
     mistakes: list[tuple[str, dict[str, object]]] = [
-        ("binding key", {"binding_keys": []}),
-        ("list of them", {"binding_keys": "user.*"}),
-        ("no binding key", {"binding_keys": [7]}),
-        ("no binding key", {"binding_keys": ["\ud800"]}),
+        ("binding_keys", {"binding_keys": []}),
+        ("a list of binding keys", {"binding_keys": "user.*"}),
+        ("each of binding_keys must be a str", {"binding_keys": [7]}),
+        ("Unicode", {"binding_keys": ["\ud800"]}),
         ("name", {"name": ""}),
         ("wildcard", {"name": "a.*"}),
         ("max_retries", {"max_retries": -1}),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -440,7 +441,7 @@ def test_examples_of_the_documentation_pass(command: list[str]) -> None:
 
 @pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])
 def test_events_are_delivered_whatever_type_the_exchange_has(
-    event_broker: EventBroker, exchange_type: str
+    event_broker: EventBroker, exchange_type: Any
 ) -> None:
     """The publisher that the kit uses has the subscriber's."""
     subscriber = Subscriber(exchange="others", exchange_type=exchange_type)

@@ -438,7 +438,7 @@ def test_every_binding_key_is_bound() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["a", "print-user-event", "shop.mail", "ü", "a*", "#1", "x" * 207, "ü" * 103, "amq", " "],
+    ["a", "print-user-event", "shop.mail", "ü", "a*", "#1", "x" * 207, "ü" * 103, "amq", "a b/c"],
 )
 def test_a_name_is_taken_as_it_is(name: str) -> None:
     """Any text that the broker can carry with what belongs to it."""
@@ -458,6 +458,9 @@ def test_a_name_is_taken_as_it_is(name: str) -> None:
         ("*", "wildcard"),
         ("a.#", "wildcard"),
         ("\ud800", "Unicode"),
+        (" ", "space"),
+        ("mail ", "space"),
+        ("a\nb", "control character"),
     ],
 )
 def test_a_name_that_cannot_work_is_refused(name: Any, words: str) -> None:

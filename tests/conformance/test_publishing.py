@@ -19,16 +19,16 @@ from domain_events import (
     InvalidEvent,
     Publisher,
     TopologyError,
+    close_publishers,
     publish_domain_event,
 )
-from domain_events.publisher import _close_publishers
 
 
 @pytest.fixture
 def _default_publishers_closed() -> Iterator[None]:
     """The process's own publishers live until exit; tests close them."""
     yield
-    _close_publishers()
+    close_publishers()
     domain_events.configure()
 
 

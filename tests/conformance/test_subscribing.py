@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import onlooker
 import pytest
@@ -334,7 +335,7 @@ def test_event_published_in_a_handler_names_its_cause(bench: Bench) -> None:
 
 @pytest.mark.parametrize("exchange_type", ["direct", "fanout"])
 def test_other_exchange_types_route_as_they_do(
-    broker_url: str, names: Names, exchange_type: str
+    broker_url: str, names: Names, exchange_type: Literal["direct", "fanout"]
 ) -> None:
     """`exchange_type` is the broker's word for how binding keys are understood."""
     exchange = names.exchange("other")

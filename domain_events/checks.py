@@ -1,0 +1,50 @@
+"""Options of public calls, checked where they are given. Pure.
+
+Each returns the value as a plain one of its type (an Enum member or a numpy number may come in),
+or raises a `ConfigurationError` that names the option, the value, and what is right.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from domain_events.errors import ConfigurationError
+from domain_events.text import printable
+
+
+def whole_number(value: object, option: str, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise refusal(value, option, f"an int from {least:,} to {most:,}")
+    return int.__int__(value)
+
+
+def flag(value: object, option: str) -> bool:
+    if not isinstance(value, bool):
+        raise refusal(value, option, "True or False")
+    return value
+
+
+def seconds(value: object, option: str = "timeout", *, zero: bool = False) -> float:
+    """A positive number of seconds, or with ``zero`` none at all."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value >= 0 if zero else value > 0)  # a NaN compares false
+        or value > threading.TIMEOUT_MAX
+    ):
+        right = "0 or a positive number of seconds" if zero else "a positive number of seconds"
+        hint = "; give its total_seconds()" if hasattr(value, "total_seconds") else ""
+        raise refusal(value, option, right, hint)
+    return float.__float__(value) if isinstance(value, float) else int.__int__(value)
+
+
+def refusal(value: object, option: str, right: str, hint: str = "") -> ConfigurationError:
+    """The error for an option that must be something else."""
+    kind = "" if value is None else f" (of type {type(value).__name__})"
+    return ConfigurationError(f"{option} must be {right}, not {shown(value)}{kind}{hint}.")
+
+
+def shown(value: object) -> str:
+    """The value in an error: on one line, short, a text in quotes."""
+    text = printable(value, 80)
+    return repr(text) if isinstance(value, str) else text
