@@ -553,7 +553,7 @@ def test_key_is_literal_where_there_are_no_wildcards(kind: Any, key: str) -> Non
 def test_wildcard_on_a_direct_exchange_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """It is a letter there; an event with that key is possible, and hardly meant."""
     Subscriber("memory://mistakes", "of-direct", "direct").register(nop, "wild", ["user.*"])
-    assert "no wildcards: user.*" in caplog.text
+    assert "not wildcards: user.*" in caplog.text
 
 
 def test_decorator_without_its_call_is_told() -> None:
