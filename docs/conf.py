@@ -27,6 +27,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(domain_events\.testing\.broker\.)?(Store|memory)"),
     (r"py:.*", r"(domain_events\.subscription\.)?Handler"),
     (r"py:.*", r"(domain_events\.subscriber\.)?AnyHandler"),
+    (r"py:.*", r"(domain_events\.(topology|options)\.)?(ExchangeType|QueueType|RegisterOptions)"),
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
 ]
 

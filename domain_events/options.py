@@ -214,7 +214,9 @@ def check_handler(handler: Any, name: object) -> None:
     :raises ConfigurationError: it cannot be called so, or the call would only make a coroutine
         or a generator, which nobody runs.
     """
-    text = shown(handler)
+    # Its name may be a mistake as well.
+    what = f"{plain(name)}: the handler" if isinstance(name, str) else "The handler"
+    what += f" {shown(handler)}"
     if not callable(handler):
         if callable(name):
             hint = "handler and name are swapped; it is register(handler, name, binding_keys)"
@@ -224,10 +226,10 @@ def check_handler(handler: Any, name: object) -> None:
             )
         else:
             hint = "pass a function that takes a DomainEvent"
-        raise ConfigurationError(f"The handler {text} cannot be called: {hint}.")
+        raise ConfigurationError(f"{what} cannot be called: {hint}.")
     if inspect.isclass(handler) and any("__call__" in vars(kind) for kind in handler.__mro__):
         raise ConfigurationError(
-            f"The handler {text} is a class, whose instances handle events; give an instance: "
+            f"{what} is a class, whose instances handle events; give an instance: "
             f"{handler.__name__}()."
         )
     called = handler
@@ -236,12 +238,12 @@ def check_handler(handler: Any, name: object) -> None:
     for each in (called, getattr(called, "__call__", None)):  # noqa: B004 - to look into it
         if inspect.iscoroutinefunction(each):
             raise ConfigurationError(
-                f"The handler {text} is an async function: calling it runs nothing. Give a plain "
+                f"{what} is an async function: calling it runs nothing. Give a plain "
                 "function that runs it, such as: lambda event: asyncio.run(handle(event))."
             )
         if inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each):
             raise ConfigurationError(
-                f"The handler {text} is a generator function (it has a yield): calling it runs "
+                f"{what} is a generator function (it has a yield): calling it runs "
                 "nothing. Give a function without yield, or one that runs through the generator."
             )
     try:
@@ -250,7 +252,7 @@ def check_handler(handler: Any, name: object) -> None:
         pass  # one that is written in C has no signature
     except TypeError as error:
         raise ConfigurationError(
-            f"The handler {text} must take one argument, the event; as it is: {error}."
+            f"{what} must take one argument, the event; as it is: {error}."
         ) from error
 
 
