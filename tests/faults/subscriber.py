@@ -11,12 +11,22 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from domain_events import BrokerUnavailable, DomainEvent, Reject, Retry, Subscriber
+from domain_events import (
+    BrokerUnavailable,
+    DomainEvent,
+    Reject,
+    Retry,
+    Subscriber,
+    subscription,
+    topology,
+)
 from domain_events.broker.rabbitmq import consumer
-from faults import broken
+from faults import broken, rolling
+from faults.kinds import POISON
 from faults.records import Recorder, watch
 
 #: The exit status of a process that a handler has ended; or it kills itself.
@@ -32,13 +42,17 @@ class Config:
     label: str  # what the records call it
     urls: list[str]
     exchange: str
-    binding_key: str
+    topics: list[str]  # first words of the routing keys that it lists
+    retired: list[str]  # and of those that are to go
     folder: str
     workers: int
     max_retries: int
+    dead_letter: bool
     prefetch_count: int | None
     queue_type: str
     slow: list[float]
+    delivery_limit: int  # of the queue; 0: the library's
+    announce: bool  # write down what it registers
     broken: str
 
 
@@ -74,6 +88,8 @@ class Handler:
             raise Retry(random.uniform(0.1, 1.5))
         elif kind == "later" and event.retries == 0:
             raise Retry(max(0.1, event.data - time.monotonic()))
+        elif kind == POISON:
+            os._exit(DIED)
         elif kind == "die":
             self._die_once(event)
 
@@ -96,25 +112,58 @@ def main() -> None:
     # The load here is never what is fast otherwise; the prefetch is to change in the middle of it.
     consumer._FAST = 100
     consumer._SOON_FAST = 20
+    _hand_back_soon()
+    if config.delivery_limit:
+        _limit_deliveries(config.delivery_limit)
     recorder = Recorder(Path(config.folder) / f"{config.process}.records")
     watch(recorder)
+    if config.announce:
+        topics, retired = (",".join(each) or "-" for each in (config.topics, config.retired))
+        recorder.write("release", topics, retired, config.max_retries, config.dead_letter)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)
+    # Not given when there are none: as a release does that knows nothing of it.
+    others: dict[str, Any] = {}
+    if config.retired:
+        others["retired_keys"] = _keys(config.retired)
     registered = False
     while not registered:
         try:
             subscriber.register(
                 Handler(config, recorder),
                 config.name,
-                [config.binding_key],
+                _keys(config.topics),
+                dead_letter=config.dead_letter,
                 max_retries=config.max_retries,
                 prefetch_count=config.prefetch_count,
                 queue_type="classic" if config.queue_type == "classic" else "quorum",
+                **others,
             )
         except BrokerUnavailable:
             continue  # as a service that is started again until its broker is there
         registered = True
     recorder.write("ready")
     subscriber.start_consuming()
+
+
+def _keys(topics: list[str]) -> list[str]:
+    return [f"{topic}.#" for topic in topics]
+
+
+def _hand_back_soon() -> None:
+    """An event that another release lists is a dead letter after seconds, not after minutes."""
+    vars(subscription)["_HAND_BACK_DELAYS"] = rolling.HAND_BACK_DELAYS
+
+
+def _limit_deliveries(limit: int) -> None:
+    """An event that kills its process does so less often: each time takes a start."""
+    make = topology.subscriber_queue
+
+    def limited(name: str) -> topology.Queue:
+        queue = make(name)
+        assert "x-delivery-limit" in queue.arguments, "the limit is elsewhere now"
+        return replace(queue, arguments={**queue.arguments, "x-delivery-limit": limit})
+
+    vars(topology)["subscriber_queue"] = limited
 
 
 if __name__ == "__main__":
