@@ -239,7 +239,9 @@ def _rows(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, str, 
         "Retries that waited",
         "Retries asked for after the broker's return",
     )
-    for each in sorted(measurements, key=lambda each: (_numbers(each.version), each.setting)):
+    for each in sorted(
+        measurements, key=lambda each: (_numbers(each.version), each.setting != DEFAULT)
+    ):
         setting = "3 minutes (default)" if each.setting == DEFAULT else "3 seconds"
         yield (each.version, setting, str(each.waiting), str(each.afterwards))
 
