@@ -235,7 +235,7 @@ def rst(measurements: Sequence[Measurement], command: str) -> str:
 def _rows(measurements: Sequence[Measurement]) -> Iterator[tuple[str, str, str, str]]:
     yield (
         "RabbitMQ",
-        "``dead_letter_worker_ publisher_confirm_timeout``",
+        "Timeout",
         "Retries that waited",
         "Retries asked for after the broker's return",
     )
