@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 import rabbitmq_node
-from faults import command, injectors, report, schedule
+from faults import command, injectors, lateness, report, rolling, schedule
 from faults.broken import MISTAKES
 from faults.evidence import Evidence
 from faults.harness import Result, Settings
 from faults.kinds import DEAD_LETTER, RETURNED, fate
 from faults.proxy import Proxy
 from faults.records import Reader, Recorder
+from faults.rolling import Plan, Release
 from faults.scenarios import SCENARIOS
 from faults.verdict import Injected, Remains, Verdict, judge
 from support import wait_until
@@ -72,6 +73,40 @@ def test_every_kind_of_fault_can_be_injected() -> None:
     assert set(schedule.KINDS) == injectors.KINDS
     for scenario in SCENARIOS.values():
         assert scenario.needed() <= injectors.KINDS
+
+
+# --- releases ------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_releases() -> None:
+    """And another seed others."""
+    one, same, other = (list(itertools.islice(rolling.releases(seed), 50)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_releases_add_remove_and_retire_topics_and_change_handlers() -> None:
+    """One topic each time; one is always listed; only what may be retired is, until it is back."""
+    releases = list(itertools.islice(rolling.releases(5), 200))
+    for before, after in itertools.pairwise(releases):
+        assert len({*before.topics} ^ {*after.topics}) == 1
+        assert rolling.ALWAYS in after.topics
+        assert not {*after.topics} & {*after.retired}
+        assert {*after.retired} <= {*rolling.RETIRABLE}
+    for topic in rolling.PUBLISHED[1:]:
+        assert 20 < sum(topic in release.topics for release in releases) < 180
+    assert {release.max_retries for release in releases} == {0, rolling.MAX_RETRIES}
+    assert {release.dead_letter for release in releases} == {True, False}
+
+
+def test_roll_back_returns_to_the_release_before() -> None:
+    """And further, but not beyond the first."""
+    plan = Plan(1)
+    first = plan.current
+    second, third = plan.forward(), plan.forward()
+    assert plan.current == third != second != first
+    assert [plan.back() for _ in range(3)] == [second, first, first]
+    assert plan.current == first
 
 
 # --- the proxy -----------------------------------------------------------------------------------
@@ -430,6 +465,164 @@ def test_report_has_the_figures_and_the_command(story: Story) -> None:
     assert "**Not as promised** with RabbitMQ 4.0.5: 1 events were LOST." in rst
 
 
+# --- the verdict on releases ---------------------------------------------------------------------
+
+OLD, NEW = Release(("t0",)), Release(("t0", "t1"))
+
+
+def announce(story: Story, process: str, release: Release, ready: bool = True) -> None:
+    """A process that registers."""
+    story.time += 1
+    topics, retired = (",".join(each) or "-" for each in (release.topics, release.retired))
+    words = ["release", topics, retired, str(release.max_retries), str(release.dead_letter)]
+    story.evidence.add(process, [*words, str(story.time)])
+    if ready:
+        story.evidence.add(process, ["ready", str(story.time)])
+
+
+def roll(story: Story, event: str, key: str) -> None:
+    """An event for the subscriber that has several releases."""
+    story.tell("take", event, key)
+    story.tell("done", event, "returned", "-1")
+
+
+def handle(story: Story, process: str, event: str, retries: int, outcome: str) -> None:
+    """By one of its processes."""
+    for words in (["begin"], ["ended", outcome]):
+        record = [words[0], rolling.LABEL, event, str(retries), *words[1:], str(story.time)]
+        story.evidence.add(process, record)
+
+
+def rolled(story: Story, dead: dict[str, str] | None = None) -> Verdict:
+    """The verdict, with these dead letters and their reasons."""
+    remains = Remains({rolling.LABEL: Counter(dead or {})}, {}, 0, dead or {})
+    return judge(story.evidence, remains, LIMITS, [], story.time)
+
+
+def test_event_that_one_release_lists_and_nobody_handles_is_lost() -> None:
+    """Not before a release had bound it, nor if the publish did not return."""
+    story = Story()
+    announce(story, "old", OLD)
+    roll(story, "too-early", "t1.ok")
+    announce(story, "not-ready", NEW, ready=False)
+    roll(story, "still-too-early", "t1.ok")
+    announce(story, "new", NEW)
+    roll(story, "acked", "t1.ok")
+    roll(story, "handled", "t1.ok")
+    handle(story, "new", "handled", 0, "returned")
+    story.tell("take", "not-returned", "t1.ok")
+    verdict = rolled(story)
+    assert [event for _, event, _, _ in verdict.lost] == ["acked"]
+    assert verdict.rolled == 2
+    assert verdict.violations() == ["1 events were LOST"]
+
+
+def test_dead_letter_that_nobody_handled_must_say_why() -> None:
+    """With its routing key; one whose handler has failed says that."""
+    story = Story()
+    announce(story, "new", NEW)
+    roll(story, "said", "t1.ok")
+    roll(story, "unsaid", "t1.ok")
+    roll(story, "failed", "t1.raise")
+    handle(story, "new", "failed", 0, "ValueError")
+    reasons = {"said": "X: no process lists 't1.ok'", "unsaid": ": ", "failed": "ValueError: x"}
+    verdict = rolled(story, reasons)
+    assert verdict.unlisted == 2
+    assert verdict.unexplained == ["unsaid (t1.ok) at rolling"]
+    assert verdict.violations() == ["1 dead letters that nobody handled do not say why"]
+
+
+def test_event_handled_by_another_release_is_found() -> None:
+    """As a retry that returned to a process that does not list its key."""
+    story = Story()
+    announce(story, "old", OLD)
+    announce(story, "new", NEW)
+    roll(story, "strayed", "t1.retry.1")
+    handle(story, "new", "strayed", 0, "Retry")
+    handle(story, "old", "strayed", 1, "returned")
+    assert rolled(story).violations() == [
+        "1 events were handled by a process that does not list them"
+    ]
+
+
+def test_event_of_a_retired_topic_may_be_dropped() -> None:
+    """While a process that retires it lives, and so long before; not when it is listed again."""
+    story = Story()
+    announce(story, "new", Release(("t0", "t4")))
+    roll(story, "long-before", "t4.ok")
+    story.time += rolling.RETIREMENT
+    roll(story, "just-before", "t4.ok")
+    announce(story, "retiring", Release(("t0",), ("t4",)))
+    roll(story, "meanwhile", "t4.ok")
+    story.time += 100
+    roll(story, "not-bound", "t4.ok")
+    announce(story, "again", Release(("t0", "t4")))
+    roll(story, "afterwards", "t4.ok")
+    verdict = rolled(story)
+    assert [event for _, event, _, _ in verdict.lost] == ["long-before", "afterwards"]
+
+
+def test_event_may_be_dropped_by_a_release_without_dead_letters() -> None:
+    """When its handler failed for good: not when a retry was left."""
+    story = Story()
+    announce(story, "quiet", Release(("t0",), (), 1, False))
+    for event, outcomes in {
+        "failed": ["ValueError"],
+        "exhausted": ["Retry", "Retry"],
+        "lost": ["Retry"],
+    }.items():
+        roll(story, event, "t0.exhaust")
+        for retries, outcome in enumerate(outcomes):
+            handle(story, "quiet", event, retries, outcome)
+    assert [event for _, event, _, _ in rolled(story).lost] == ["lost"]
+
+
+def test_innocent_dead_letter_is_found(story: Story) -> None:
+    """Handled, and given up together with a neighbour that killed the process."""
+    story.dead["a"] += 1
+    assert story.verdict().violations() == [
+        "1 events were handled and are dead letters all the same"
+    ]
+
+
+# --- lateness ------------------------------------------------------------------------------------
+
+
+def test_lateness_is_told_by_the_nearest_rank() -> None:
+    """Of one retry, all three are its own."""
+    assert lateness.lateness([7.0]) == lateness.Lateness(7.0, 7.0, 7.0)
+    hundred = [float(number) for number in range(1, 201)]
+    assert lateness.lateness(hundred[::-1]) == lateness.Lateness(100.0, 198.0, 200.0)
+
+
+def test_lateness_is_shown_by_release_and_setting() -> None:
+    """Oldest release first; the default before what is recommended."""
+    late, soon = lateness.Lateness(4, 180, 181), lateness.Lateness(0.5, 2, 3)
+    measured = [
+        lateness.Measurement("4.0.5", lateness.RECOMMENDED, soon, soon),
+        lateness.Measurement("3.10.8", lateness.RECOMMENDED, soon, soon),
+        lateness.Measurement("3.10.8", lateness.DEFAULT, late, soon),
+    ]
+    rst = lateness.rst(measured, "python tests/faults --lateness 3.10 4.0")
+    assert "    python tests/faults --lateness 3.10 4.0\n" in rst
+    assert (
+        "   * - 3.10.8\n     - 3 minutes (default)\n     - 4.0 / 180.0 / 181.0 s\n"
+        "     - 0.5 / 2.0 / 3.0 s\n   * - 3.10.8\n     - 3 seconds\n"
+    ) in rst
+    assert rst.index("3.10.8") < rst.index("4.0.5")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_retries_come_within_seconds_of_a_crash_with_the_recommended_setting() -> None:
+    """With RabbitMQ's own it may be three minutes; each time is told."""
+    said: list[str] = []
+    measured = lateness.measure(RELEASE, lateness.RECOMMENDED, 0, said.append, events=500)
+    assert len(said) == 1
+    assert 0 <= measured.waiting.p50 <= measured.waiting.p99 <= measured.waiting.longest < 60
+    assert measured.afterwards.longest < 60
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 
@@ -439,6 +632,7 @@ def test_report_has_the_figures_and_the_command(story: Story) -> None:
         (["--release", "2.8"], "unknown release '2.8'; known are host, 3.10"),
         (["--scenario", "picnic"], "unknown scenario 'picnic'"),
         (["--broken", "all"], "unknown mistake 'all'"),
+        (["--lateness", "2.8"], "unknown release '2.8'; known are host, 3.10"),
         (["--url", "amqp://localhost/", "--cluster"], "a scenario without a cluster"),
     ],
 )
@@ -527,6 +721,27 @@ def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
     assert "python tests/faults --release" in file.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
+    """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
+    result = run_harness(tmp_path, "--scenario", "rolling", "--seconds", 40, timeout=280)
+    assert result["violations"] == [], result["printed"]
+    assert result["status"] == 0
+    assert result["published"] > 1000
+    assert {"rolled-forward", "rolled-back"} == set(result["faults"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
+    """The culprit is a dead letter, and nothing else is."""
+    result = run_harness(tmp_path, "--scenario", "poison", "--seconds", 40, timeout=280)
+    assert result["violations"] == [], result["printed"]
+    assert {"poisoned", "stopped-in-a-row"} == set(result["faults"])
+    assert result["dead_lettered"]["held"] == result["faults"]["poisoned"]
+
+
 # As short as each mistake is found out every time.
 SECONDS = {
     "ack-first": 6,
@@ -534,6 +749,7 @@ SECONDS = {
     "classic-delays": 40,
     "no-confirms": 5,
     "stale-tags": 6,
+    "unlisted-acked": 12,
 }
 
 takes_minutes = pytest.mark.skipif(

@@ -436,7 +436,7 @@ def test_examples_of_the_documentation_pass(command: list[str]) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "6 passed" in ran.stdout or "Ran 2 tests" in ran.stderr
+    assert "7 passed" in ran.stdout or "Ran 2 tests" in ran.stderr
 
 
 @pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])

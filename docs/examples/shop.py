@@ -1,23 +1,44 @@
-"""A small service: it publishes when somebody registers, and has three handlers."""
+"""A small service: it publishes when somebody registers, and has three handlers.
+
+An event may come twice, and a handler may fail in the middle. So what is stored is stored under a
+key that is the same each time; what is published comes after it, with an id that is the same each
+time, and also when the rest was done before: the first run may have ended between the two.
+"""
 
 from __future__ import annotations
 
-from domain_events import DomainEvent, Reject, Retry, Subscriber, publish_domain_event
+import sqlite3
+import uuid
+from typing import ClassVar
 
-outbox: list[str] = []  # stands for a mail server
-invoices: dict[str, int] = {}  # stands for a table
+from domain_events import (
+    BrokerUnavailable,
+    DomainEvent,
+    EventNotConfirmed,
+    Reject,
+    Retry,
+    Subscriber,
+    publish_domain_event,
+)
+
+database = sqlite3.connect(":memory:", check_same_thread=False)  # stands for one on a server
+database.executescript("""
+    CREATE TABLE invoices (id TEXT PRIMARY KEY, amount INTEGER);
+    CREATE TABLE ledger (event TEXT PRIMARY KEY, amount INTEGER);
+""")
 
 
 class MailServer:
-    """Stands for one that is down at times."""
+    """Stands for one that is down at times; it sends two mails of one id once."""
 
     up = True
+    sent: ClassVar[dict[str, str]] = {}  # addresses, by id
 
     @classmethod
-    def send(cls, address: str) -> None:
+    def send(cls, mail_id: str, address: str) -> None:
         if not cls.up:
             raise ConnectionError("the mail server is down")
-        outbox.append(address)
+        cls.sent[mail_id] = address
 
 
 def register_user(name: str, address: str) -> None:
@@ -27,26 +48,38 @@ def register_user(name: str, address: str) -> None:
 
 def send_welcome_mail(event: DomainEvent) -> None:
     try:
-        MailServer.send(event.data["address"])
+        MailServer.send(event.uuid_string, event.data["address"])
     except ConnectionError as error:
         raise Retry(delay=600) from error
 
 
 def issue_invoice(event: DomainEvent) -> None:
-    if event.uuid_string not in invoices:  # an event may come twice
-        invoices[event.uuid_string] = 10
-        publish_domain_event("invoice.issued", {"amount": 10})
+    invoice = str(uuid.uuid5(uuid.NAMESPACE_OID, f"invoice for {event.uuid_string}"))
+    with database:
+        database.execute("INSERT INTO invoices VALUES (?, 10) ON CONFLICT DO NOTHING", (invoice,))
+    publish_domain_event("invoice.issued", {"amount": 10}, invoice, uuid_string=invoice)
 
 
 def book_invoice(event: DomainEvent) -> None:
-    if event.data["amount"] <= 0:
-        raise Reject(f"an invoice over {event.data['amount']}")
+    amount = event.data["amount"]
+    if amount <= 0:
+        raise Reject(f"an invoice over {amount}")
+    with database:
+        database.execute(
+            "INSERT INTO ledger VALUES (?, ?) ON CONFLICT DO NOTHING", (event.uuid_string, amount)
+        )
 
 
 def make_subscriber() -> Subscriber:
     subscriber = Subscriber()
     subscriber.register(send_welcome_mail, "welcome-mail", ["user.registered"], max_retries=3)
-    subscriber.register(issue_invoice, "invoices", ["user.registered"])
+    subscriber.register(
+        issue_invoice,
+        "invoices",
+        ["user.registered"],
+        max_retries=8,
+        retry_on=(BrokerUnavailable, EventNotConfirmed),
+    )
     subscriber.register(book_invoice, "ledger", ["invoice.*"])
     return subscriber
 

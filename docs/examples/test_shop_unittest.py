@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unittest
 
-from shop import make_subscriber, outbox, register_user
+from shop import MailServer, make_subscriber, register_user
 
 from domain_events.testing import EventBroker
 
@@ -13,7 +13,7 @@ class RegistrationTest(unittest.TestCase):
     def setUp(self) -> None:
         self.event_broker = EventBroker().start()
         self.addCleanup(self.event_broker.stop)
-        self.addCleanup(outbox.clear)
+        self.addCleanup(MailServer.sent.clear)
 
     def test_registration_is_published(self) -> None:
         register_user("Ada", "ada@example.org")
@@ -23,7 +23,7 @@ class RegistrationTest(unittest.TestCase):
         subscriber = make_subscriber()
         register_user("Ada", "ada@example.org")
         self.event_broker.deliver(subscriber)
-        self.assertEqual(outbox, ["ada@example.org"])
+        self.assertEqual(list(MailServer.sent.values()), ["ada@example.org"])
 
 
 if __name__ == "__main__":

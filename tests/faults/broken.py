@@ -107,6 +107,20 @@ def _stale_tags() -> None:
     consuming.RabbitConsumer._epoch = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
 
 
+def _unlisted_acked() -> None:
+    def ack_unlisted(handle: Any) -> Any:
+        def broken(self: Any, delivery: Any, consumer: Any) -> None:
+            key = delivery.original_routing_key
+            if any(topology.matches(each, key) for each in self.options.binding_keys):
+                handle(self, delivery, consumer)
+            elif consumer.is_current(delivery):
+                consumer.settle(delivery)
+
+        return broken
+
+    _patch(subscription.Subscription, "handle", ack_unlisted)
+
+
 MISTAKES = {
     "ack-first": Mistake(
         "a delivery is acked before its handler is called", "killed-subscribers", 12, _ack_first
@@ -131,6 +145,9 @@ MISTAKES = {
         "closed-under-slow-handlers",
         20,
         _stale_tags,
+    ),
+    "unlisted-acked": Mistake(
+        "an event whose key only another release lists is acked", "rolling", 20, _unlisted_acked
     ),
 }
 

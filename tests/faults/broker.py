@@ -21,9 +21,10 @@ from rabbitmq_node import Node
 
 from faults.proxy import Proxy
 
-# A level waits so many milliseconds before it hands on again what was not confirmed: a node died,
-# or the broker was just back and the next level was not. By default three minutes: too long here.
-_HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
+#: For ``advanced.config``. A level waits so many milliseconds before it hands on again what was not
+#: confirmed: a node died, or the broker was just back and the next level was not. By default three
+#: minutes, which `lateness` measures.
+HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
 
 # Short, so that a connection whose other end is gone without a word is found out within seconds.
 _HEARTBEAT = 6
@@ -56,7 +57,7 @@ class Broker:
     def _start(self, nodes: Sequence[Node]) -> None:
         first, *others = nodes
         for node in nodes:
-            (node.folder / "advanced.config").write_text(_HAND_ON)
+            (node.folder / "advanced.config").write_text(HAND_ON)
             node.start(wait=False)
         first.start()
         for node in others:
@@ -143,16 +144,24 @@ class Broker:
         counts = (line.split("\t") for line in lines)
         return sum(int(words[1]) for words in counts if words[0] in queues and words[1].isdigit())
 
-    def take_all(self, queue: str) -> Counter[str]:
-        """Take all messages out of the queue: how often each event was among them."""
+    def take_all(self, queue: str, reasons: dict[str, str] | None = None) -> Counter[str]:
+        """Take all messages out of the queue: how often each event was among them.
+
+        :param reasons: here goes, of each, the reason that it is a dead letter; by its id.
+        """
         ids: Counter[str] = Counter()
 
         def take(channel: BlockingChannel, queue: str) -> None:
             while True:
-                method, _, body = channel.basic_get(queue, auto_ack=True)
+                method, properties, body = channel.basic_get(queue, auto_ack=True)
                 if method is None or body is None:
                     return
-                ids[json.loads(body)["uuid_string"]] += 1
+                event = json.loads(body)["uuid_string"]
+                ids[event] += 1
+                if reasons is not None:
+                    headers = getattr(properties, "headers", None) or {}
+                    words = ("domain-events-error-type", "domain-events-error-message")
+                    reasons[event] = ": ".join(str(headers.get(word, "")) for word in words)
 
         self._each([queue], take)
         return ids

@@ -17,7 +17,7 @@ from types import FrameType
 import rabbitmq_node
 from rabbitmq_node import NodeError
 
-from faults import report
+from faults import lateness, report
 from faults.broken import MISTAKES
 from faults.harness import HarnessError, Settings, run
 from faults.scenarios import SCENARIOS
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.show:
             _show(options.show, options.report)
             return 0
+        if options.lateness:
+            return _measure_lateness(options, words)
         settings = _settings(options)
         with _this_process():
             result = run(settings, _say)
@@ -43,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("faults: interrupted; all that was started is ended", file=sys.stderr)
         return _INTERRUPTED
     print(report.text(result), flush=True)
-    command = shlex.join(["python", "tests/faults", *_without_files(words)])
-    kept = report.as_json(result, command)
+    kept = report.as_json(result, _command(words))
     if options.report:
         options.report.write_text(report.rst([json.loads(kept)]))
     if options.json:
@@ -64,10 +65,26 @@ def _show(files: Sequence[Path], target: Path | None) -> None:
         print(text, end="")
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    if options.release not in rabbitmq_node.RELEASES:
+def _measure_lateness(options: argparse.Namespace, words: Sequence[str]) -> int:
+    for release in options.lateness:
+        _check_release(release)
+    with _this_process():
+        measured = lateness.measure_all(options.lateness, _say, options.events or lateness.EVENTS)
+        measurements = list(measured)
+    print(lateness.text(measurements), flush=True)
+    if options.report:
+        options.report.write_text(lateness.rst(measurements, _command(words)))
+    return 0
+
+
+def _check_release(release: str) -> None:
+    if release not in rabbitmq_node.RELEASES:
         known = ", ".join(rabbitmq_node.RELEASES)
-        raise HarnessError(f"unknown release {options.release!r}; known are {known}")
+        raise HarnessError(f"unknown release {release!r}; known are {known}")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    _check_release(options.release)
     mistake = MISTAKES.get(options.broken)
     if options.broken and mistake is None:
         raise HarnessError(f"unknown mistake {options.broken!r}; known are {', '.join(MISTAKES)}")
@@ -106,7 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--url", default="", help="a broker to use instead; faults of its process are left out")
     add("--scenario", default="", help="one of those below (default: mixed)")
     add("--cluster", action="store_true", help="three nodes: the scenario `cluster`")
-    add("--events", type=int, default=0, help="how many wait, with waiting-retries")
+    add("--events", type=int, default=0, help="how many wait, with waiting-retries and --lateness")
+    add(
+        "--lateness",
+        nargs="+",
+        metavar="RELEASE",
+        help="instead of all this, measure how late retries are after a crash of the broker, with "
+        "and without the setting that docs/broker.rst recommends",
+    )
     add("--broken", default="", metavar="MISTAKE", help="use the library with a mistake made in it")
     add("--report", type=Path, metavar="FILE", help="write the result as an RST fragment")
     add("--keep", type=Path, metavar="FOLDER", help="keep all records and logs there")
@@ -121,8 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _without_files(words: Sequence[str]) -> list[str]:
+def _command(words: Sequence[str]) -> str:
     """The command that reproduces a run, without where its results went."""
+    return shlex.join(["python", "tests/faults", *_without_files(words)])
+
+
+def _without_files(words: Sequence[str]) -> list[str]:
     kept: list[str] = []
     skip = False
     for word in words:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,15 @@ from typing import Any
 
 from support import DELAY_LEVELS, Names
 
+from faults import held, rolling
 from faults.broker import Broker, together, uninterrupted
 from faults.evidence import Evidence, Usage
+from faults.held import Held
 from faults.injectors import NotNow, World, inject
 from faults.programs import Program
 from faults.records import Reader
+from faults.rolling import Release
+from faults.rollout import Rollout
 from faults.scenarios import Scenario, Subscribing
 from faults.schedule import KINDS, Group
 from faults.side import Side, all_handled
@@ -36,6 +40,7 @@ _QUIET = 2.5
 _QUIET_ENOUGH = 12.0
 _HELD_PATIENCE = 15.0
 _SIDE = "side"
+_HELD = held.LABEL
 # The events that wait fall due over this share of the time: each kill meets some.
 _SPREAD = 0.6
 
@@ -99,6 +104,8 @@ class Harness:
         prefix = "faults" if not settings.url else f"faults-{secrets.token_hex(3)}"
         self._names = Names(settings.url, prefix)
         self._side: Side | None = None
+        self._held: Held | None = None
+        self._rollout: Rollout | None = None
         try:
             with self._looked_after():
                 return self._run()
@@ -113,6 +120,9 @@ class Harness:
         begun = time.monotonic()
         self._say(f"RabbitMQ {result.version}; {len(self._programs)} programs; faults begin")
         self._inject(begun)
+        if self._rollout is not None:
+            self._say("faults are over; a last release of the subscriber, which lists all keys")
+            self._rollout.finish()
         self._say("faults are over; waiting until everything is handled")
         stopped = self._stop_publishers()
         remains = self._drain(stopped)
@@ -136,11 +146,23 @@ class Harness:
     def _set_up(self) -> None:
         self._exchange = self._names.exchange("events")
         for label, subscribing in self._scenario.subscribers.items():
-            self._add_subscriber(label, self._exchange, "event.#", subscribing)
+            self._add_subscriber(label, self._exchange, "event", subscribing)
         self._side_exchange = self._names.exchange(_SIDE)
         if {"queue-deleted", "exchange-deleted"} & self._scenario.needed():
-            self._add_subscriber(_SIDE, self._side_exchange, "side.#", Subscribing(1, 1, 0))
+            self._add_subscriber(_SIDE, self._side_exchange, _SIDE, Subscribing(1, 1, 0))
             self._side = Side(self._broker.urls, self._side_exchange, self._folder)
+        if {"poisoned", "stopped-in-a-row"} & self._scenario.needed():
+            holding = Subscribing(1, 1, 0, prefetch_count=200)
+            self._add_subscriber(_HELD, self._exchange, _HELD, holding, held.DELIVERY_LIMIT)
+            self._held = Held(self._broker.urls, self._exchange, self._folder)
+        if self._scenario.rolling:
+            self._rollout = Rollout(
+                self._settings.seed,
+                self._scenario.rolling,
+                self._add_release,
+                self._is_ready,
+                self._pause,
+            )
         subscribers = list(self._programs)
         for program in subscribers:
             program.start()
@@ -161,35 +183,67 @@ class Harness:
             self._pause(_START_SECONDS, lambda: all(map(self._is_ready, self._publishers)))
 
     def _add_subscriber(
-        self, label: str, exchange: str, binding_key: str, subscribing: Subscribing
+        self,
+        label: str,
+        exchange: str,
+        topic: str,
+        subscribing: Subscribing,
+        delivery_limit: int = 0,
     ) -> None:
         name = self._names.queue(label)
         # On RabbitMQ 3.10 a node fails when a quorum queue that dead-letters at least once is
         # deleted soon after a start; so there what is to be deleted is a classic queue.
         queue_type = "classic" if label == _SIDE and self._broker.old else "quorum"
+        configuration = {
+            "name": name,
+            "label": label,
+            "exchange": exchange,
+            "topics": [topic],
+            "workers": subscribing.workers,
+            "max_retries": subscribing.max_retries,
+            "prefetch_count": subscribing.prefetch_count,
+            "queue_type": queue_type,
+            "slow": subscribing.slow,
+            "delivery_limit": delivery_limit,
+        }
         for number in range(subscribing.processes):
-            self._programs.append(
-                Program(
-                    "subscriber",
-                    f"{label}{number}",
-                    self._folder,
-                    lambda process: {
-                        "process": process,
-                        "name": name,
-                        "label": label,
-                        "urls": self._broker.urls,
-                        "exchange": exchange,
-                        "binding_key": binding_key,
-                        "folder": str(self._folder),
-                        "workers": subscribing.workers,
-                        "max_retries": subscribing.max_retries,
-                        "prefetch_count": subscribing.prefetch_count,
-                        "queue_type": queue_type,
-                        "slow": subscribing.slow,
-                        "broken": self._settings.broken,
-                    },
-                )
-            )
+            self._add_subscriber_program(f"{label}{number}", configuration)
+
+    def _add_release(self, program: str, release: Release) -> Program:
+        """A process of the subscriber of which there are several releases; not started yet."""
+        configuration = {
+            "name": self._names.queue(rolling.LABEL),
+            "label": rolling.LABEL,
+            "topics": release.topics,
+            "retired": release.retired,
+            "max_retries": release.max_retries,
+            "dead_letter": release.dead_letter,
+            "announce": True,
+        }
+        return self._add_subscriber_program(program, configuration)
+
+    def _add_subscriber_program(self, name: str, configuration: Mapping[str, Any]) -> Program:
+        def configure(process: str) -> dict[str, Any]:
+            return {
+                "process": process,
+                "urls": self._broker.urls,
+                "exchange": self._exchange,
+                "folder": str(self._folder),
+                "retired": [],
+                "workers": 2,
+                "prefetch_count": None,
+                "dead_letter": True,
+                "queue_type": "quorum",
+                "slow": Subscribing().slow,
+                "delivery_limit": 0,
+                "announce": False,
+                "broken": self._settings.broken,
+                **configuration,
+            }
+
+        program = Program("subscriber", name, self._folder, configure)
+        self._programs.append(program)
+        return program
 
     def _add_publisher(self, name: str, due: float) -> None:
         publishing = self._scenario.publishing
@@ -206,6 +260,7 @@ class Harness:
                 "batch": publishing.batch,
                 "batch_pause": publishing.batch_pause,
                 "timeouts": list(publishing.timeouts),
+                "topics": dict(publishing.topics),
                 "mix": dict(publishing.mix),
                 "broken": self._settings.broken,
                 "waiting": self._scenario.waiting,
@@ -224,8 +279,19 @@ class Harness:
         return [program for program in self._programs if program.role == "subscriber"]
 
     def _limits(self) -> dict[str, dict[str, int]]:
-        limits = {name: each.max_retries for name, each in self._scenario.subscribers.items()}
-        return {"event": limits, _SIDE: {_SIDE: 0}} if self._side else {"event": limits}
+        limits = {
+            "event": {name: each.max_retries for name, each in self._scenario.subscribers.items()}
+        }
+        if self._side:
+            limits[_SIDE] = {_SIDE: 0}
+        if self._held:
+            limits[_HELD] = {_HELD: 0}
+        return limits
+
+    def _labels(self) -> list[str]:
+        """Of all subscribers."""
+        labels = [name for subscribers in self._limits().values() for name in subscribers]
+        return [*labels, rolling.LABEL] if self._rollout else labels
 
     # --- the faults ------------------------------------------------------------------------------
 
@@ -236,12 +302,17 @@ class Harness:
         world = World(
             self._broker,
             self._publishers,
-            [each for each in self._subscribers if not each.name.startswith(_SIDE)],
+            # The others have faults of their own.
+            [each for each in self._subscribers if each.name.startswith(tuple(self._plain()))],
             self._side,
             self._side_exchange,
             f"{self._names.prefix}-{_SIDE}",
             self._is_ready,
             self._side_is_handled,
+            self._rollout,
+            self._held,
+            next((each for each in self._subscribers if each.name.startswith(_HELD)), None),
+            self._neighbours_are_handled,
             self._pause,
         )
         groups = self._scenario.schedule(self._settings.seed, sorted(impossible))
@@ -310,10 +381,19 @@ class Harness:
 
     def _all_handled_since(self, time: float) -> bool:
         """Whether each subscriber has handled something since; or there is nothing to handle."""
+        names = [*self._plain(), *([rolling.LABEL] if self._rollout else [])]
         return self._is_done() or all(
             self._evidence.ended_at[name] and self._evidence.ended_at[name][-1] > time
-            for name in self._scenario.subscribers
+            for name in names
         )
+
+    def _plain(self) -> Sequence[str]:
+        """The subscribers that always have something to do, and always in the same way."""
+        return list(self._scenario.subscribers)
+
+    def _neighbours_are_handled(self) -> bool:
+        with self._lock:
+            return held.neighbours_handled(self._evidence)
 
     def _side_is_handled(self) -> bool:
         with self._lock:
@@ -327,8 +407,10 @@ class Harness:
     def _stop_publishers(self) -> float:
         """When silence ends to mean anything."""
         if self._side is not None:
-            self._side.stop()
+            self._side.close()
         stopped = time.monotonic()
+        if self._held is not None:
+            self._held.close()
         together(*(program.stop for program in self._publishers))
         if self._scenario.waiting:
             with self._lock:
@@ -339,11 +421,12 @@ class Harness:
 
     def _drain(self, stopped: float) -> Remains:
         """Wait until nothing is on its way; then stop the subscribers, and see what is left."""
-        labels = [*self._scenario.subscribers, *([_SIDE] if self._side else [])]
+        labels = self._labels()
         queues = {label: f"{self._names.prefix}-{label}" for label in labels}
         shared = [f"{self._exchange}.delay.{level:02}" for level in range(DELAY_LEVELS)]
         shared.append(f"{self._exchange}.undelivered")
         dead: dict[str, Counter[str]] = {label: Counter() for label in labels}
+        self._reasons: dict[str, str] = {}
         deadline = time.monotonic() + _DRAIN_SECONDS
         told = time.monotonic()
         while time.monotonic() < deadline and not self._ending.is_set():
@@ -357,7 +440,7 @@ class Harness:
                 continue
             self._take_dead_letters(queues, dead)
             with self._lock:
-                remains = Remains(dead, {})
+                remains = Remains(dead, {}, reasons=self._reasons)
                 verdict = judge(self._evidence, remains, self._limits(), self._faults, stopped)
             if verdict.lost and quiet <= _QUIET_ENOUGH:
                 continue
@@ -379,11 +462,12 @@ class Harness:
         everywhere = [*queues.values(), *shared]
         # A node tells figures that are up to five seconds old.
         self._pause(_HELD_PATIENCE, until=lambda: not self._broker.held(everywhere))
-        return Remains(dead, waiting, self._broker.held(everywhere))
+        return Remains(dead, waiting, self._broker.held(everywhere), self._reasons)
 
     def _take_dead_letters(self, queues: dict[str, str], dead: dict[str, Counter[str]]) -> None:
         for label, queue in queues.items():
-            dead[label] += self._broker.take_all(f"{queue}-dl")
+            reasons = self._reasons if label == rolling.LABEL else None
+            dead[label] += self._broker.take_all(f"{queue}-dl", reasons)
 
     def _latest(self) -> float:
         """When a handler was last begun or ended."""
@@ -429,9 +513,10 @@ class Harness:
     def _close(self) -> None:
         for program in self._programs:
             program.close()
-        if self._side is not None:
-            with contextlib.suppress(Exception):
-                self._side.stop()
+        for publishing in (self._side, self._held):
+            if publishing is not None:
+                with contextlib.suppress(Exception):
+                    publishing.close()
         with contextlib.suppress(Exception):
             if self._settings.url:
                 self._names.delete()

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
+from faults import held
 from faults.broker import Broker, together
+from faults.held import Held
 from faults.programs import Program
+from faults.rollout import Pause, Rollout
 from faults.schedule import Fault
 from faults.side import Side
 
 _DRAIN_SIDE = 15.0
 _NOTICED = 40.0
+_READY = 20.0
+_POISONED = 40.0
 
 
 class NotNow(Exception):
     """The fault cannot be injected at this moment; the reason is for the user."""
-
-
-class Pause(Protocol):
-    """Waits so many seconds, or until the harness is to end."""
-
-    def __call__(self, seconds: float, until: Callable[[], bool] | None = None) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,10 @@ class World:
     side_queue: str
     is_ready: Callable[[Program], bool]
     side_is_handled: Callable[[], bool]
+    rollout: Rollout | None
+    held: Held | None
+    held_program: Program | None
+    neighbours_are_handled: Callable[[], bool]
     #: Waits for so many seconds, or for the condition; false when neither came to be.
     pause: Pause
 
@@ -251,6 +253,49 @@ def _fork_publisher(world: World, fault: Fault) -> str:
     return program.process_name
 
 
+# --- ordinary life -------------------------------------------------------------------------------
+
+
+def _roll_forward(world: World, fault: Fault) -> str:
+    return _rollout(world).forward(fault.seconds)
+
+
+def _roll_back(world: World, fault: Fault) -> str:
+    return _rollout(world).back(fault.seconds, half_way=fault.choice % 2 == 1)
+
+
+def _rollout(world: World) -> Rollout:
+    assert world.rollout is not None, "this scenario has no releases"
+    return world.rollout
+
+
+def _poison(world: World, _fault: Fault) -> str:
+    """An event that kills its process each time, with others behind it in the same hands."""
+    held_, program = _held(world)
+    before = program.deaths
+    confirmed = held_.publish(held.POISONED)
+    world.pause(_POISONED, world.neighbours_are_handled)
+    return f"{confirmed} events, {program.deaths - before} deaths"
+
+
+def _stop_in_a_row(world: World, _fault: Fault) -> str:
+    """Orderly stops, more than the queue's delivery limit, of a process that holds many events."""
+    held_, program = _held(world)
+    confirmed = held_.publish(held.MANY)
+    for _ in range(held.STOPS):
+        world.pause(_READY, lambda: world.is_ready(program))
+        name = program.process_name
+        program.terminate()
+        world.pause(_READY, lambda: program.process_name != name)  # noqa: B023 - called at once
+    return f"{confirmed} events, {held.STOPS} stops"
+
+
+def _held(world: World) -> tuple[Held, Program]:
+    assert world.held is not None, "this scenario has no subscriber that holds many events"
+    assert world.held_program is not None
+    return world.held, world.held_program
+
+
 _INJECTORS: dict[str, Callable[[World, Fault], str]] = {
     "broker-killed": _kill_broker,
     "broker-restarted": _restart_broker,
@@ -271,6 +316,10 @@ _INJECTORS: dict[str, Callable[[World, Fault], str]] = {
     "publisher-killed": _kill_publisher,
     "publisher-terminated": _terminate_publisher,
     "publisher-forked": _fork_publisher,
+    "rolled-forward": _roll_forward,
+    "rolled-back": _roll_back,
+    "poisoned": _poison,
+    "stopped-in-a-row": _stop_in_a_row,
     "node-killed": _kill_node,
     "majority-killed": _kill_majority,
 }

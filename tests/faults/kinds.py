@@ -1,16 +1,19 @@
 """The kinds of events: what their handler does, and what must become of them. Pure.
 
-The kind is in the routing key, ``event.<kind>``, so that a record of the key says it all.
+The kind is in the routing key, ``<topic>.<kind>``, so that a record of the key says it all. The
+topic decides which subscribers get the event; it is ``event`` for most.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 RETURNED = "returned"
 DEAD_LETTER = "dead letter"
+
+POISON = "poison"  # it kills its process, each time
 
 #: How often each kind is published, among the others.
 MIXED: Mapping[str, float] = {
@@ -35,7 +38,7 @@ class Fate(NamedTuple):
 def fate(routing_key: str, max_retries: int) -> Fate:
     """What a subscriber with ``max_retries`` must make of an event."""
     kind = routing_key.split(".")[1]
-    if kind in ("raise", "reject"):
+    if kind in ("raise", "reject", POISON):
         return Fate(DEAD_LETTER, 0)
     if kind == "exhaust":
         return Fate(DEAD_LETTER, max_retries)
@@ -48,12 +51,17 @@ def fate(routing_key: str, max_retries: int) -> Fate:
 
 
 class Mix:
-    """Draws kinds of events, as often as their weights say."""
+    """Draws topics and kinds of events, as often as their weights say."""
 
-    def __init__(self, weights: Mapping[str, float], source: random.Random) -> None:
-        self._kinds: Sequence[str] = list(weights)
-        self._weights = list(weights.values())
+    def __init__(
+        self, topics: Mapping[str, float], kinds: Mapping[str, float], source: random.Random
+    ) -> None:
+        self._topics = topics
+        self._kinds = kinds
         self._source = source
 
     def routing_key(self) -> str:
-        return "event." + self._source.choices(self._kinds, self._weights)[0]
+        return f"{self._draw(self._topics)}.{self._draw(self._kinds)}"
+
+    def _draw(self, weights: Mapping[str, float]) -> str:
+        return self._source.choices(list(weights), list(weights.values()))[0]

@@ -44,6 +44,7 @@ class Config:
     batch: int
     batch_pause: float
     timeouts: list[float]
+    topics: dict[str, float]
     mix: dict[str, float]
     broken: str
     waiting: int  # publish so many events that wait for a retry until `due`, and nothing else
@@ -145,7 +146,7 @@ class Program:
 
     def _events(self, prefix: str) -> Iterator[DomainEvent]:
         source = random.Random(f"{self._config.seed} {prefix}")
-        mix = Mix(self._config.mix, source)
+        mix = Mix(self._config.topics, self._config.mix, source)
         number = 0
         while True:
             number += 1

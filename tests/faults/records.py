@@ -10,6 +10,7 @@ only a line that was being written can be torn, and only the last one.
     begin SUBSCRIBER ID RETRIES TIME          the handler is called
     ended SUBSCRIBER ID RETRIES OUTCOME TIME  it is about to return, or to raise
     usage THREADS DESCRIPTORS KILOBYTES TIME  of this process, every few seconds
+    release TOPICS RETIRED RETRIES DEAD-LETTER TIME  it is about to register this (`rolling`)
     ready TIME                                it has declared what it needs
 
 Times are of the monotonic clock, which all processes of a machine share.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from faults.evidence import Usage
 from faults.harness import Result
-from faults.verdict import LATEST
+from faults.verdict import LATEST, Verdict
 
 # A process that lived shorter says nothing about what piles up.
 _LONG_ENOUGH = 15.0
@@ -36,6 +37,8 @@ def figures(result: Result) -> list[Row]:
         ("handled, surely not sent (must be 0)", f"{len(verdict.forbidden):,}"),
         ("retried beyond their limit (must be 0)", f"{len(verdict.beyond_limit):,}"),
         ("given up below their limit (must be 0)", f"{len(verdict.below_limit):,}"),
+        ("handled, and dead letters all the same (must be 0)", f"{len(verdict.innocent):,}"),
+        *_rolled(verdict),
         (
             f"latest publish after its deadline (must be under {LATEST:g} s)",
             f"{max(0.0, verdict.latest_publish):.2f} s",
@@ -45,6 +48,17 @@ def figures(result: Result) -> list[Row]:
         ("programs that misbehaved (must be 0)", f"{len(verdict.misbehaved):,}"),
     ]
     return [*rows, *_usage(result)]
+
+
+def _rolled(verdict: Verdict) -> Iterator[Row]:
+    if verdict.rolled:
+        yield "events that a release had bound", f"{verdict.rolled:,}"
+        yield "of all, dead letters as no process listed them", f"{verdict.unlisted:,}"
+        yield "those that do not say so (must be 0)", f"{len(verdict.unexplained):,}"
+        yield (
+            "handled by a process that does not list them (must be 0)",
+            f"{len(verdict.strayed):,}",
+        )
 
 
 def _listed(numbers: dict[str, int]) -> str:
@@ -64,7 +78,7 @@ def _usage(result: Result) -> Iterator[Row]:
     longest: dict[str, str] = {}
     for name, (first, last) in sorted(result.usage.items(), key=lambda item: _lifetime(item[1])):
         if last.time - first.time >= _LONG_ENOUGH:
-            longest[name.split(".")[0]] = name
+            longest[_program(name)] = name
     for name in sorted(longest.values()):
         first, last = result.usage[name]
         grown = (
@@ -72,7 +86,12 @@ def _usage(result: Result) -> Iterator[Row]:
             f"{first.kilobytes / 1024:.0f} → {last.kilobytes / 1024:.0f} MB "
             f"({last.time - first.time:.0f} s)"
         )
-        yield f"{name.split('.')[0]}: threads, descriptors, memory", grown
+        yield f"{_program(name)}: threads, descriptors, memory", grown
+
+
+def _program(process: str) -> str:
+    """Without the number of its start, and of its release."""
+    return re.split("[-.]", process)[0]
 
 
 def _lifetime(usage: tuple[Usage, Usage]) -> float:
@@ -97,7 +116,7 @@ _HEAD = ("Fault", "Injected", "Lost", "Longest silence after it")
 
 def text(result: Result) -> str:
     """For the terminal."""
-    lines = ["", *_columns([_HEAD, *faults(result)]), "", *_columns(figures(result))]
+    lines = ["", *columns([_HEAD, *faults(result)]), "", *columns(figures(result))]
     lines += [f"left out: {each}" for each in result.left_out]
     lines += [
         f"lost: {event} ({key}) at {name}" for name, event, key, _ in result.verdict.lost[:10]
@@ -106,6 +125,9 @@ def text(result: Result) -> str:
         result.verdict.forbidden,
         result.verdict.beyond_limit,
         result.verdict.below_limit,
+        result.verdict.innocent,
+        result.verdict.strayed,
+        result.verdict.unexplained,
         result.verdict.misbehaved,
     ):
         lines += [f"wrong: {each}" for each in events[:10]]
@@ -114,7 +136,7 @@ def text(result: Result) -> str:
     return "\n".join(lines if result.verdict.violations() else [*lines, "As promised."])
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from faults import kinds, schedule
+from faults import kinds, rolling, schedule
 from faults.schedule import Fault, Group
 
 
@@ -19,6 +19,7 @@ class Publishing:
     batch: int = 100  # events at a time with publish_many, on a thread of its own; 0: none
     batch_pause: float = 0.7
     timeouts: Sequence[float] = (1.0, 3.0, 8.0, 20.0)
+    topics: Mapping[str, float] = field(default_factory=lambda: {"event": 1})
     mix: Mapping[str, float] = field(default_factory=lambda: kinds.MIXED)
 
 
@@ -53,6 +54,8 @@ class Scenario:
     gaps: tuple[float, float] = (1.0, 2.0)
     #: Events that are published first, and all wait for their retry when the faults begin.
     waiting: int = 0
+    #: Processes of the subscriber of which one release after the other is deployed.
+    rolling: int = 0
     cluster: bool = False
 
     def schedule(self, seed: int, left_out: Sequence[str] = ()) -> Iterator[Group]:
@@ -66,6 +69,8 @@ class Scenario:
         return {*self.kinds, *(fault.kind for fault in self.faults)}
 
 
+# All topics, whether a release lists them at the time or not.
+_ROLLING = dict.fromkeys(rolling.PUBLISHED, 1.0)
 _FEW = Publishing(processes=2, threads=2, pause=0.02, batch=0)
 # Handlers that hold what they have for long, so that a queue builds up behind them.
 _SLOW_HANDLERS = {"mailer": Subscribing(workers=4, slow=(0.05, 0.2))}
@@ -73,7 +78,27 @@ _SLOW_HANDLERS = {"mailer": Subscribing(workers=4, slow=(0.05, 0.2))}
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("mixed", "everything, singly and together", kinds=schedule.MIXED),
+        Scenario(
+            "mixed",
+            "everything, singly and together",
+            Publishing(topics={"event": 4 * len(_ROLLING), **_ROLLING}),
+            kinds=schedule.MIXED,
+            rolling=2,
+        ),
+        Scenario(
+            "rolling",
+            "binding keys come, go and are rolled back while old and new releases run side by side",
+            Publishing(processes=2, threads=2, batch=50, topics=_ROLLING),
+            {},
+            kinds=["rolled-forward", "rolled-forward", "rolled-back"],
+            rolling=3,
+        ),
+        Scenario(
+            "poison",
+            "an event kills its process again and again; orderly stops in a row",
+            _FEW,
+            kinds=["poisoned", "stopped-in-a-row"],
+        ),
         Scenario(
             "cluster",
             "three nodes, killed in turn; a majority lost and regained",

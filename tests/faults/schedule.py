@@ -45,6 +45,10 @@ KINDS = {
     "publisher-killed": Kind("programs"),
     "publisher-terminated": Kind("programs"),
     "publisher-forked": Kind("programs"),
+    "rolled-forward": Kind("programs", 0.2, 1.5),  # seconds that old and new are side by side
+    "rolled-back": Kind("programs", 0.2, 1.5),
+    "poisoned": Kind("programs"),
+    "stopped-in-a-row": Kind("programs"),
     "node-killed": Kind("broker", 1, 5, "cluster"),
     "majority-killed": Kind("broker", 1, 5, "cluster"),
 }

@@ -34,7 +34,7 @@ class Side:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(_TIMEOUT * 3)

@@ -13,9 +13,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from domain_events import BrokerUnavailable, DomainEvent, Reject, Retry, Subscriber
-from faults import broken
+from domain_events import (
+    BrokerUnavailable,
+    DomainEvent,
+    Reject,
+    Retry,
+    Subscriber,
+    subscription,
+)
+from faults import broken, rolling
+from faults.kinds import POISON
 from faults.records import Recorder, watch
 
 #: The exit status of a process that a handler has ended; or it kills itself.
@@ -31,13 +40,17 @@ class Config:
     label: str  # what the records call it
     urls: list[str]
     exchange: str
-    binding_key: str
+    topics: list[str]  # first words of the routing keys that it lists
+    retired: list[str]  # and of those that are to go
     folder: str
     workers: int
     max_retries: int
+    dead_letter: bool
     prefetch_count: int | None
     queue_type: str
     slow: list[float]
+    delivery_limit: int  # of the queue; 0: the library's
+    announce: bool  # write down what it registers
     broken: str
 
 
@@ -73,6 +86,8 @@ class Handler:
             raise Retry(random.uniform(0.1, 1.5))
         elif kind == "later" and event.retries == 0:
             raise Retry(max(0.1, event.data - time.monotonic()))
+        elif kind == POISON:
+            os._exit(DIED)
         elif kind == "die":
             self._die_once(event)
 
@@ -92,25 +107,52 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     if config.broken:
         broken.make(config.broken)
+    _hand_back_soon()
+    if config.delivery_limit:
+        _limit_deliveries(config.delivery_limit)
     recorder = Recorder(Path(config.folder) / f"{config.process}.records")
     watch(recorder)
+    if config.announce:
+        topics, retired = (",".join(each) or "-" for each in (config.topics, config.retired))
+        recorder.write("release", topics, retired, config.max_retries, config.dead_letter)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)
+    # Not given when there are none: as a release does that knows nothing of it.
+    others: dict[str, Any] = {}
+    if config.retired:
+        others["retired_keys"] = _keys(config.retired)
     registered = False
     while not registered:
         try:
             subscriber.register(
                 Handler(config, recorder),
                 config.name,
-                [config.binding_key],
+                _keys(config.topics),
+                dead_letter=config.dead_letter,
                 max_retries=config.max_retries,
                 prefetch_count=config.prefetch_count,
                 queue_type="classic" if config.queue_type == "classic" else "quorum",
+                **others,
             )
         except BrokerUnavailable:
             continue  # as a service that is started again until its broker is there
         registered = True
     recorder.write("ready")
     subscriber.start_consuming()
+
+
+def _keys(topics: list[str]) -> list[str]:
+    return [f"{topic}.#" for topic in topics]
+
+
+def _hand_back_soon() -> None:
+    """An event that another release lists is a dead letter after seconds, not after minutes."""
+    subscription._HAND_BACK_DELAYS = rolling.HAND_BACK_DELAYS
+
+
+def _limit_deliveries(limit: int) -> None:
+    """An event that kills its process does so less often: each time takes a start."""
+    subscription._MOST_FAILURES = limit
+    subscription._MOST_GIVE_BACKS = limit // 2
 
 
 if __name__ == "__main__":

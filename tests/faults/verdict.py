@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from faults import held, rolling
 from faults.evidence import Evidence, Handling, Publication
 from faults.kinds import DEAD_LETTER, RETURNED, fate
 
@@ -37,6 +38,8 @@ class Remains:
     waiting: Mapping[str, Counter[str]]
     #: How many more the queues hold, of which only the number is known.
     held: int = 0
+    #: Of the dead letters of the subscriber that has several releases: why, by the event's id.
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +57,15 @@ class Verdict:
     forbidden: list[str] = field(default_factory=list)
     beyond_limit: list[str] = field(default_factory=list)
     below_limit: list[str] = field(default_factory=list)
+    #: Handled, and dead letters all the same.
+    innocent: list[str] = field(default_factory=list)
+    #: Handled by a process whose release does not list them.
+    strayed: list[str] = field(default_factory=list)
+    #: Dead letters that no handler has seen, and that do not say why.
+    unexplained: list[str] = field(default_factory=list)
+    #: Events that a release had bound, and dead letters since no process listed them any more.
+    rolled: int = 0
+    unlisted: int = 0
     latest_publish: float = 0.0
     #: The longest silence after each group of faults, and of which subscriber.
     silences: dict[int, tuple[float, str]] = field(default_factory=dict)
@@ -83,6 +95,12 @@ class Verdict:
             yield f"{len(self.beyond_limit):,} events were retried beyond their limit"
         if self.below_limit:
             yield f"{len(self.below_limit):,} events were given up before their last retry"
+        if self.innocent:
+            yield f"{len(self.innocent):,} events were handled and are dead letters all the same"
+        if self.strayed:
+            yield f"{len(self.strayed):,} events were handled by a process that does not list them"
+        if self.unexplained:
+            yield f"{len(self.unexplained):,} dead letters that nobody handled do not say why"
         if self.latest_publish >= LATEST:
             yield f"a publish took {self.latest_publish:.2f} s beyond its deadline"
         if self.longest_silence >= LONGEST_SILENCE:
@@ -105,10 +123,14 @@ def judge(
     """
     verdict = Verdict(published=evidence.published, latest_publish=evidence.latest_publish)
     for event, publication in evidence.publications.items():
-        for name, limit in limits[publication.routing_key.split(".")[0]].items():
+        topic = publication.routing_key.split(".")[0]
+        if topic in rolling.PUBLISHED:
+            _judge_rolled(verdict, evidence, remains, publication, event, topic)
+        for name, limit in limits.get(topic, {}).items():
             handling = evidence.handlings.get((name, event))
             _judge_event(verdict, remains, publication, event, name, limit, handling)
-    for name in {name for subscribers in limits.values() for name in subscribers}:
+    names = {name for subscribers in limits.values() for name in subscribers}
+    for name in {*names, rolling.LABEL} if evidence.announced else names:
         verdict.handled[name] = sum(
             1
             for (each, _), handling in evidence.handlings.items()
@@ -147,10 +169,48 @@ def _judge_event(
     returned = handling is not None and last_retry in handling.returned
     finished = (end == RETURNED and returned) or (end == DEAD_LETTER and dead)
     given_up = dead and end == RETURNED and not returned
+    if dead and end == RETURNED and returned:
+        verdict.innocent.append(label)
     if given_up or (finished and not seen.issuperset(range(last_retry + 1))):
         verdict.below_limit.append(label)
     elif publication.returned and not finished and not _waits(remains, event, name):
         last = max(publication.last, handling.last if handling else 0.0)
+        verdict.lost.append((name, event, publication.routing_key, last))
+
+
+def _judge_rolled(
+    verdict: Verdict,
+    evidence: Evidence,
+    remains: Remains,
+    publication: Publication,
+    event: str,
+    topic: str,
+) -> None:
+    """An event for the subscriber of which there are several releases."""
+    name = rolling.LABEL
+    handling = evidence.handlings.get((name, event)) or Handling()
+    dead = event in remains.dead_letters.get(name, ())
+    label = f"{event} ({publication.routing_key}) at {name}"
+    if publication.surely_not_sent and (handling.begun or dead):
+        verdict.forbidden.append(label)
+    if any(retries > rolling.MAX_RETRIES for retries in handling.begun):
+        verdict.beyond_limit.append(label)
+    if any(
+        topic not in evidence.announced[process].release.topics for process in handling.begun_by
+    ):
+        verdict.strayed.append(label)
+    if dead and not handling.begun:
+        verdict.unlisted += 1
+        if publication.routing_key not in remains.reasons.get(event, ""):
+            verdict.unexplained.append(label)
+    if not publication.returned or not rolling.required(
+        list(evidence.announced.values()), topic, publication.first
+    ):
+        return
+    verdict.rolled += 1
+    finished = dead or rolling.finished(handling.ends, evidence.announced)
+    if not finished and not _waits(remains, event, name):
+        last = max(publication.last, handling.last)
         verdict.lost.append((name, event, publication.routing_key, last))
 
 
@@ -162,7 +222,11 @@ def _measure_silences(
     verdict: Verdict, evidence: Evidence, faults: Sequence[Injected], until: float
 ) -> None:
     """From the end of each group of faults to the next event that each subscriber handles."""
-    handled_at = {name: sorted(times) for name, times in evidence.ended_at.items()}
+    handled_at = {
+        name: sorted(times)
+        for name, times in evidence.ended_at.items()
+        if name != held.LABEL  # has something to do at times only
+    }
     for group in sorted({fault.group for fault in faults}):
         over = max(fault.ended for fault in faults if fault.group == group)
         following = [fault.begun for fault in faults if fault.group == group + 1]
