@@ -91,6 +91,11 @@ def dead_letter_name(name: str) -> str:
     return f"{name}-dl"
 
 
+def undelivered_name(exchange: str) -> str:
+    """The queue (and the exchange) for retries whose subscriber's queue is gone."""
+    return f"{exchange}.undelivered"
+
+
 def subscriber_queue(name: str) -> Queue:
     """A durable subscriber's queue.
 
@@ -152,8 +157,8 @@ def bindings(exchange: str, name: str, binding_keys: Sequence[str]) -> list[Bind
 
 def delays(exchange: str) -> list[Declaration]:
     """All that delayed retries on ``exchange`` need, apart from each subscriber's `way_back`."""
-    undelivered = f"{exchange}.undelivered"
-    due = Exchange(_due(exchange), arguments={"alternate-exchange": undelivered})
+    undelivered = undelivered_name(exchange)
+    due = Exchange(due_name(exchange), arguments={"alternate-exchange": undelivered})
     topology: list[Declaration] = [
         Exchange(undelivered, "fanout"),
         _quorum_queue(undelivered),
@@ -186,7 +191,7 @@ def delays(exchange: str) -> list[Declaration]:
 
 def way_back(exchange: str, name: str) -> Binding:
     """How a retry that is due returns to the queue ``name``."""
-    return Binding(_due(exchange), name, "*." * LEVELS + name)
+    return Binding(due_name(exchange), name, "*." * LEVELS + name)
 
 
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
@@ -206,6 +211,17 @@ def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
 def delay_of(address: str) -> float:
     """The delay, in seconds, that is written in a routing key by `delay_address`."""
     return round(int("".join(address.split(".")[:LEVELS]), 2) * SHORTEST_DELAY, 1)
+
+
+def subscriber_of(address: str) -> str | None:
+    """Whose retry is sent to an address of `delay_address`; None if it is not such an address."""
+    *bits, name = address.split(".", LEVELS)
+    if len(bits) < LEVELS or not name or not set(bits) <= {"0", "1"}:
+        return None
+    try:
+        return check_name(name, "subscriber")
+    except ConfigurationError:
+        return None
 
 
 def check_name(name: str, what: str) -> str:
@@ -262,7 +278,8 @@ def matches(binding_key: str, routing_key: str) -> bool:
     return len(words) in ends
 
 
-def _due(exchange: str) -> str:
+def due_name(exchange: str) -> str:
+    """The exchange from which retries that are due return to their subscribers."""
     return f"{exchange}.due"
 
 
