@@ -152,10 +152,13 @@ class Undelivered(Walks):
             event = messages.to_event(delivery)
         except InvalidEvent:
             event = None
+        key = delivery.original_routing_key
+        if messages.ROUTING_KEY not in delivery.headers and event is not None:
+            key = _short(event.routing_key) or key  # and not the address
         return UndeliveredEvent(
             topology.subscriber_of(delivery.routing_key),
             event,
-            delivery.original_routing_key,
+            key,
             delivery.body,
             delivery,
             self,
