@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -194,11 +195,11 @@ class Walks:
                 size += len(delivery.body)
                 while len(under_way) >= _MOST_UNDER_WAY or size > _MOST_BYTES_UNDER_WAY:
                     size -= len(under_way[0][2].body)
-                    self._settle_anew(*under_way.popleft())
+                    self._settle_anew(*under_way.popleft(), self._timeout)
                 delivery = self._next(self._walk) if left else None
                 left -= 1
             while under_way:
-                self._settle_anew(*under_way.popleft())
+                self._settle_anew(*under_way.popleft(), self._timeout)
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"{self._what} came back {times} times. RabbitMQ counts each look, and deletes "
@@ -208,9 +209,10 @@ class Walks:
             ) from error
         finally:
             # When it was broken off: of what is confirmed, one of the two is taken out.
+            deadline = time.monotonic() + self._timeout
             for each in under_way:
                 with contextlib.suppress(DomainEventsError):
-                    self._settle_anew(*each)
+                    self._settle_anew(*each, max(0.0, deadline - time.monotonic()))
 
     def _submit(self, message: Message) -> tuple[Publication, threading.Event]:
         known = threading.Event()
@@ -219,10 +221,14 @@ class Walks:
         return publication, known
 
     def _settle_anew(
-        self, publication: Publication, known: threading.Event, delivery: Delivery
+        self,
+        publication: Publication,
+        known: threading.Event,
+        delivery: Delivery,
+        timeout: float,
     ) -> None:
         publishing = self._publisher()
-        if not known.wait(self._timeout) and publishing.withdraw(publication):
+        if not known.wait(timeout) and publishing.withdraw(publication):
             why = publishing.trouble or "the broker has not answered"
             raise EventNotConfirmed(
                 f"No confirm within {self._timeout:g} s ({why}), while {self._what} were published "

@@ -25,6 +25,7 @@ from domain_events import (
     DomainEvent,
     Reject,
 )
+from domain_events.message import Delivery, Message
 
 # As many as come back in pieces, and a whole number of windows and a rest.
 MANY = 230
@@ -125,6 +126,40 @@ def test_queue_of_another_program_does_not_lose_what_is_looked_at(bench: Bench) 
     seen = looks(bench, queue, 15)
     assert [len(look) for look in seen] == [20] * 15
     assert all(look == seen[0] for look in seen)
+
+
+@pytest.mark.usefixtures("policy")
+def test_look_that_is_broken_off_while_it_publishes_anew_loses_nothing(
+    target: Bench, killable_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C; the next look sees each one, once. On 4.3 a look does not count."""
+    queue = target.names.queue()
+    make_letters(target, queue, 150)
+    for _ in range(3):
+        with DeadLetters(queue, target.url) as dead_letters:
+            seen = [described(letter) for letter in dead_letters]
+    published = 0
+    anew = DeadLetters._anew
+
+    def interrupted(dead_letters: DeadLetters, delivery: Delivery) -> Message:
+        nonlocal published
+        published += 1
+        if published == 120:
+            raise KeyboardInterrupt
+        return anew(dead_letters, delivery)
+
+    def look() -> None:
+        with DeadLetters(queue, target.url) as dead_letters:
+            list(dead_letters)
+
+    monkeypatch.setattr(DeadLetters, "_anew", interrupted)
+    if not killable_node.version.startswith("4.3"):
+        with pytest.raises(KeyboardInterrupt):
+            look()
+    monkeypatch.undo()
+    with DeadLetters(queue, target.url) as dead_letters:
+        again = [described(letter) for letter in dead_letters]
+    assert sorted(again, key=repr) == sorted(seen, key=repr)
 
 
 @pytest.mark.usefixtures("policy")
