@@ -33,6 +33,7 @@ from domain_events.publisher import Publisher, close_publishers, publish_domain_
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
 from domain_events.subscriber import Subscriber
+from domain_events.undelivered import Undelivered, UndeliveredEvent
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,8 @@ __all__ = [
     "Retry",
     "Subscriber",
     "TopologyError",
+    "Undelivered",
+    "UndeliveredEvent",
     "close_publishers",
     "configure",
     "publish_domain_event",

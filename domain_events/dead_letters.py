@@ -2,37 +2,28 @@
 
 Browsing takes nothing out. A replay is one movement: the event is confirmed in the subscriber's
 queue before it is acked among the dead letters. What is left stays; each walk sees a dead letter
-once, so that a walk ends even while new ones arrive.
+once, so that a walk ends even while new ones arrive. How walks work: `domain_events.walks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from types import TracebackType
 from typing import Any
 
 from domain_events import message as messages
-from domain_events import settings, topology
-from domain_events.broker import Browser, Consuming, Publishing, connect
-from domain_events.checks import refusal, seconds
-from domain_events.errors import (
-    DomainEventsError,
-    EventUnroutable,
-    InvalidEvent,
-    TopologyError,
-)
+from domain_events import topology
+from domain_events.checks import refusal
+from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
-from domain_events.message import Delivery
-from domain_events.publisher import confirmed
+from domain_events.message import Delivery, Message
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.walks import Walks
 
 RETRY = "retry"
 LEAVE = "leave"
 DISCARD = "discard"
-
-_CLOSE_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +64,14 @@ class DeadLetter:
 
     def discard(self) -> None:
         """Delete it, for good."""
-        self._owner._discard(self._delivery)
+        self._owner._settle(self._delivery)
 
     def __repr__(self) -> str:
         event = self.event or f"{len(self.body)} bytes that are no event"
         return f"<DeadLetter {event}: {self.error_type}: {self.error_message}>"
 
 
-class DeadLetters:
+class DeadLetters(Walks):
     """The dead letters of the subscriber ``name``. Iterate to see each one once.
 
     ::
@@ -90,9 +81,13 @@ class DeadLetters:
                 if letter.error_type == 'TimeoutError':
                     letter.replay()
 
-    What is neither replayed nor discarded is left. The dead letters that a walk has passed are
-    held until the next one begins or `close` is called; until then they can be settled, and
-    others do not see them.
+    What is neither replayed nor discarded is left, in its order. The dead letters that a walk has
+    passed are held until the next one begins or `close` is called; until then they can be settled,
+    and others do not see them. Their bodies are not: they live as long as each `DeadLetter`.
+
+    Up to RabbitMQ 4.2 a look counts as a delivery. Before a queue's delivery limit could delete
+    them, the next walk publishes all of them to their queue anew, which takes the permission to
+    publish there.
 
     :param name: the subscriber's name.
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
@@ -108,78 +103,20 @@ class DeadLetters:
         timeout: float = 10.0,
     ) -> None:
         self.name = topology.check_name(name, "subscriber")
-        self._queue = topology.dead_letter_name(self.name)
-        self._timeout = seconds(timeout)
-        urls = settings.replaced(settings.resolve(connection_settings))
-        self._broker = None if urls is None else connect(urls)
-        self._consuming: Consuming | None = None
-        self._publishing: Publishing | None = None
-        self._browser: Browser | None = None
-        # What the current walk has passed and is not settled.
-        self._held: set[Delivery] = set()
-
-    def count(self) -> int:
-        """How many there are, but for those that somebody else's walk holds.
-
-        :raises TopologyError: this subscriber keeps no dead letters.
-        """
-        return self._count_ready() + len(self._held)
+        queue = topology.dead_letter_name(self.name)
+        super().__init__(queue, f"The dead letters of {self.name!r}", connection_settings, timeout)
 
     def __iter__(self) -> Iterator[DeadLetter]:
         for delivery in self._deliveries():
             yield self._letter(delivery)
 
-    def _deliveries(self) -> Iterator[Delivery]:
-        """The dead letters as messages: those that are there now, each one once."""
-        if self._broker is None:
-            return
-        if self._browser is None:
-            self._browser = self._connection().browse(self._queue, self._timeout)
-        else:
-            self._held.clear()
-            self._browser.rewind()
-        delivery = self._next()
-        # Those that come while the walk goes on are left for the next one.
-        behind = delivery.message_count if delivery is not None else 0
-        while delivery is not None:
-            self._held.add(delivery)
-            yield delivery
-            delivery = self._next() if behind else None
-            behind -= 1
-
     def replay_all(self) -> int:
-        """Replay all that are there now; says how many that were."""
+        """Replay all that are there now, in their order; says how many that were."""
         return self._all(DeadLetter.replay)
 
     def discard_all(self) -> int:
         """Delete all that are there now, for good; says how many that were."""
         return self._all(DeadLetter.discard)
-
-    def close(self) -> None:
-        """Let go of what is left, and close the connections."""
-        browser, self._browser = self._browser, None
-        consuming, self._consuming = self._consuming, None
-        publishing, self._publishing = self._publishing, None
-        self._held.clear()
-        try:
-            if browser is not None:
-                browser.close(self._timeout)
-        finally:
-            if consuming is not None:
-                consuming.close(_CLOSE_TIMEOUT)
-            if publishing is not None:
-                publishing.close(_CLOSE_TIMEOUT)
-
-    def __enter__(self) -> DeadLetters:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _all(self, action: Callable[[DeadLetter], None]) -> int:
         number = 0
@@ -188,53 +125,21 @@ class DeadLetters:
             number += 1
         return number
 
-    def _next(self) -> Delivery | None:
-        if self._browser is None:
-            raise RuntimeError("This walk is over: another one began, or it was closed.")
-        try:
-            return self._browser.next(self._timeout)
-        except DomainEventsError:
-            # Its connection is gone, and all it held is back in the queue.
-            self._browser = None
-            self._held.clear()
-            raise
-
     def _replay(self, delivery: Delivery) -> None:
         self._check_held(delivery)
-        if self._publishing is None:
-            assert self._broker is not None
-            self._publishing = self._broker.publishing((), "dead letters")
         try:
-            confirmed(self._publishing, messages.replay(delivery, self.name), self._timeout)
+            self._send(messages.replay(delivery, self.name))
         except EventUnroutable as error:
             raise TopologyError(
                 f"There is no queue {self.name!r} to replay into: its subscriber must have "
                 "registered first. The dead letter is left."
             ) from error
-        self._discard(delivery)
+        self._settle(delivery)
 
-    def _discard(self, delivery: Delivery) -> None:
-        self._check_held(delivery)
-        assert self._browser is not None
-        self._browser.ack(delivery, self._timeout)
-        self._held.discard(delivery)
-
-    def _check_held(self, delivery: Delivery) -> None:
-        if delivery not in self._held:
-            raise RuntimeError(
-                "This dead letter was settled already, or its walk is over; begin another one."
-            )
-
-    def _count_ready(self) -> int:
-        if self._broker is None:
-            return 0
-        return self._connection().count(self._queue, self._timeout)
-
-    def _connection(self) -> Consuming:
-        if self._consuming is None:
-            assert self._broker is not None
-            self._consuming = self._broker.consuming("dead letters", lambda: None)
-        return self._consuming
+    def _anew(self, delivery: Delivery) -> Message:
+        message = messages.replay(delivery, self._queue)
+        headers = {**message.headers, **_told(delivery), messages.RETRIES: delivery.retries}
+        return replace(message, headers=headers)
 
     def _letter(self, delivery: Delivery) -> DeadLetter:
         try:
@@ -251,6 +156,30 @@ class DeadLetters:
             _owner=self,
             **told,
         )
+
+
+def _told(delivery: Delivery) -> dict[str, Any]:
+    """The headers from which the same is told again when it is in its queue anew."""
+    if not delivery.exchange and "x-death" not in delivery.headers:
+        # They are there already.
+        ours = [(str(name), value) for name, value in delivery.headers.items()]
+        return {
+            name: value
+            for name, value in ours
+            if name.startswith("domain-events-") and isinstance(value, str)
+        }
+    # The broker moved it: what is known of that stands in headers that do not survive.
+    told = messages.told_by_a_dead_letter(delivery)
+    failed_at = told["failed_at"]
+    headers = {
+        messages.SUBSCRIBER: told["subscriber"],
+        messages.ERROR_TYPE: told["error_type"],
+        messages.ERROR_MESSAGE: told["error_message"],
+        messages.TRACEBACK: told["traceback"],
+        messages.FAILED_AT: failed_at and failed_at.isoformat(),
+        messages.HOST: told["host"],
+    }
+    return {name: value for name, value in headers.items() if value is not None}
 
 
 def retry_event(body: bytes, **kwargs: Any) -> str:
@@ -308,6 +237,6 @@ def _decide(
     if answer == RETRY:
         dead_letters._replay(delivery)
     elif answer == DISCARD:
-        dead_letters._discard(delivery)
+        dead_letters._settle(delivery)
     elif answer != LEAVE:
         raise ValueError(f"Answer RETRY, LEAVE or DISCARD to a dead letter, not {answer!r}.")

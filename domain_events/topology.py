@@ -109,6 +109,11 @@ def dead_letter_name(name: str) -> str:
     return f"{name}-dl"
 
 
+def undelivered_name(exchange: str) -> str:
+    """The queue (and the exchange) for retries whose subscriber's queue is gone."""
+    return f"{exchange}.undelivered"
+
+
 def subscriber_queue(name: str) -> Queue:
     """A durable subscriber's queue.
 
@@ -175,8 +180,8 @@ def unbindings(exchange: str, name: str, retired_keys: Sequence[str]) -> list[Un
 
 def delays(exchange: str) -> list[Declaration]:
     """All that delayed retries on ``exchange`` need, apart from each subscriber's `way_back`."""
-    undelivered = f"{exchange}.undelivered"
-    due = Exchange(_due(exchange), arguments={"alternate-exchange": undelivered})
+    undelivered = undelivered_name(exchange)
+    due = Exchange(due_name(exchange), arguments={"alternate-exchange": undelivered})
     topology: list[Declaration] = [
         Exchange(undelivered, "fanout"),
         _quorum_queue(undelivered),
@@ -209,7 +214,7 @@ def delays(exchange: str) -> list[Declaration]:
 
 def way_back(exchange: str, name: str) -> Binding:
     """How a retry that is due returns to the queue ``name``."""
-    return Binding(_due(exchange), name, "*." * LEVELS + name)
+    return Binding(due_name(exchange), name, "*." * LEVELS + name)
 
 
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
@@ -223,6 +228,17 @@ def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
         raise ValueError(f"A delay of {delay} s is longer than the delay levels reach.")
     bits = ".".join(f"{units:0{LEVELS}b}")
     return _level(exchange, units.bit_length() - 1), f"{bits}.{name}"
+
+
+def subscriber_of(address: str) -> str | None:
+    """Whose retry is sent to an address of `delay_address`; None if it is not such an address."""
+    *bits, name = address.split(".", LEVELS)
+    if len(bits) < LEVELS or not name or not set(bits) <= {"0", "1"}:
+        return None
+    try:
+        return check_name(name, "subscriber")
+    except ConfigurationError:
+        return None
 
 
 def check_name(name: object, what: str) -> str:
@@ -373,7 +389,8 @@ def is_return_exchange(exchange: str) -> bool:
     return not exchange or _RETURN_EXCHANGE.search(exchange) is not None
 
 
-def _due(exchange: str) -> str:
+def due_name(exchange: str) -> str:
+    """The exchange from which retries that are due return to their subscribers."""
     return exchange + _DUE
 
 

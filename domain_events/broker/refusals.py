@@ -28,6 +28,10 @@ class Refused(Exception):
         self.said = said
 
 
+class Taken(TopologyError):
+    """The queue is exclusive, and another connection's."""
+
+
 def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEventsError:
     """Why this could not be declared, what was asked for, and the ways out."""
     what, asked = _described(declaration)
@@ -37,7 +41,7 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
             f"exists, takes the permissions {_permissions(declaration)}."
         )
     if code == LOCKED:
-        return TopologyError(
+        return Taken(
             f"{what} is taken: {said}. An exclusive queue belongs to one connection; let each "
             "process that wants one of its own register under a name of its own."
         )
@@ -65,6 +69,8 @@ def unreadable(queue: str, code: int, said: str) -> DomainEventsError:
         return TopologyError(f"There is no queue {queue!r}.")
     if code == FORBIDDEN:
         return unreadable_by_this_user(said)
+    if code == LOCKED:
+        return Taken(f"The queue {queue!r} is exclusive to another connection: {said}.")
     return TopologyError(f"The queue {queue!r} cannot be read: {said}.")
 
 

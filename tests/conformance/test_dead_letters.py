@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import weakref
 from datetime import datetime, timedelta, timezone
 
 import onlooker
 import pytest
 from bench import Bench, Events
+from support import wait_until
 
 from domain_events import (
     DISCARD,
@@ -20,6 +24,8 @@ from domain_events import (
     replay_all,
     replay_event,
 )
+from domain_events.broker import Publication, connect
+from domain_events.message import Message
 
 
 def fail_on(bench: Bench, number: int, queue: str) -> Events:
@@ -39,6 +45,28 @@ def fail_on(bench: Bench, number: int, queue: str) -> Events:
     subscriber.start_consuming(timeout=20)
     assert onlooker.count(bench.url, f"{queue}-dl") == number
     return seen
+
+
+def fill(bench: Bench, queue: str, number: int) -> list[int]:
+    """So many dead letters, numbered; as quickly as can be."""
+    with bench.subscriber() as subscriber:
+        subscriber.register(print, queue, ["none"])
+    confirmed = threading.Semaphore(0)
+    publishing = connect((bench.url,)).publishing((), "test")
+    for n in range(number):
+        body = DomainEvent("a.b", n).to_json().encode()
+        message = Message("", f"{queue}-dl", body, mandatory=True)
+        publishing.submit(Publication(message, lambda _publication: confirmed.release()))
+    for _ in range(number):
+        assert confirmed.acquire(timeout=20)
+    publishing.close(10)
+    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == number)
+    return list(range(number))
+
+
+def numbers(dead_letters: DeadLetters) -> list[int]:
+    """What a walk shows."""
+    return [letter.event.data for letter in dead_letters if letter.event]
 
 
 @pytest.fixture
@@ -280,3 +308,135 @@ def test_replay_all_ends_while_new_dead_letters_arrive(bench: Bench, queue: str)
     assert len(asked) == 3
     assert onlooker.count(bench.url, queue) == 2
     assert onlooker.count(bench.url, f"{queue}-dl") == 4
+
+
+def test_order_is_the_same_after_whatever_walks(bench: Bench, queue: str) -> None:
+    """Whole ones and such as are broken off, one after the other and by several programs."""
+    expected = fill(bench, queue, 500)
+    for most in (500, 200, 1, 70, 500):
+        with DeadLetters(queue, bench.url) as dead_letters:
+            for letter in dead_letters:
+                assert letter.event is not None
+                if letter.event.data == expected[most - 1]:
+                    break
+            assert dead_letters.count() == 500
+            assert numbers(dead_letters) == expected
+    with DeadLetters(queue, bench.url) as dead_letters:
+        for letter in dead_letters:
+            assert letter.event is not None
+            if letter.event.data in (3, 200, 499):
+                letter.replay()
+            elif letter.event.data in (0, 77):
+                letter.discard()
+        gone = {0, 3, 77, 200, 499}
+        expected = [number for number in expected if number not in gone]
+        assert numbers(dead_letters) == expected
+    assert replay_event(queue, lambda **_: LEAVE, bench.url) == 494
+    assert replay_event(queue, lambda **_: RETRY, bench.url) == 494
+    with DeadLetters(queue, bench.url) as dead_letters:
+        assert dead_letters.replay_all() == 494
+    replayed = [DomainEvent.from_json(each).data for each in onlooker.take_all(bench.url, queue)]
+    assert replayed == [3, 200, 499, *expected]
+
+
+def test_somebody_elses_walk_is_told(
+    bench: Bench, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it holds cannot be seen: who counts, walks or replays meanwhile is warned."""
+    fill(bench, queue, 5)
+
+    def warnings() -> int:
+        told = [each for each in caplog.records if each.levelno == logging.WARNING]
+        caplog.clear()
+        assert all(queue in each.getMessage() for each in told)
+        return len(told)
+
+    with DeadLetters(queue, bench.url) as one, DeadLetters(queue, bench.url) as other:
+        assert other.count() == 5
+        assert warnings() == 0
+        for letter in one:
+            assert letter.event is not None
+            if letter.event.data == 2:
+                break
+        assert one.count() == 5
+        assert warnings() == 0
+        assert other.count() == 2
+        assert warnings() == 1
+        assert numbers(other) == [3, 4]
+        assert warnings() == 1
+        assert replay_all(queue, lambda **_: LEAVE, bench.url) == 0
+        assert warnings() == 1
+    with DeadLetters(queue, bench.url) as dead_letters:
+        assert dead_letters.count() == 5
+        assert sorted(numbers(dead_letters)) == [0, 1, 2, 3, 4]
+    assert warnings() == 0
+
+
+def test_walk_ends_where_another_one_begins(bench: Bench, queue: str) -> None:
+    """Nested walks: the inner one sees all, the outer one says that it is over."""
+    fill(bench, queue, 3)
+    with DeadLetters(queue, bench.url) as dead_letters:
+        outer = iter(dead_letters)
+        passed = next(outer)
+        assert numbers(dead_letters) == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="another one began"):
+            next(outer)
+        with pytest.raises(RuntimeError, match="walk is over"):
+            passed.discard()
+        assert dead_letters.count() == 3
+
+
+def test_closed_dead_letters_say_so(bench: Bench, queue: str) -> None:
+    """No connection is made that nobody would close."""
+    fill(bench, queue, 2)
+    with DeadLetters(queue, bench.url) as dead_letters:
+        walk = iter(dead_letters)
+        letter = next(walk)
+    for use in (dead_letters.count, dead_letters.replay_all, lambda: list(dead_letters)):
+        with pytest.raises(RuntimeError, match="were closed here"):
+            use()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(walk)
+    with pytest.raises(RuntimeError, match="walk is over"):
+        letter.replay()
+    dead_letters.close()
+    assert onlooker.count(bench.url, f"{queue}-dl") == 2
+
+
+def test_ctrl_c_in_a_walk_leaves_everything_in_its_order(bench: Bench, queue: str) -> None:
+    """In the program's own code; what a walk held goes back."""
+    expected = fill(bench, queue, 40)
+
+    def look() -> None:
+        with DeadLetters(queue, bench.url) as dead_letters:
+            assert numbers(dead_letters) == expected
+            for letter in dead_letters:
+                assert letter.event is not None
+                if letter.event.data == 20:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look()
+    with DeadLetters(queue, bench.url) as dead_letters:
+        assert numbers(dead_letters) == expected
+
+
+def test_passed_letters_are_let_go_of_unless_the_program_keeps_them(
+    bench: Bench, queue: str
+) -> None:
+    """Those that it keeps can be settled until the walk is over; the others are left."""
+    fill(bench, queue, 10)
+    kept, passed = [], []
+    with DeadLetters(queue, bench.url) as dead_letters:
+        for letter in dead_letters:
+            assert letter.event is not None
+            passed.append(weakref.ref(letter._delivery))
+            if letter.event.data == 4:
+                kept.append(letter)
+        del letter
+        # The embedded broker and its last answer may have the last one.
+        assert [bool(each()) for each in passed[:9]] == [number == 4 for number in range(9)]
+        kept[0].replay()
+        assert dead_letters.count() == 9
+        assert numbers(dead_letters) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert onlooker.count(bench.url, queue) == 1

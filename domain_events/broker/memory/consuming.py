@@ -9,6 +9,7 @@ had not settled is there again, as a redelivery. That is how a test makes a cras
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -274,6 +275,8 @@ class MemoryBrowser:
         self._owner = owner
         self._queue = queue
         self.held = _Held(store)
+        # Whether the next message may be one that was given back to a quorum queue before.
+        self._more_came_back = False
 
     def next(self, timeout: float) -> Delivery | None:
         """The next message, or None."""
@@ -283,18 +286,27 @@ class MemoryBrowser:
     def ack(self, delivery: Delivery, timeout: float) -> None:
         """Take the message out of the queue."""
         self._owner.check_open()
-        if self._store.call(lambda: self.held.remove(delivery.receipt)) is None:
+        held, number = delivery.receipt
+        if self._store.call(lambda: held.remove(number)) is None:
             raise BrokerUnavailable(
                 f"The message was given back to {self._queue!r} meanwhile; begin again."
             )
 
     def rewind(self) -> None:
         """Give back all that was not acked; `next` then sees it again."""
-        self._store.soon(lambda: self.held.give_back(failed=False))
+        self._store.soon(self._give_back)
 
     def close(self, timeout: float) -> None:
         """Give back all that was not acked, and end."""
         self.rewind()
+
+    def _give_back(self) -> None:
+        # As on RabbitMQ: those that came back before would else stand in front of these.
+        with contextlib.suppress(DomainEventsError):
+            while self._more_came_back and len(self.held) and self._get() is not None:
+                pass
+        self._more_came_back = False
+        self.held.give_back(failed=False)
 
     def _get(self) -> Delivery | None:
         queue = self._store.queue(self._queue, self._owner)
@@ -305,7 +317,9 @@ class MemoryBrowser:
         if not queue.ready:
             return None
         entry = queue.get()
-        delivery = _delivery(entry, self.held.add(entry))
+        self._more_came_back = entry.redelivered and queue.argument("x-queue-type") == "quorum"
+        delivery = _delivery(entry, 0)
+        delivery.receipt = (self.held, self.held.add(entry))
         delivery.message_count = len(queue.ready)
         return delivery
 
