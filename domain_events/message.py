@@ -170,7 +170,12 @@ class Delivery:
     @property
     def original_routing_key(self) -> str:
         """The routing key to show and to carry on, also where the body cannot be read."""
-        return self.published_routing_key or self.routing_key
+        key = self.published_routing_key
+        if key is None:
+            # Another program put it into the queue, through the default exchange.
+            with contextlib.suppress(InvalidEvent):
+                key = read_envelope(self.body)["routing_key"]
+        return key if key and topology.fits(key) else self.routing_key
 
     @property
     def retries(self) -> int:

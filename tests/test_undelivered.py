@@ -147,7 +147,7 @@ def test_only_subscribers_that_the_caller_names_are_written_to(
     for name in (stranger, other, f"{good}-dl"):
         assert onlooker.count(bench.url, name) == 0
     told = [each.getMessage() for each in caplog.records]
-    assert sum("is not that of a retry" in each for each in told) == 6
+    assert sum("is not that of a retry" in each for each in told) == 7
     assert sum("is no event" in each for each in told) == 1
     assert "\x1b" not in "".join(told)
 
