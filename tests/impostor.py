@@ -79,6 +79,7 @@ def method(channel: int, sent: Method) -> bytes:
 
 
 CAPABILITIES = {"capabilities": {"publisher_confirms": True, "basic.nack": True}}
+START = method(0, Connection.Start(0, 9, CAPABILITIES, "PLAIN", "en_US"))
 ANSWERS: dict[type[Method], Callable[[], Method]] = {
     Connection.StartOk: lambda: Connection.Tune(2047, 131072, 60),
     Connection.Open: Connection.OpenOk,
@@ -95,7 +96,7 @@ ANSWERS: dict[type[Method], Callable[[], Method]] = {
 def converse(connection: socket.socket, bad: type[Method], answer: bytes) -> None:
     """Answer as a broker does, but for one method."""
     connection.recv(8, socket.MSG_WAITALL)
-    connection.sendall(method(0, Connection.Start(0, 9, CAPABILITIES, "PLAIN", "en_US")))
+    connection.sendall(START)
     received = b""
     while data := connection.recv(65536):
         received += data

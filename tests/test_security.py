@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,9 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+import impostor
 import onlooker
 import pytest
+import rabbitmq_node
 from bench import Events
 from live import consuming
 from rabbitmq_node import Node
@@ -127,6 +132,175 @@ def test_client_without_the_certificate_that_is_required_is_told(
         pytest.raises(refused, match="certificate"),
     ):
         publisher.publish(DomainEvent("a.b", {}))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of an authority that the TLS node's is not of."""
+    folder = tmp_path_factory.mktemp("foreign")
+    rabbitmq_node._make_certificates(folder)
+    return folder
+
+
+# Python warns of each protocol but PROTOCOL_TLS_CLIENT.
+old_protocols = pytest.mark.filterwarnings("ignore:ssl.PROTOCOL:DeprecationWarning")
+
+
+@old_protocols
+@pytest.mark.parametrize("kind", [Publisher, Subscriber, DeadLetters])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLS)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLS_SERVER)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2), "cert_reqs": int(ssl.CERT_REQUIRED)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2), "server_hostname": "localhost"}, "protocol"),
+        ({"ciphers": "aNULL:@SECLEVEL=0"}, "ciphers"),
+        ({"ciphers": "ALL:eNULL:@SECLEVEL=0"}, "ciphers"),
+        ({"ca_certs": None}, "ca_certs"),
+        ({"ca_certs": None, "cert_reqs": int(ssl.CERT_NONE)}, "ca_certs"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", ["amqps", "AMQPS", "amqp"])
+def test_tls_that_does_not_verify_is_refused_before_any_connection(
+    kind: type[Publisher | Subscriber | DeadLetters],
+    foreign: Path,
+    options: dict[str, object],
+    words: str,
+    scheme: str,
+) -> None:
+    """Whichever of pika's options switched it off; the error names it and the way to insist."""
+    given = {"ca_certs": str(foreign / "ca.pem"), **options}
+    url = f"{scheme}://guest:{SECRET}@127.0.0.1:5671/?ssl_options={quote(str(given))}"
+    arguments = ("name", url) if kind is DeadLetters else (url,)
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        kind(*arguments)
+    assert "hunter2" not in told_by(caught.value)
+    if words != "ca_certs":
+        assert "tls_verify=no" in str(caught.value)
+
+
+@old_protocols
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"ca_certs": "foreign"},
+        {"ca_certs": "foreign", "cert_reqs": int(ssl.CERT_NONE)},
+        {"ca_certs": "foreign", "verify_mode": int(ssl.CERT_NONE), "check_hostname": False},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLSv1_2)},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLS)},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLS_CLIENT)},
+        {"ca_certs": "foreign", "server_hostname": "localhost"},
+        {"ca_certs": "foreign", "ciphers": "aNULL:ALL:@SECLEVEL=0"},
+        {"ca_certs": "own", "server_hostname": "another.host"},
+        {"ca_certs": "own", "server_hostname": ""},
+    ],
+    ids=str,
+)
+def test_server_with_a_foreign_certificate_never_receives_the_password(
+    foreign: Path, tmp_path: Path, options: dict[str, object] | None
+) -> None:
+    """Nor one whose certificate is of another host: it is left at the TLS handshake."""
+    received: list[bytes] = []
+    rabbitmq_node._make_certificates(tmp_path)
+    authorities = {"foreign": foreign / "ca.pem", "own": tmp_path / "ca.pem"}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+
+    def behave(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as secured:
+            received.append(secured.recv(8))
+            secured.sendall(impostor.START)
+            received.append(secured.recv(10_000))
+
+    query = ""
+    if options is not None:
+        given = {**options, "ca_certs": str(authorities[str(options["ca_certs"])])}
+        query = f"?ssl_options={quote(str(given))}"
+    with impostor.Impostor(behave) as server:
+        # The URL's password is what impostors are after.
+        with pytest.raises((ConfigurationError, BrokerUnavailable)):
+            use_publisher(server.url(query, "amqps"), "x")
+        assert not any(received)
+        # The other end would have seen it.
+        with pytest.raises((ConfigurationError, BrokerUnavailable)):
+            use_publisher(server.url("?tls_verify=no", "amqps"), "x")
+        wait_until(lambda: any(b"hunter2" in each for each in received))
+
+
+@old_protocols
+@pytest.mark.parametrize(
+    "options", [None, {"protocol": int(ssl.PROTOCOL_TLSv1_2)}, {"server_hostname": "another.host"}]
+)
+@pytest.mark.parametrize(
+    "form", ["?tls_verify=no{}", "?{}&tls_verify=no", "?{}&tls_verify=no&heartbeat=9"]
+)
+def test_verification_that_is_switched_off_in_so_many_words_is_warned_of(
+    tls_node: Node,
+    foreign: Path,
+    unique: str,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, object] | None,
+    form: str,
+) -> None:
+    """It then works with any certificate; each connection that is prepared says so."""
+    given = ""
+    if options is not None:
+        given = f"ssl_options={quote(str({'ca_certs': str(foreign / 'ca.pem'), **options}))}"
+    query = form.format(f"&{given}" if form.startswith("?tls") and given else given)
+    url = tls_node.tls_url + query.replace("?&", "?")
+    for _ in range(2):
+        with Publisher(url, unique) as publisher:
+            publisher.publish(DomainEvent("a.b", {}))
+    lines = [each for each in caplog.records if "tls_verify=no" in each.getMessage()]
+    assert [each.levelno for each in lines] == [logging.WARNING] * 2
+    assert tls_node.tls_url.rpartition("@")[2] in lines[0].getMessage()
+    assert "guest:guest" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "query"),
+    [
+        ("amqps", "tls_verify=No"),
+        ("amqps", "tls_verify=false"),
+        ("amqps", "tls_verify=0"),
+        ("amqps", "tls_verify="),
+        ("amqps", "tls_verify=no&tls_verify=yes"),
+        ("amqps", "tls_verify=yes&heartbeat=1&tls_verify=no"),
+        ("amqp", "tls_verify=no"),
+    ],
+)
+def test_half_a_word_does_not_switch_verification_off(scheme: str, query: str) -> None:
+    """Nor does it pass as if it had."""
+    with pytest.raises(ConfigurationError):
+        Publisher(f"{scheme}://guest:guest@localhost/?{query}")
+
+
+def test_other_name_in_the_certificate_may_be_given(tls_node: Node, unique: str) -> None:
+    """It is verified instead of the one in the URL."""
+    options = {"ca_certs": str(tls_node.ca_file), "server_hostname": "localhost"}
+    url = tls_url(tls_node, **options).replace("127.0.0.1", "127.1")
+    with Publisher(url, unique) as publisher:
+        publisher.publish(DomainEvent("a.b", {}))
+    with Publisher(url.replace("?", "?tls_verify=yes&"), unique) as publisher:
+        publisher.publish(DomainEvent("a.b", {}))
+
+
+def test_plain_and_tls_addresses_in_one_list_are_a_mistake(tls_node: Node) -> None:
+    """At once, and without either password."""
+    plain = f"amqp://guest:{SECRET}@localhost/"
+    verified = tls_url(tls_node, ca_certs=str(tls_node.ca_file)).replace(
+        "guest:guest", f"g:{SECRET}"
+    )
+    hidden = verified.replace("amqps:", "amqp:")  # pika takes TLS from ssl_options, too
+    for urls in ([plain, verified], [verified, plain], f"{plain},{verified}", [plain, hidden]):
+        for use in (Publisher, Subscriber, lambda given: DeadLetters("name", given)):
+            with pytest.raises(ConfigurationError, match="amqps://") as caught:
+                use(urls)
+            assert "hunter2" not in told_by(caught.value)
 
 
 # --- permissions ---------------------------------------------------------------------------------
