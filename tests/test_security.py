@@ -544,7 +544,7 @@ def test_publisher_that_may_not_configure_asks_for_the_exchange(
     role = "Publisher; somebody else declares the exchange"
     (url,) = users.make(documented(role, exchange, queue))
     with Publisher(url, exchange) as publisher:
-        missing = f"'{exchange}' does not exist.*may not declare"
+        missing = f"'{exchange}' does not exist.*permission configure"
         with pytest.raises(TopologyError, match=missing):
             publisher.publish(DomainEvent("a.b", {}))
         onlooker.bind_queue(killable_node.url, queue, exchange, "#")

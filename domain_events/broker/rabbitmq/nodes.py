@@ -17,6 +17,7 @@ import pika.exceptions
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
 from domain_events.settings import app_id, shown
+from domain_events.text import printable
 
 log = Log("domain_events")
 
@@ -232,10 +233,10 @@ _REPR = re.compile(r"^(?:Connection|Channel)ClosedByBroker: \((\d+)\) (.*)$", re
 def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
     closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
     if isinstance(cause, closed):
-        return cause.reply_code, cause.reply_text
+        return cause.reply_code, printable(cause.reply_text)
     for text in _texts(cause):
         if found := _REPR.match(text):
-            return int(found[1]), found[2].strip("'\"")
+            return int(found[1]), printable(found[2].strip("'\""))
     return None
 
 
