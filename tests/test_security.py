@@ -36,6 +36,9 @@ from domain_events import (
     Retry,
     Subscriber,
     TopologyError,
+    configure,
+    demo,
+    settings,
 )
 
 NodeFactory = Callable[..., Node]
@@ -726,3 +729,126 @@ def test_password_is_not_printed_by_the_command(
     assert (done.returncode == 0) == (password == "hunter2"), done.stderr
     assert done.stdout + done.stderr
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def arguments_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("form", [["--broker", "{}"], ["--broker={}"], ["--brok", "{}"]])
+@pytest.mark.parametrize("program", ["-m domain_events", "{}/domain-events"])
+def test_password_does_not_stay_in_the_list_of_processes(
+    killable_node: Node, users: Users, form: list[str], program: str
+) -> None:
+    """Given as an argument, it moves to the environment before a connection is made."""
+    (url,) = users.make(ALL)
+    words = program.format(Path(sys.executable).parent).split()
+    with subprocess.Popen(
+        [sys.executable, *words, "demo", *(word.format(url) for word in form)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        seen = ""
+        for line in demo.stdout:
+            assert b"hunter2" not in arguments_of(demo.pid)
+            seen += line
+    assert demo.returncode == 0, seen
+    assert "12.50 is booked" in seen
+    assert "hunter2" not in seen
+
+
+def test_demo_takes_the_brokers_url_from_the_environment(killable_node: Node) -> None:
+    """`--broker` without a value."""
+    done = subprocess.run(
+        [sys.executable, "-m", "domain_events", "demo", "--broker"],
+        env={**os.environ, "DOMAIN_EVENTS_URL": killable_node.url},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert f"amqp://guest@127.0.0.1:{killable_node.port}/" in done.stdout
+    assert "12.50 is booked" in done.stdout
+
+
+# --- the current folder --------------------------------------------------------------------------
+
+
+# What the library and pika import, and Python has not imported by itself.
+STRANGERS = (
+    "pika",
+    "json",
+    "logging",
+    "ssl",
+    "queue",
+    "argparse",
+    "socket",
+    "urllib",
+    "uuid",
+    "ast",
+)
+
+
+@pytest.mark.parametrize("options", [["-m"], ["-um"], ["-X", "utf8", "-W", "default", "-m"]])
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--broker"], ["demo", "--broker", "{}"]])
+def test_nothing_of_the_current_folder_is_run(
+    broker_url: str, tmp_path: Path, options: list[str], arguments: list[str]
+) -> None:
+    """Where `python -m` would look first: neither by the command itself nor by what it starts."""
+    for name in STRANGERS:
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'run')!r}, 'a').write('{name} ')"
+        )
+    done = subprocess.run(
+        [
+            sys.executable,
+            *options,
+            "domain_events",
+            *(word.format(broker_url) for word in arguments),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "DOMAIN_EVENTS_URL": broker_url},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert not (tmp_path / "run").exists(), (tmp_path / "run").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "12.50 is booked" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "service"],
+        ["-m", "service", "-m", "domain_events"],
+        ["service.py"],
+        ["-c", "import service"],
+    ],
+)
+def test_program_of_somebody_else_keeps_its_path(tmp_path: Path, command: list[str]) -> None:
+    """It may import the library first and its own modules afterwards."""
+    (tmp_path / "service.py").write_text("import domain_events, mine\nprint(mine.__file__)\n")
+    (tmp_path / "mine.py").touch()
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(tmp_path / "mine.py"), done.stderr
+
+
+def test_demo_leaves_the_process_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """The default broker, and what is logged."""
+    configure("amqp://somewhere.invalid/")
+    try:
+        demo.run()
+        assert settings.resolve() == ("amqp://somewhere.invalid/",)
+        assert logging.root.manager.disable == logging.NOTSET
+        assert not caplog.records
+    finally:
+        configure()
