@@ -827,6 +827,8 @@ def test_nothing_of_the_current_folder_is_run(
     "command",
     [
         ["-m", "service"],
+        ["-m", "package", "domain_events"],
+        ["-W", "default", "-mpackage"],
         ["-m", "service", "-m", "domain_events"],
         ["service.py"],
         ["-c", "import service"],
@@ -836,6 +838,10 @@ def test_program_of_somebody_else_keeps_its_path(tmp_path: Path, command: list[s
     """It may import the library first and its own modules afterwards."""
     (tmp_path / "service.py").write_text("import domain_events, mine\nprint(mine.__file__)\n")
     (tmp_path / "mine.py").touch()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import domain_events")
+    (package / "__main__.py").write_text("import mine\nprint(mine.__file__)\n")
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
     )
