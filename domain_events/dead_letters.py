@@ -26,6 +26,7 @@ from domain_events.events import DomainEvent
 from domain_events.message import Delivery
 from domain_events.publisher import confirmed
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.text import printable
 
 RETRY = "retry"
 LEAVE = "leave"
@@ -73,7 +74,8 @@ class DeadLetter:
 
     def __repr__(self) -> str:
         event = self.event or f"{len(self.body)} bytes that are no event"
-        return f"<DeadLetter {event}: {self.error_type}: {self.error_message}>"
+        error = f"{printable(self.error_type)}: {printable(self.error_message)}"
+        return f"<DeadLetter {event}: {error}>"
 
 
 class DeadLetters:
@@ -103,6 +105,7 @@ class DeadLetters:
         *,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self.name = topology.check_name(name, "subscriber")
         self._queue = topology.dead_letter_name(name)
         self._timeout = timeout
@@ -267,6 +270,7 @@ def replay_event(
     :return: how many dead letters there are behind that one.
     :raises ValueError: another answer than these; the dead letter is left.
     """
+    connection_settings = settings.masked(connection_settings)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():
             _decide(dead_letters, delivery, message_callback)
@@ -283,6 +287,7 @@ def replay_all(
 
     :return: how many have come since it began.
     """
+    connection_settings = settings.masked(connection_settings)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():
             _decide(dead_letters, delivery, message_callback)

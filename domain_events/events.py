@@ -21,6 +21,7 @@ from typing import Any
 from uuid import UUID
 
 from domain_events.errors import InvalidEvent
+from domain_events.text import printable
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -106,9 +107,17 @@ class DomainEvent:
         return hash(self.uuid_string)
 
     def __repr__(self) -> str:
-        about = "" if self.domain_object_id is None else f", about {self.domain_object_id!r}"
-        again = f", retry {self.retries}" if self.retries else ""
-        return f"<DomainEvent {self.routing_key!r} {self.uuid_string}{about}{again}>"
+        # Others may have written each of these: on one line, and short.
+        about = ""
+        if self.domain_object_id is not None:
+            about = f", about {_shown(self.domain_object_id)}"
+        again = f", retry {printable(self.retries, 20)}" if self.retries else ""
+        key, uuid_string = _shown(self.routing_key), printable(self.uuid_string)
+        return f"<DomainEvent {key} {uuid_string}{about}{again}>"
+
+
+def _shown(value: object) -> str:
+    return f"'{printable(value)}'" if isinstance(value, str) else printable(value)
 
 
 def read_envelope(json_data: bytes | str) -> dict[str, Any]:

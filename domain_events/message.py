@@ -20,6 +20,7 @@ from uuid import UUID
 from domain_events import topology
 from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent, read_envelope
+from domain_events.text import printable
 
 # Our headers. Never `x-*`: the broker keeps that room for itself.
 RETRIES = "domain-events-retries"
@@ -82,6 +83,9 @@ class Message:
     app_id: str | None = None
     mandatory: bool = False
 
+    def __repr__(self) -> str:
+        return _without_data(self, self.message_id)
+
 
 @dataclass(eq=False)
 class Delivery:
@@ -95,6 +99,9 @@ class Delivery:
     receipt: Any = None
     #: How many more wait in the queue, where it was fetched and not pushed.
     message_count: int = 0
+
+    def __repr__(self) -> str:
+        return _without_data(self, getattr(self.properties, "message_id", None))
 
     @property
     def headers(self) -> Mapping[str, Any]:
@@ -120,6 +127,14 @@ class Delivery:
             return 0
         # pika reads a large one as a type of its own, and would not write the largest again.
         return max(0, min(int(retries), _MOST_RETRIES))
+
+
+def _without_data(message: Message | Delivery, message_id: object) -> str:
+    # Whatever shows the variables of a function shows this: no data, and no headers.
+    return (
+        f"<{type(message).__name__} '{printable(message.routing_key)}' {printable(message_id)}, "
+        f"exchange '{printable(message.exchange)}', {len(message.body):,} bytes>"
+    )
 
 
 #: The event that this thread (or task) is handling, and its delivery, if any. What is published

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 from domain_events.errors import ConfigurationError
+from domain_events.text import plain, printable
 from domain_events.topology import fits
 
 ENVIRONMENT = ("DOMAIN_EVENTS_URL", "AMQP_URL", "RABBITMQ_URL", "CLOUDAMQP_URL")
@@ -40,13 +41,33 @@ _replacements: list[tuple[str, ...]] = []
 _app_id: str | None = None
 
 
-class _Addresses(tuple[str, ...]):
-    """URLs whose passwords are not seen in a debugger, or in whatever shows what holds them."""
+class Address(str):
+    """A broker's URL, or several, which shows no password, whatever shows it.
+
+    A debugger, pytest and reports of errors show the arguments and variables of every function
+    that an exception came through.
+    """
 
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return f"({', '.join(map(shown, self))})"
+        return repr(", ".join(map(shown, _BETWEEN_URLS.split(self.strip()))))
+
+
+class _Addresses(tuple[Address, ...]):
+    """Several of them, apart from each other."""
+
+    __slots__ = ()
+
+
+class _Unusable:
+    """Settings of a wrong type, of which nothing is shown but the type."""
+
+    def __init__(self, settings: object) -> None:
+        self.type = type(settings).__name__
+
+    def __repr__(self) -> str:
+        return f"<a {self.type}>"
 
 
 # A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
@@ -73,6 +94,7 @@ def configure(
     :raises ConfigurationError: when it is none of these.
     """
     global _configured, _app_id
+    connection_settings = masked(connection_settings)
     _split(connection_settings)
     if app_id is not None and not fits(app_id):
         raise ConfigurationError("app_id is a text of at most 255 bytes.")
@@ -86,13 +108,14 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
 
     :raises ConfigurationError: when the settings are no URL and no URLs.
     """
+    connection_settings = masked(connection_settings)
     if _replacements:
         return _replacements[-1]
     if connection_settings is DEFAULT or connection_settings == "":
         connection_settings = _configured
         if connection_settings is DEFAULT or connection_settings == "":
             found = (os.environ[name] for name in ENVIRONMENT if os.environ.get(name))
-            connection_settings = next(found, FALLBACK)
+            connection_settings = Address(next(found, FALLBACK))
     return _split(connection_settings)
 
 
@@ -124,13 +147,29 @@ def _program_name() -> str:
     return name[:100] or "python"
 
 
+def masked(connection_settings: ConnectionSettings) -> ConnectionSettings:
+    """The same settings, without a password where somebody looks at them; raises nothing.
+
+    For the first line of each function that is given them.
+    """
+    if isinstance(connection_settings, Address | _Addresses | _Unusable | _Default | None):
+        return connection_settings
+    if isinstance(connection_settings, str):
+        return Address(plain(connection_settings))
+    if isinstance(connection_settings, Sequence) and all(
+        isinstance(url, str) for url in connection_settings
+    ):
+        return _Addresses(Address(plain(url)) for url in connection_settings)
+    return cast(ConnectionSettings, _Unusable(connection_settings))
+
+
 def shown(url: str) -> str:
     """The address without the password and the options, for logs and errors."""
     found = _WELL_FORMED.fullmatch(url)
     if found is None:
         return "a malformed URL"
     user = f"{found['user']}@" if found["user"] else ""
-    return f"{found['scheme']}{user}{found['rest']}"
+    return printable(f"{found['scheme']}{user}{found['rest']}")
 
 
 def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
@@ -139,14 +178,16 @@ def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
     if connection_settings is DEFAULT or connection_settings == "":
         return ()
     if isinstance(connection_settings, str):
-        urls = _Addresses(_BETWEEN_URLS.split(connection_settings.strip()))
+        urls = _Addresses(map(Address, _BETWEEN_URLS.split(connection_settings.strip())))
+    elif isinstance(connection_settings, _Addresses):
+        urls = connection_settings
     else:
-        given = connection_settings if isinstance(connection_settings, Sequence) else ()
-        urls = _Addresses(given)
+        urls = _Addresses()
     # The settings themselves are not shown: there may be a password in them.
-    if not urls or not all(isinstance(url, str) and url for url in urls):
+    if not all(urls) or not urls:
+        given = getattr(connection_settings, "type", None) or "sequence without a URL"
         raise ConfigurationError(
             "connection_settings is an AMQP URL, several of them (a sequence, or separated by "
-            f"commas), or None; this is a {type(connection_settings).__name__}."
+            f"commas), or None; this is a {given}."
         )
     return urls

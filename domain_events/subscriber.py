@@ -54,6 +54,7 @@ class Subscriber:
         workers: int = 1,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ConfigurationError(f"workers is a number from 1 up, not {workers!r}.")
         self._urls = settings.resolve(connection_settings)

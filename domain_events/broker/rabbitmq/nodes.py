@@ -16,7 +16,7 @@ import pika.exceptions
 
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.settings import app_id, shown
+from domain_events.settings import Address, app_id, shown
 from domain_events.text import printable
 
 log = Log("domain_events")
@@ -80,7 +80,8 @@ def check(urls: tuple[str, ...]) -> None:
 
 def _parameters(url: str) -> pika.URLParameters:
     verified = not _verification_off(url)
-    parameters = _read_by_pika(_TLS_VERIFY.sub(_nothing, url))
+    parameters = _read_by_pika(Address(_TLS_VERIFY.sub(_nothing, url)))
+    _mask(parameters)
     if parameters.ssl_options is None:
         if not verified:
             raise ConfigurationError(
@@ -92,6 +93,21 @@ def _parameters(url: str) -> pika.URLParameters:
         parameters.ssl_options.context.check_hostname = False
         parameters.ssl_options.context.verify_mode = ssl.CERT_NONE
     return parameters
+
+
+class _Secret(str):
+    """A password that is not shown with the variables that hold it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _mask(parameters: pika.URLParameters) -> None:
+    found = parameters.credentials
+    if isinstance(found, pika.PlainCredentials) and found.password is not None:
+        parameters.credentials = pika.PlainCredentials(found.username, _Secret(found.password))
 
 
 def _read_by_pika(url: str) -> pika.URLParameters:
@@ -114,6 +130,9 @@ def _read_by_pika(url: str) -> pika.URLParameters:
 _TLS_VERIFY = re.compile(r"(?P<before>[?&])tls_verify=(?P<value>[^&#]*)(?P<after>&|(?=#|$))")
 
 
+_VERIFIED = {"yes": True, "no": False}
+
+
 def _nothing(found: re.Match[str]) -> str:
     """What is left of the option where it is taken out of the URL."""
     return found["before"] if found["after"] or found["before"] == "?" else ""
@@ -121,10 +140,11 @@ def _nothing(found: re.Match[str]) -> str:
 
 def _verification_off(url: str) -> bool:
     """Whether the URL says ``tls_verify=no``."""
-    values = {found["value"] for found in _TLS_VERIFY.finditer(url)}
-    if not values <= {"yes"} and values != {"no"}:
+    # The value itself may be part of a password, with "?" in it.
+    verified = {_VERIFIED.get(found["value"]) for found in _TLS_VERIFY.finditer(url)}
+    if not verified <= {True} and verified != {False}:
         raise ConfigurationError(f"{shown(url)}: the option tls_verify is 'yes' or 'no'.")
-    return values == {"no"}
+    return verified == {False}
 
 
 def _check_verification(url: str, context: ssl.SSLContext) -> None:
@@ -170,7 +190,7 @@ def explain(error: BaseException | None) -> str:
         return f"the host's name cannot be resolved ({cause.strerror})"
     if isinstance(cause, OSError):
         return cause.strerror or str(cause) or type(cause).__name__
-    return str(cause) or type(cause).__name__
+    return printable(cause) or type(cause).__name__
 
 
 def hopeless(error: BaseException, node: str, *, was_connected: bool) -> ConfigurationError | None:
