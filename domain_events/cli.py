@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demonstrate.add_argument("--broker", metavar="URL", nargs="?", const="", help=_BROKER_HELP)
     options = parser.parse_args(arguments)
-    if options.broker and arguments is None:
+    if options.broker and arguments is None and os.name == "posix":
         _hide(options.broker)
     try:
         if options.broker is None:
