@@ -24,7 +24,7 @@ help: ## list the targets
 		printf 'make %-8s %s\n' "$$target" "$$text"; done
 
 demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an event
-	$(BIN)/python tools/rabbitmq_node.py run -- $(BIN)/python -m domain_events demo --broker {url}
+	$(BIN)/python tools/rabbitmq_node.py run -- $(BIN)/python -m domain_events demo --broker
 
 test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)

@@ -9,6 +9,7 @@
     subscriber.start_consuming()
 """
 
+from domain_events import safe_path  # isort: skip  # before anything else is imported
 from domain_events.dead_letters import (
     DISCARD,
     LEAVE,
@@ -33,7 +34,10 @@ from domain_events.publisher import Publisher, close_publishers, publish_domain_
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
 from domain_events.subscriber import Subscriber
+from domain_events.text import printable
 from domain_events.undelivered import Undelivered, UndeliveredEvent
+
+del safe_path
 
 __version__ = "0.1.0"
 
@@ -62,6 +66,7 @@ __all__ = [
     "UndeliveredEvent",
     "close_publishers",
     "configure",
+    "printable",
     "publish_domain_event",
     "replay_all",
     "replay_event",

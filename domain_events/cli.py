@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
 from domain_events import __version__, demo, settings
 from domain_events.errors import DomainEventsError
+
+_BROKER_HELP = f"""
+    run it on a RabbitMQ: the one in the environment ({", ".join(settings.ENVIRONMENT)}), else the
+    one on this machine; or at URL, which other users of this machine may see for a moment, with
+    its password. Without this option, on an embedded broker, which needs no set-up
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,15 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=demo.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demonstrate.add_argument(
-        "--broker",
-        metavar="URL",
-        help="the URL of a RabbitMQ; without it, the embedded broker, which needs no set-up",
-    )
+    demonstrate.add_argument("--broker", metavar="URL", nargs="?", const="", help=_BROKER_HELP)
     options = parser.parse_args(arguments)
+    if options.broker and arguments is None and os.name == "posix":
+        _hide(options.broker)
     try:
-        urls = settings.resolve(options.broker) if options.broker else None
-        demo.run(",".join(urls) if urls else demo.EMBEDDED)
+        if options.broker is None:
+            demo.run()
+        else:
+            demo.run(settings.resolve(options.broker) or demo.EMBEDDED)
     except DomainEventsError as error:
         print(f"domain-events: {error}", file=sys.stderr)
         return 1
@@ -39,3 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _hide(url: str) -> None:
+    """Begin again with the URL in the environment: all users can read a process's arguments."""
+    words = sys.orig_argv[1:]
+    # It is the value of the last option, behind a space or behind "=".
+    for at in reversed(range(len(words))):
+        if words[at] == url:
+            del words[at]
+            break
+        if words[at].endswith(f"={url}"):
+            words[at] = words[at].removesuffix(f"={url}")
+            break
+    else:
+        return
+    with contextlib.suppress(OSError):
+        os.execve(
+            sys.executable, [sys.executable, *words], {**os.environ, settings.ENVIRONMENT[0]: url}
+        )

@@ -13,12 +13,13 @@ from datetime import datetime
 from typing import Any
 
 from domain_events import message as messages
-from domain_events import topology
+from domain_events import settings, topology
 from domain_events.checks import refusal
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
 from domain_events.message import Delivery, Message
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.text import printable
 from domain_events.walks import Walks
 
 RETRY = "retry"
@@ -68,7 +69,8 @@ class DeadLetter:
 
     def __repr__(self) -> str:
         event = self.event or f"{len(self.body)} bytes that are no event"
-        return f"<DeadLetter {event}: {self.error_type}: {self.error_message}>"
+        error = f"{printable(self.error_type)}: {printable(self.error_message)}"
+        return f"<DeadLetter {event}: {error}>"
 
 
 class DeadLetters(Walks):
@@ -102,6 +104,7 @@ class DeadLetters(Walks):
         *,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self.name = topology.check_name(name, "subscriber")
         queue = topology.dead_letter_name(self.name)
         super().__init__(queue, f"The dead letters of {self.name!r}", connection_settings, timeout)
@@ -200,6 +203,7 @@ def replay_event(
     :return: how many dead letters there are behind that one.
     :raises ValueError: another answer than these; the dead letter is left.
     """
+    connection_settings = settings.masked(connection_settings)
     _check_callback(message_callback)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():
@@ -217,6 +221,7 @@ def replay_all(
 
     :return: how many have come since it began.
     """
+    connection_settings = settings.masked(connection_settings)
     _check_callback(message_callback)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
         for delivery in dead_letters._deliveries():

@@ -152,14 +152,17 @@ class DomainEvent:
         return hash(self.uuid_string)
 
     def __repr__(self) -> str:
-        # Others may have written them.
-        key, about = printable(repr(self.routing_key)), printable(repr(self.domain_object_id))
-        return (
-            f"<DomainEvent {key} {printable(self.uuid_string)}"
-            + ("" if self.domain_object_id is None else f", about {about}")
-            + (f", retry {self.retries}" if self.retries else "")
-            + ">"
-        )
+        # Others may have written each of these: on one line, and short.
+        about = ""
+        if self.domain_object_id is not None:
+            about = f", about {_shown(self.domain_object_id)}"
+        again = f", retry {printable(self.retries, 20)}" if self.retries else ""
+        key, uuid_string = _shown(self.routing_key), printable(self.uuid_string)
+        return f"<DomainEvent {key} {uuid_string}{about}{again}>"
+
+
+def _shown(value: object) -> str:
+    return f"'{printable(value)}'" if isinstance(value, str) else printable(value)
 
 
 class Envelope(TypedDict):

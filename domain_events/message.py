@@ -102,6 +102,9 @@ class Message:
     app_id: str | None = None
     mandatory: bool = False
 
+    def __repr__(self) -> str:
+        return _without_data(self, self.message_id)
+
 
 @dataclass(eq=False)
 class Delivery:
@@ -118,6 +121,9 @@ class Delivery:
     #: Whether this library put it where it was found, so that the headers named
     #: ``domain-events-*`` are its own. None: see `is_ours`.
     ours: bool | None = None
+
+    def __repr__(self) -> str:
+        return _without_data(self, getattr(self.properties, "message_id", None))
 
     @property
     def headers(self) -> Mapping[str, Any]:
@@ -236,6 +242,14 @@ class GivenUp(Exception):
     def __init__(self, error_type: str, message: str) -> None:
         super().__init__(message)
         self.error_type = error_type
+
+
+def _without_data(message: Message | Delivery, message_id: object) -> str:
+    # Whatever shows the variables of a function shows this: no data, and no headers.
+    return (
+        f"<{type(message).__name__} '{printable(message.routing_key)}' {printable(message_id)}, "
+        f"exchange '{printable(message.exchange)}', {len(message.body):,} bytes>"
+    )
 
 
 #: The event that this thread (or task) is handling, and its delivery, if any. What is published

@@ -61,6 +61,7 @@ class Publisher:
         *,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self._urls = settings.resolve(connection_settings)
         self._exchange = topology.check_name(exchange, "exchange")
         self._exchange_type = topology.check_exchange_type(exchange_type)
@@ -335,6 +336,7 @@ def publish_domain_event(
     :raises DomainEventsError: as `Publisher.publish` does.
     """
     event = DomainEvent(routing_key, data, domain_object_id, uuid_string, timestamp)
+    connection_settings = settings.masked(connection_settings)
     publisher = _publisher(settings.resolve(connection_settings), exchange)
     return publisher.publish(event, mandatory=mandatory, timeout=timeout)
 

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, NoReturn, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias, cast
 
 from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.text import plain
+from domain_events.text import plain, printable
 from domain_events.topology import LONGEST_NAME, fits
 from domain_events.urls import trouble
 
@@ -50,13 +50,35 @@ _switched_off: dict[str, str] = {}
 _said: set[str] = set()
 
 
-class _Addresses(tuple[str, ...]):
-    """URLs whose passwords are not seen in a debugger, or in whatever shows what holds them."""
+class Address(str):
+    """A broker's URL, or several, which shows no password, whatever shows it.
+
+    A debugger, pytest and reports of errors show the arguments and variables of every function
+    that an exception came through.
+    """
 
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return f"({', '.join(map(shown, self))})"
+        return repr(", ".join(map(shown, _BETWEEN_URLS.split(self.strip()))))
+
+
+class _Addresses(tuple[Address, ...]):
+    """Several of them, apart from each other."""
+
+    __slots__ = ()
+
+
+class _Unusable:
+    """Settings of a wrong type, of which nothing is shown but the type."""
+
+    def __init__(self, settings: object) -> None:
+        self.type = type(settings).__name__
+        if isinstance(settings, list | tuple):
+            self.type += " of " + ", ".join(sorted({type(each).__name__ for each in settings}))
+
+    def __repr__(self) -> str:
+        return f"<a {self.type}>"
 
 
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -87,6 +109,7 @@ def configure(
     :raises ConfigurationError: when it is none of these.
     """
     global _configured, _app_id
+    connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:
         if not fits(app_id):
@@ -106,6 +129,7 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
 
     :raises ConfigurationError: when the settings are no URL and no URLs.
     """
+    connection_settings = masked(connection_settings)
     if _replacements:
         return _replacements[-1]
     if connection_settings is None:
@@ -161,25 +185,41 @@ def _program_name() -> str:
     return name[:100] or "python"
 
 
+def masked(connection_settings: ConnectionSettings) -> ConnectionSettings:
+    """The same settings, without a password where somebody looks at them; raises nothing.
+
+    For the first line of each function that is given them.
+    """
+    if isinstance(connection_settings, Address | _Addresses | _Unusable | _Default | None):
+        return connection_settings
+    if isinstance(connection_settings, str):
+        return Address(plain(connection_settings))
+    if isinstance(connection_settings, Sequence) and all(
+        isinstance(url, str) for url in connection_settings
+    ):
+        return _Addresses(Address(plain(url)) for url in connection_settings)
+    return cast(ConnectionSettings, _Unusable(connection_settings))
+
+
 def shown(url: str) -> str:
     """The address without the password and the options, for logs and errors."""
     found = _WELL_FORMED.fullmatch(url)
     if found is None:
         return "a malformed URL"
     user = f"{found['user']}@" if found["user"] else ""
-    return f"{found['scheme']}{user}{found['rest']}"
+    return printable(f"{found['scheme']}{user}{found['rest']}")
 
 
 def _of_environment() -> tuple[str, ...]:
     for name in ENVIRONMENT:
         # Files of environment variables (docker run --env-file) keep quotes and spaces.
-        value = os.environ.get(name, "").strip().strip("'\"").strip()
+        value = Address(os.environ.get(name, "").strip().strip("'\"").strip())
         if value:
             try:
                 return _split(value) or ()
             except ConfigurationError as error:
                 raise ConfigurationError(f"{error} (In the environment variable {name}.)") from None
-    return (FALLBACK,)
+    return _Addresses([Address(FALLBACK)])
 
 
 def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
@@ -188,25 +228,28 @@ def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
     if connection_settings is DEFAULT or connection_settings == "":
         return ()
     if isinstance(connection_settings, str):
-        return _addresses(plain(connection_settings))
-    urls = connection_settings if isinstance(connection_settings, list | tuple) else ()
-    if not urls or not all(isinstance(url, str) and url for url in urls):
-        # Not shown themselves: there may be a password in them.
-        kind = type(connection_settings).__name__
-        if urls:
-            kind += " of " + ", ".join(sorted({type(url).__name__ for url in urls}))
-        _refuse(
-            "connection_settings must be an AMQP URL (a str, such as "
-            "amqp://user:password@host:5672/vhost), a list of such URLs, or None, not of type "
-            f"{kind}. Of another library's URL give str(url), of bytes url.decode()."
-        )
-    return _Addresses(address for url in urls for address in _addresses(plain(url)))
+        return _addresses(Address(plain(connection_settings)))
+    if isinstance(connection_settings, _Addresses) and connection_settings:
+        if all(connection_settings):
+            return _Addresses(
+                address
+                for url in connection_settings
+                for address in _addresses(Address(plain(url)))
+            )
+        _refuse("connection_settings: one of the URLs is empty.")
+    # Not shown themselves: there may be a password in them.
+    kind = getattr(connection_settings, "type", "an empty sequence")
+    return _refuse(
+        "connection_settings must be an AMQP URL (a str, such as "
+        "amqp://user:password@host:5672/vhost), a list of such URLs, or None, not of type "
+        f"{kind}. Of another library's URL give str(url), of bytes url.decode()."
+    )
 
 
 @lru_cache(maxsize=64)
-def _addresses(text: str) -> _Addresses:
+def _addresses(text: Address) -> _Addresses:
     """The URLs in a text."""
-    addresses = _Addresses(_BETWEEN_URLS.split(text.strip()))
+    addresses = _Addresses(map(Address, _BETWEEN_URLS.split(text.strip())))
     for url in addresses:
         if why := trouble(url):
             _refuse(f"connection_settings: {shown(url)} cannot be a broker's URL: {why}")

@@ -68,6 +68,7 @@ class Subscriber:
         workers: int = 1,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self._urls = settings.resolve(connection_settings)
         self.exchange = topology.check_name(exchange, "exchange")
         self.exchange_type = topology.check_exchange_type(exchange_type)

@@ -59,11 +59,15 @@ _CONFIRMED_DEAD_LETTERING = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """An exchange; always durable."""
+    """An exchange; durable. One that exists with the same type is used as it is.
+
+    ``strict``: it must have these very arguments.
+    """
 
     name: str
     type: str = "topic"
     arguments: Mapping[str, object] = field(default_factory=dict)
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,10 @@ def unbindings(exchange: str, name: str, retired_keys: Sequence[str]) -> list[Un
 def delays(exchange: str) -> list[Declaration]:
     """All that delayed retries on ``exchange`` need, apart from each subscriber's `way_back`."""
     undelivered = undelivered_name(exchange)
-    due = Exchange(due_name(exchange), arguments={"alternate-exchange": undelivered})
+    alternate = {"alternate-exchange": undelivered}
+    due = Exchange(due_name(exchange), arguments=alternate, strict=True)
     topology: list[Declaration] = [
-        Exchange(undelivered, "fanout"),
+        Exchange(undelivered, "fanout", strict=True),
         _quorum_queue(undelivered),
         Binding(undelivered, undelivered, ""),
         due,
@@ -194,7 +199,7 @@ def delays(exchange: str) -> list[Declaration]:
         # In a key, the bit of this level stands behind those of all higher levels.
         higher_bits = "*." * (LEVELS - 1 - level)
         topology += [
-            Exchange(name),
+            Exchange(name, strict=True),
             Queue(
                 name,
                 {

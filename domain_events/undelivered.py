@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from domain_events import message as messages
-from domain_events import topology
+from domain_events import settings, topology
 from domain_events.errors import (
     ConfigurationError,
     EventRejected,
@@ -97,6 +97,7 @@ class Undelivered(Walks):
         *,
         timeout: float = 10.0,
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self.exchange = topology.check_name(exchange, "exchange")
         super().__init__(
             topology.undelivered_name(exchange),

@@ -23,7 +23,14 @@ _NUMBERS = {
     "socket_timeout": 0,
     "stack_timeout": 0,
 }
-_OPTIONS = (*_NUMBERS, "client_properties", "locale", "ssl_options", "tcp_options")
+_OPTIONS = (
+    *_NUMBERS,
+    "client_properties",
+    "locale",
+    "ssl_options",
+    "tcp_options",
+    "tls_verify",  # our own
+)
 
 _PARTS = re.compile(
     r"(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?(?P<fragment>#.*)?", re.DOTALL

@@ -61,6 +61,7 @@ class Walks:
     def __init__(
         self, queue: str, what: str, connection_settings: ConnectionSettings, timeout: float
     ) -> None:
+        connection_settings = settings.masked(connection_settings)
         self._queue = queue
         self._what = what
         self._timeout = seconds(timeout)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -13,16 +15,27 @@ from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 import hostile
+import impostor
 import onlooker
+import pika
 import pytest
 import raw_amqp as raw
 from bench import Bench, Events
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from live import consuming
+from pika import frame
+from pika.spec import Basic
 from support import wait_until
 
-from domain_events import DeadLetters, DomainEvent, Reject, Retry
+from domain_events import (
+    BrokerUnavailable,
+    DeadLetters,
+    DomainEvent,
+    Publisher,
+    Reject,
+    Retry,
+)
 
 BATCHES = 50
 BATCH = 200
@@ -193,6 +206,93 @@ def test_sender_cannot_write_lines_into_the_log(
         assert len(line) < 2000
 
 
+# --- a broker that is none -----------------------------------------------------------------------
+
+
+def silence(_connection: socket.socket) -> None:
+    """It accepts, and that is all."""
+
+
+def drip(connection: socket.socket) -> None:
+    """The frame that it began is never complete."""
+    connection.sendall(struct.pack(">BHI", 1, 0, 100_000))
+    while True:
+        connection.sendall(b"x")
+        time.sleep(0.02)
+
+
+def flood(connection: socket.socket) -> None:
+    """Heartbeats without end, and never a welcome."""
+    beats = frame.Heartbeat().marshal() * 1000
+    while True:
+        connection.sendall(beats)
+
+
+def giant(connection: socket.socket) -> None:
+    """A frame of 4 GiB."""
+    connection.sendall(struct.pack(">BHI", 1, 0, 2**32 - 1) + bytes(100_000))
+
+
+def web(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 400 \x1b[2J Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (silence, "imeout"),
+        (drip, "imeout"),
+        (flood, "imeout"),
+        (giant, "a frame of 4,294,967,303 bytes, the most is 131,072"),
+        (web, "does not speak AMQP 0-9-1; it sent 'HTTP/1.1 400"),
+    ],
+)
+def test_listener_that_never_welcomes_is_left_within_the_time_for_connecting(
+    behaviour: impostor.Behaviour, words: str
+) -> None:
+    """And tried again: another may listen there by then. The error says what it did."""
+    with (
+        impostor.Impostor(behaviour) as broker,
+        Publisher(broker.url("?stack_timeout=0.5"), timeout=2) as publisher,
+        pytest.raises(BrokerUnavailable) as caught,
+    ):
+        publisher.publish(DomainEvent("a.b", {}))
+    assert words in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert broker.accepted > 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (struct.pack(">BHI", 1, 1, 2**31), "a frame of 2,147,483,656 bytes"),
+        (
+            impostor.method(1, Basic.GetOk(1, False, "x", "a.b", 0))
+            + frame.Header(1, 2**63, pika.BasicProperties()).marshal(),
+            "a body of 9,223,372,036,854,775,808 bytes",
+        ),
+        (impostor.method(1, Basic.GetOk(1, False, "x", "a.b", 0))[:-1] + b"\0", "without its end"),
+    ],
+    ids=["frame", "body", "end"],
+)
+def test_broker_that_announces_too_much_loses_its_connection_at_once(
+    answer: bytes, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the login, here to somebody who looks at dead letters."""
+
+    def behave(connection: socket.socket) -> None:
+        impostor.converse(connection, Basic.Get, answer)
+
+    with (
+        impostor.Impostor(behave) as broker,
+        DeadLetters("nobody", broker.url(), timeout=5) as dead_letters,
+    ):
+        with pytest.raises(BrokerUnavailable):
+            next(iter(dead_letters))
+        wait_until(lambda: words in caplog.text)
+        assert "Lost the dead letters consuming connection" in caplog.text
+
+
 # --- ten thousand of them ------------------------------------------------------------------------
 
 
@@ -290,7 +390,7 @@ def surprises() -> Iterator[list[str]]:
     """Log lines that are about no message, but about the subscriber itself."""
     log = logging.getLogger("domain_events")
     lines: list[str] = []
-    expected = ("got a message", "failed on", "rejected", "gave up on", "tries", "A message has")
+    expected = ("got a message", "failed on", "rejected", "gave up on", "tries", "A message")
 
     def keep(record: logging.LogRecord) -> bool:
         if not any(words in record.msg for words in expected):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -116,6 +118,72 @@ def test_nodes_form_a_cluster_and_leave_no_process(node_factory: Callable[..., N
     folders = [node.folder for node in nodes]
     wait_until(lambda: not any(processes_with(folder.name) for folder in folders))
     assert not any(folder.exists() for folder in folders)
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses on which the process listens, as /proc/net/tcp and tcp6 write them."""
+    inodes = set()
+    for handle in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            inodes.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in inodes:  # LISTEN
+                found.add(words[1].partition(":")[0])
+    return found
+
+
+LOOPBACK = {
+    "0100007F",  # 127.0.0.1
+    "00000000000000000000000001000000",  # ::1
+    "0000000000000000FFFF00000100007F",  # ::ffff:127.0.0.1
+}
+
+
+def test_nothing_of_a_node_listens_for_other_machines(node_factory: Callable[..., Node]) -> None:
+    """Neither the broker, with its ports for nodes and plugins, nor epmd or rabbitmqctl."""
+    node = node_factory(plugins=["rabbitmq_management", "rabbitmq_prometheus"], tls=True)
+    node.start()
+    asking = threading.Thread(target=node.ctl, args=("eval", "timer:sleep(3000)."))
+    asking.start()
+    seen: dict[int, set[str]] = {}
+
+    def all_seen() -> bool:
+        for pid in processes_with(node.folder.name):
+            with contextlib.suppress(OSError):
+                seen[pid] = seen.get(pid, set()) | listening(pid)
+        return not asking.is_alive()
+
+    wait_until(all_seen, timeout=60)
+    asking.join()
+    assert node.pid is not None
+    seen[node._household._epmd.pid] = listening(node._household._epmd.pid)
+    # The broker, epmd, and (where it listens at all) rabbitmqctl.
+    assert len([addresses for addresses in seen.values() if addresses]) >= 2
+    assert seen[node.pid]
+    assert set().union(*seen.values()) <= LOOPBACK
+
+
+def test_cookie_is_never_readable_by_others(
+    node_factory: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for the moment until its mode is changed, whatever the umask is."""
+
+    def too_late(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("others could read it until now")
+
+    before = os.umask(0)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "chmod", too_late)
+            node = node_factory()
+    finally:
+        os.umask(before)
+    cookie = node.folder / ".erlang.cookie"
+    assert stat.S_IMODE(cookie.stat().st_mode) == 0o400
+    assert cookie.read_text() == node.cookie
 
 
 def run_tool(*arguments: str) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,9 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+import impostor
 import onlooker
 import pytest
+import rabbitmq_node
 from bench import Events
 from live import consuming
 from rabbitmq_node import Node
@@ -31,6 +36,9 @@ from domain_events import (
     Retry,
     Subscriber,
     TopologyError,
+    configure,
+    demo,
+    settings,
 )
 
 NodeFactory = Callable[..., Node]
@@ -127,6 +135,175 @@ def test_client_without_the_certificate_that_is_required_is_told(
         pytest.raises(refused, match="certificate"),
     ):
         publisher.publish(DomainEvent("a.b", {}))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of an authority that the TLS node's is not of."""
+    folder = tmp_path_factory.mktemp("foreign")
+    rabbitmq_node._make_certificates(folder)
+    return folder
+
+
+# Python warns of each protocol but PROTOCOL_TLS_CLIENT.
+old_protocols = pytest.mark.filterwarnings("ignore:ssl.PROTOCOL:DeprecationWarning")
+
+
+@old_protocols
+@pytest.mark.parametrize("kind", [Publisher, Subscriber, DeadLetters])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLS)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLS_SERVER)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2), "cert_reqs": int(ssl.CERT_REQUIRED)}, "protocol"),
+        ({"protocol": int(ssl.PROTOCOL_TLSv1_2), "server_hostname": "localhost"}, "protocol"),
+        ({"ciphers": "aNULL:@SECLEVEL=0"}, "ciphers"),
+        ({"ciphers": "ALL:eNULL:@SECLEVEL=0"}, "ciphers"),
+        ({"ca_certs": None}, "ca_certs"),
+        ({"ca_certs": None, "cert_reqs": int(ssl.CERT_NONE)}, "ca_certs"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", ["amqps", "AMQPS", "amqp"])
+def test_tls_that_does_not_verify_is_refused_before_any_connection(
+    kind: type[Publisher | Subscriber | DeadLetters],
+    foreign: Path,
+    options: dict[str, object],
+    words: str,
+    scheme: str,
+) -> None:
+    """Whichever of pika's options switched it off; the error names it and the way to insist."""
+    given = {"ca_certs": str(foreign / "ca.pem"), **options}
+    url = f"{scheme}://guest:{SECRET}@127.0.0.1:5671/?ssl_options={quote(str(given))}"
+    arguments = ("name", url) if kind is DeadLetters else (url,)
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        kind(*arguments)
+    assert "hunter2" not in told_by(caught.value)
+    if words != "ca_certs":
+        assert "tls_verify=no" in str(caught.value)
+
+
+@old_protocols
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"ca_certs": "foreign"},
+        {"ca_certs": "foreign", "cert_reqs": int(ssl.CERT_NONE)},
+        {"ca_certs": "foreign", "verify_mode": int(ssl.CERT_NONE), "check_hostname": False},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLSv1_2)},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLS)},
+        {"ca_certs": "foreign", "protocol": int(ssl.PROTOCOL_TLS_CLIENT)},
+        {"ca_certs": "foreign", "server_hostname": "localhost"},
+        {"ca_certs": "foreign", "ciphers": "aNULL:ALL:@SECLEVEL=0"},
+        {"ca_certs": "own", "server_hostname": "another.host"},
+        {"ca_certs": "own", "server_hostname": ""},
+    ],
+    ids=str,
+)
+def test_server_with_a_foreign_certificate_never_receives_the_password(
+    foreign: Path, tmp_path: Path, options: dict[str, object] | None
+) -> None:
+    """Nor one whose certificate is of another host: it is left at the TLS handshake."""
+    received: list[bytes] = []
+    rabbitmq_node._make_certificates(tmp_path)
+    authorities = {"foreign": foreign / "ca.pem", "own": tmp_path / "ca.pem"}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+
+    def behave(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as secured:
+            received.append(secured.recv(8))
+            secured.sendall(impostor.START)
+            received.append(secured.recv(10_000))
+
+    query = ""
+    if options is not None:
+        given = {**options, "ca_certs": str(authorities[str(options["ca_certs"])])}
+        query = f"?ssl_options={quote(str(given))}"
+    with impostor.Impostor(behave) as server:
+        # The URL's password is what impostors are after.
+        with pytest.raises((ConfigurationError, BrokerUnavailable)):
+            use_publisher(server.url(query, "amqps"), "x")
+        assert not any(received)
+        # The other end would have seen it.
+        with pytest.raises((ConfigurationError, BrokerUnavailable)):
+            use_publisher(server.url("?tls_verify=no", "amqps"), "x")
+        wait_until(lambda: any(b"hunter2" in each for each in received))
+
+
+@old_protocols
+@pytest.mark.parametrize(
+    "options", [None, {"protocol": int(ssl.PROTOCOL_TLSv1_2)}, {"server_hostname": "another.host"}]
+)
+@pytest.mark.parametrize(
+    "form", ["?tls_verify=no{}", "?{}&tls_verify=no", "?{}&tls_verify=no&heartbeat=9"]
+)
+def test_verification_that_is_switched_off_in_so_many_words_is_warned_of(
+    tls_node: Node,
+    foreign: Path,
+    unique: str,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, object] | None,
+    form: str,
+) -> None:
+    """It then works with any certificate; each connection that is prepared says so."""
+    given = ""
+    if options is not None:
+        given = f"ssl_options={quote(str({'ca_certs': str(foreign / 'ca.pem'), **options}))}"
+    query = form.format(f"&{given}" if form.startswith("?tls") and given else given)
+    url = tls_node.tls_url + query.replace("?&", "?")
+    for _ in range(2):
+        with Publisher(url, unique) as publisher:
+            publisher.publish(DomainEvent("a.b", {}))
+    lines = [each for each in caplog.records if "tls_verify=no" in each.getMessage()]
+    assert [each.levelno for each in lines] == [logging.WARNING] * 2
+    assert tls_node.tls_url.rpartition("@")[2] in lines[0].getMessage()
+    assert "guest:guest" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "query"),
+    [
+        ("amqps", "tls_verify=No"),
+        ("amqps", "tls_verify=false"),
+        ("amqps", "tls_verify=0"),
+        ("amqps", "tls_verify="),
+        ("amqps", "tls_verify=no&tls_verify=yes"),
+        ("amqps", "tls_verify=yes&heartbeat=1&tls_verify=no"),
+        ("amqp", "tls_verify=no"),
+    ],
+)
+def test_half_a_word_does_not_switch_verification_off(scheme: str, query: str) -> None:
+    """Nor does it pass as if it had."""
+    with pytest.raises(ConfigurationError):
+        Publisher(f"{scheme}://guest:guest@localhost/?{query}")
+
+
+def test_other_name_in_the_certificate_may_be_given(tls_node: Node, unique: str) -> None:
+    """It is verified instead of the one in the URL."""
+    options = {"ca_certs": str(tls_node.ca_file), "server_hostname": "localhost"}
+    url = tls_url(tls_node, **options).replace("127.0.0.1", "127.1")
+    with Publisher(url, unique) as publisher:
+        publisher.publish(DomainEvent("a.b", {}))
+    with Publisher(url.replace("?", "?tls_verify=yes&"), unique) as publisher:
+        publisher.publish(DomainEvent("a.b", {}))
+
+
+def test_plain_and_tls_addresses_in_one_list_are_a_mistake(tls_node: Node) -> None:
+    """At once, and without either password."""
+    plain = f"amqp://guest:{SECRET}@localhost/"
+    verified = tls_url(tls_node, ca_certs=str(tls_node.ca_file)).replace(
+        "guest:guest", f"g:{SECRET}"
+    )
+    hidden = verified.replace("amqps:", "amqp:")  # pika takes TLS from ssl_options, too
+    for urls in ([plain, verified], [verified, plain], f"{plain},{verified}", [plain, hidden]):
+        for use in (Publisher, Subscriber, lambda given: DeadLetters("name", given)):
+            with pytest.raises(ConfigurationError, match="amqps://") as caught:
+                use(urls)
+            assert "hunter2" not in told_by(caught.value)
 
 
 # --- permissions ---------------------------------------------------------------------------------
@@ -370,7 +547,7 @@ def test_publisher_that_may_not_configure_asks_for_the_exchange(
     role = "Publisher; somebody else declares the exchange"
     (url,) = users.make(documented(role, exchange, queue))
     with Publisher(url, exchange) as publisher:
-        missing = f"'{exchange}' does not exist.*may not declare"
+        missing = f"'{exchange}' does not exist.*permission configure"
         with pytest.raises(TopologyError, match=missing):
             publisher.publish(DomainEvent("a.b", {}))
         onlooker.bind_queue(killable_node.url, queue, exchange, "#")
@@ -552,3 +729,132 @@ def test_password_is_not_printed_by_the_command(
     assert (done.returncode == 0) == (password == "hunter2"), done.stderr
     assert done.stdout + done.stderr
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def arguments_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("form", [["--broker", "{}"], ["--broker={}"], ["--brok", "{}"]])
+@pytest.mark.parametrize("program", ["-m domain_events", "{}/domain-events"])
+def test_password_does_not_stay_in_the_list_of_processes(
+    killable_node: Node, users: Users, form: list[str], program: str
+) -> None:
+    """Given as an argument, it moves to the environment before a connection is made."""
+    (url,) = users.make(ALL)
+    words = program.format(Path(sys.executable).parent).split()
+    with subprocess.Popen(
+        [sys.executable, *words, "demo", *(word.format(url) for word in form)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as demo:
+        assert demo.stdout is not None
+        seen = ""
+        for line in demo.stdout:
+            assert b"hunter2" not in arguments_of(demo.pid)
+            seen += line
+    assert demo.returncode == 0, seen
+    assert "12.50 is booked" in seen
+    assert "hunter2" not in seen
+
+
+def test_demo_takes_the_brokers_url_from_the_environment(killable_node: Node) -> None:
+    """`--broker` without a value."""
+    done = subprocess.run(
+        [sys.executable, "-m", "domain_events", "demo", "--broker"],
+        env={**os.environ, "DOMAIN_EVENTS_URL": killable_node.url},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert f"amqp://guest@127.0.0.1:{killable_node.port}/" in done.stdout
+    assert "12.50 is booked" in done.stdout
+
+
+# --- the current folder --------------------------------------------------------------------------
+
+
+# What the library and pika import, and Python has not imported by itself.
+STRANGERS = (
+    "pika",
+    "json",
+    "logging",
+    "ssl",
+    "queue",
+    "argparse",
+    "socket",
+    "urllib",
+    "uuid",
+    "ast",
+)
+
+
+@pytest.mark.parametrize("options", [["-m"], ["-um"], ["-X", "utf8", "-W", "default", "-m"]])
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--broker"], ["demo", "--broker", "{}"]])
+def test_nothing_of_the_current_folder_is_run(
+    broker_url: str, tmp_path: Path, options: list[str], arguments: list[str]
+) -> None:
+    """Where `python -m` would look first: neither by the command itself nor by what it starts."""
+    for name in STRANGERS:
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'run')!r}, 'a').write('{name} ')"
+        )
+    done = subprocess.run(
+        [
+            sys.executable,
+            *options,
+            "domain_events",
+            *(word.format(broker_url) for word in arguments),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "DOMAIN_EVENTS_URL": broker_url},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert not (tmp_path / "run").exists(), (tmp_path / "run").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "12.50 is booked" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "service"],
+        ["-m", "package", "domain_events"],
+        ["-W", "default", "-mpackage"],
+        ["-m", "service", "-m", "domain_events"],
+        ["service.py"],
+        ["-c", "import service"],
+    ],
+)
+def test_program_of_somebody_else_keeps_its_path(tmp_path: Path, command: list[str]) -> None:
+    """It may import the library first and its own modules afterwards."""
+    (tmp_path / "service.py").write_text("import domain_events, mine\nprint(mine.__file__)\n")
+    (tmp_path / "mine.py").touch()
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import domain_events")
+    (package / "__main__.py").write_text("import mine\nprint(mine.__file__)\n")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(tmp_path / "mine.py"), done.stderr
+
+
+def test_demo_leaves_the_process_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """The default broker, and what is logged."""
+    configure("amqp://somewhere.invalid/")
+    try:
+        demo.run()
+        assert settings.resolve() == ("amqp://somewhere.invalid/",)
+        assert logging.root.manager.disable == logging.NOTSET
+        assert not caplog.records
+    finally:
+        configure()

@@ -13,6 +13,9 @@ As a command::
     python tools/rabbitmq_node.py install [RELEASE ...]
     python tools/rabbitmq_node.py run [--release RELEASE] -- COMMAND ...
 
+The command finds the node's URL in the environment (DOMAIN_EVENTS_URL), where other users of the
+machine cannot read it, and for each ``{url}`` among its arguments, where they can.
+
 Releases: ``host`` is the rabbitmq-server installed on this machine. ``3.10``, ``4.0`` and ``4.3``
 are those of Debian 12, 13 and testing; where the host has another one, they are unpacked with
 debootstrap (about two minutes, 400 MB, needs root) below the user's cache folder and kept.
@@ -56,6 +59,16 @@ CTL_SECONDS = 60.0
 _PROGRAMS = "usr/lib/rabbitmq/bin"
 _LIBRARIES = "usr/lib/rabbitmq/lib"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+# Erlang's port for other nodes and for rabbitmqctl; without this it listens on all interfaces.
+_LOOPBACK_ONLY = "-kernel inet_dist_use_interface {127,0,0,1}"
+
+# The listeners of plugins, likewise.
+_PLUGIN_LISTENERS = {
+    "rabbitmq_management": "management.tcp.ip = 127.0.0.1",
+    "rabbitmq_prometheus": "prometheus.tcp.ip = 127.0.0.1",
+}
 
 
 class NodeError(Exception):
@@ -330,8 +343,10 @@ class Node:
         self._write("enabled_plugins", f"[{','.join(self._plugins)}].\n")
         cookie_file = folder / ".erlang.cookie"
         cookie_file.unlink(missing_ok=True)
-        cookie_file.write_text(self.cookie)
-        cookie_file.chmod(0o400)
+        # Whoever can read it may run anything as this user; so it never has another mode.
+        handle = os.open(cookie_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        with os.fdopen(handle, "w") as file:
+            file.write(self.cookie)
         if tls and not self.ca_file.exists():
             _make_certificates(folder)
 
@@ -511,8 +526,8 @@ class Node:
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_START_ARGS": "-noinput",
             # Two schedulers are plenty for a test, and start faster than one per core.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2",
-            "RABBITMQ_CTL_ERL_ARGS": "+S 1:1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S 2:2 {_LOOPBACK_ONLY}",
+            "RABBITMQ_CTL_ERL_ARGS": f"+S 1:1 {_LOOPBACK_ONLY}",
         }
 
     def _configuration(self) -> str:
@@ -527,6 +542,7 @@ class Node:
                 "ssl_options.verify = verify_peer",
                 "ssl_options.fail_if_no_peer_cert = false",
             ]
+        lines += [line for plugin, line in _PLUGIN_LISTENERS.items() if plugin in self._plugins]
         return "\n".join([*lines, self._config, ""])
 
     def _command(self, program: str, *arguments: str) -> list[str]:

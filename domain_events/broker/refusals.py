@@ -10,10 +10,21 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.message import Message
+from domain_events.text import printable
 from domain_events.topology import Binding, Declaration, Exchange, Queue, Unbinding
 
 # The codes of AMQP: https://www.rabbitmq.com/amqp-0-9-1-reference#constants
 FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
+
+# What sets apart refusals with the code 403 that are not about the permissions of a user on a
+# queue or an exchange (rabbit_channel.erl of 3.10 to 4.3).
+_TOPIC = "access to topic"
+_TOPIC_WAY = (
+    "It takes a topic permission that matches the routing key; see rabbitmqctl "
+    "list_user_topic_permissions and set_topic_permissions."
+)
+_INTERNAL = "internal exchange"
+_EXCLUSIVE = "in exclusive use"
 
 #: What permissions call the exchange whose name is empty.
 DEFAULT_EXCHANGE = "amq.default"
@@ -34,8 +45,11 @@ class Taken(TopologyError):
 
 def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEventsError:
     """Why this could not be declared, what was asked for, and the ways out."""
+    said = _shown(said)
     what, asked = _described(declaration)
     if code == FORBIDDEN:
+        if _TOPIC in said:
+            return ConfigurationError(f"{what} may not be made by this user: {said}. {_TOPIC_WAY}")
         return ConfigurationError(
             f"{what} may not be declared by this user: {said}. To declare it, also where it "
             f"exists, takes the permissions {_permissions(declaration)}."
@@ -45,28 +59,50 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
             f"{what} is taken: {said}. An exclusive queue belongs to one connection; let each "
             "process that wants one of its own register under a name of its own."
         )
-    if code == REFUSED and isinstance(declaration, Queue):
+    if is_different(code, said) and isinstance(declaration, Queue):
         return TopologyError(
-            f"{what} exists with other arguments than asked for: {said}. Asked for: {asked}. "
+            f"{what} exists with different settings: {said}. Asked for: {asked}. "
             "A queue's arguments cannot change. The ways out: register under another name; or, "
             "once it is empty, delete the queue and start again; or, when domain-event-broker "
             "has declared it, register with queue_type='classic' to use it as it is."
         )
-    if code == REFUSED and isinstance(declaration, Exchange):
+    if is_different(code, said) and isinstance(declaration, Exchange):
         return TopologyError(
-            f"{what} exists otherwise than asked for: {said}. Asked for: {asked}. The ways out: "
+            f"{what} exists with different settings: {said}. Asked for: {asked}. The ways out: "
             "use the type it has (exchange_type=...), or another exchange."
         )
     if code == MISSING and isinstance(declaration, Queue):
-        # Nobody asked whether it is there: its node is down, or not quite up yet.
+        # A declaration does not ask whether it is there: its node is down, or not quite up yet.
         return BrokerUnavailable(f"{what} cannot be reached: {said}.")
     return TopologyError(f"{what} could not be declared: {said}.")
 
 
+def is_different(code: int, said: str) -> bool:
+    """Whether the broker refused because what exists has other settings than asked for.
+
+    It has the same code for whatever else it has against a declaration, such as a limit of the
+    vhost's; only the text tells them apart.
+    """
+    return code == REFUSED and "inequivalent arg" in said
+
+
+def may_be_used(exchange: Exchange, code: int, said: str) -> bool:
+    """Whether an exchange that could not be declared so exists, and will do as it is.
+
+    An alternate exchange, for example, is for whoever runs the broker to decide. RabbitMQ compares
+    the type first.
+    """
+    another_type = "inequivalent arg 'type'" in said
+    return is_different(code, said) and not another_type and not exchange.strict
+
+
 def unreadable(queue: str, code: int, said: str) -> DomainEventsError:
     """Why there is nothing to see in this queue."""
+    said = _shown(said)
     if code == MISSING:
-        return TopologyError(f"There is no queue {queue!r}.")
+        if "no queue" in said:
+            return TopologyError(f"There is no queue {queue!r}.")
+        return BrokerUnavailable(f"The queue {queue!r} cannot be reached: {said}.")
     if code == FORBIDDEN:
         return unreadable_by_this_user(said)
     if code == LOCKED:
@@ -74,17 +110,35 @@ def unreadable(queue: str, code: int, said: str) -> DomainEventsError:
     return TopologyError(f"The queue {queue!r} cannot be read: {said}.")
 
 
-def unreadable_by_this_user(said: str) -> ConfigurationError:
+def unreadable_by_this_user(said: str) -> DomainEventsError:
     """This user may not consume from a queue, nor look into it."""
+    said = _shown(said)
+    if _EXCLUSIVE in said:
+        return TopologyError(
+            f"The queue cannot be read: {said}. Another consumer has it for itself; stop that "
+            "one, or have it consume without its exclusive flag."
+        )
     return ConfigurationError(
         f"This user may not read from the queue: {said}. It takes the permission read on it, and "
         "with some releases of RabbitMQ configure too, to look how many messages there are."
     )
 
 
-def unwritable(message: Message, said: str) -> ConfigurationError:
+def unwritable(message: Message, said: str) -> DomainEventsError:
     """This user may not publish there."""
+    said = _shown(said)
     exchange = message.exchange or DEFAULT_EXCHANGE
+    if _INTERNAL in said:
+        return TopologyError(
+            f"Nobody can publish to the exchange {exchange!r}: {said}. It was declared as "
+            "internal, for messages from other exchanges only; publish to one of these, or to "
+            "another exchange (exchange=...)."
+        )
+    if _TOPIC in said:
+        return ConfigurationError(
+            f"This user may not publish {message.routing_key!r} to the exchange {exchange!r}: "
+            f"{said}. {_TOPIC_WAY}"
+        )
     return ConfigurationError(
         f"This user may not write to the exchange {exchange!r}: {said}. It takes the permission "
         "write on it."
@@ -102,14 +156,19 @@ def unroutable(message: Message) -> DomainEventsError:
 def no_exchange(message: Message, said: str) -> DomainEventsError:
     """There is no exchange to publish it to."""
     return TopologyError(
-        f"The exchange {message.exchange!r} does not exist and this user may not declare it: "
-        f"{said}."
+        f"The exchange {message.exchange!r} does not exist: {_shown(said)}. Have it declared: by a "
+        "subscriber that registers on it, or by this user with the permission configure on it."
     )
 
 
 def closed() -> BrokerUnavailable:
     """The connection was closed, and is asked to do something all the same."""
     return BrokerUnavailable("The connection was closed by this program.")
+
+
+def _shown(said: str) -> str:
+    # A name in it may be anybody's.
+    return printable(said, 400)
 
 
 def _described(declaration: Declaration) -> tuple[str, str]:

@@ -66,12 +66,33 @@ def test_exchange_of_another_type_is_a_topology_error(
     peer.declare(Exchange(exchange, one))
 
 
-def test_exchange_with_other_arguments_is_a_topology_error(peer: Peer, names: Names) -> None:
-    """An alternate exchange is part of what an exchange is."""
+def test_exchange_with_other_arguments_is_used_as_it_is(peer: Peer, names: Names) -> None:
+    """An alternate exchange, for example, is for whoever runs the broker to decide. It stays."""
+    exchange, alternate, queue = names.exchange(), names.exchange("other"), names.queue()
+    peer.declare(
+        Exchange(alternate, "fanout"),
+        Queue(queue),
+        Binding(alternate, queue, ""),
+        Exchange(exchange, arguments={"alternate-exchange": alternate}, strict=True),
+    )
+    bound = names.queue("bound")
+    peer.declare(Exchange(exchange), Queue(bound), Binding(exchange, bound, "a"))
+    peer.publish(exchange, "a", b"bound")
+    peer.publish(exchange, "b", b"not bound")
+    assert peer.take_all(bound) == [b"bound"]
+    assert peer.take_all(queue) == [b"not bound"]
+
+
+def test_strict_exchange_with_other_arguments_is_a_topology_error(peer: Peer, names: Names) -> None:
+    """Those of our own: without its alternate exchange, `.due` would lose retries."""
     exchange = names.exchange()
     peer.declare(Exchange(exchange))
     with pytest.raises(TopologyError, match="alternate-exchange"):
-        peer.declare(Exchange(exchange, arguments={"alternate-exchange": "x"}))
+        peer.declare(Exchange(exchange, arguments={"alternate-exchange": "x"}, strict=True))
+    base = names.exchange("base")
+    peer.declare(Exchange(f"{base}.due"))
+    with pytest.raises(TopologyError, match=f"{base}.due"):
+        peer.declare(*delays(base))
 
 
 @pytest.mark.parametrize(

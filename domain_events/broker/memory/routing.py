@@ -35,7 +35,8 @@ class Routing:
     def declare(self, declaration: Exchange) -> None:
         """Make sure that there is this exchange.
 
-        :raises Refused: there is another one of its name, or none of its type.
+        :raises Refused: there is one of its name with another type (or, if it is strict, other
+            arguments), or none of its type.
         """
         existing = self._exchanges.get(declaration.name)
         if existing is None:
@@ -43,9 +44,10 @@ class Routing:
                 raise Refused(503, f"the embedded broker knows the types {', '.join(_TYPES)} only")
             self._exchanges[declaration.name] = _Bound(declaration)
             self._routes.clear()
-        elif existing.declaration != declaration:
-            was = existing.declaration
-            raise Refused(REFUSED, f"it has the type {was.type!r}, {dict(was.arguments)}")
+        elif existing.declaration.type != declaration.type:
+            raise _different("type", existing.declaration, declaration)
+        elif declaration.strict and existing.declaration.arguments != declaration.arguments:
+            raise _different("arguments", existing.declaration, declaration)
 
     def bind(self, binding: Binding) -> None:
         """Bind; that the destination exists, if it is a queue, is for the caller to know.
@@ -123,6 +125,11 @@ class Routing:
                     seen.add(each)
                     to_see.append(each)
         return tuple(found)
+
+
+def _different(what: str, exists: Exchange, asked: Exchange) -> Refused:
+    has, wanted = getattr(exists, what), getattr(asked, what)
+    return Refused(REFUSED, f"inequivalent arg {what!r}: it has {has!r}, not {wanted!r}")
 
 
 def _matches(exchange_type: str, binding_key: str, routing_key: str) -> bool:

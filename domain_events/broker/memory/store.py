@@ -214,7 +214,7 @@ class Store:
         try:
             queue = self._queues.get(name)
             if queue is None:
-                raise Refused(refusals.MISSING, "there is no such queue")
+                raise Refused(refusals.MISSING, "no queue of that name")
             self._check_access(queue, user)
         except Refused as refused:
             raise refusals.unreadable(name, refused.code, refused.said) from refused

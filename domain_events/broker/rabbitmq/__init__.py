@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
-from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.broker.rabbitmq.nodes import Nodes, check
 from domain_events.broker.rabbitmq.publishing import RabbitPublishing
 from domain_events.topology import Topology
 
@@ -29,7 +29,7 @@ class RabbitMQ:
     """One RabbitMQ, or a cluster of them; see `domain_events.broker.Broker`."""
 
     def __init__(self, urls: tuple[str, ...]) -> None:
-        Nodes(urls)  # says at once when a URL is malformed
+        check(urls)  # at once, before any connection is made
         self._urls = urls
 
     def publishing(self, declare: Topology, name: str) -> RabbitPublishing:

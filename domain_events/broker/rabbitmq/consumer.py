@@ -201,7 +201,9 @@ class RabbitConsumer:
         channel.add_on_cancel_callback(guarded(self._cancelled))
         # Deliveries may come before the reply to what is asked for below.
         connection.stream.hear_deliveries(
-            channel.channel_number, guarded(partial(self._on_delivery, self._epoch))
+            channel.channel_number,
+            guarded(partial(self._on_delivery, self._epoch)),
+            self._queue,
         )
         self._consume(channel)
 

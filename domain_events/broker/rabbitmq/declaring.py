@@ -10,6 +10,7 @@ from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.refusals import (
     FORBIDDEN,
     MISSING,
+    may_be_used,
     undeclarable,
     unreadable_by_this_user,
 )
@@ -22,7 +23,7 @@ class Declaring:
 
     An error closes the channel. Whoever owns it then asks `closed` what to do: a queue that is
     to be taken as it is found was looked for and is missing, so that it can be declared on the
-    next channel; anything else is an error.
+    next channel; an exchange exists that will do as it is; anything else is an error.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -101,9 +102,12 @@ class Declaring:
                 return unreadable_by_this_user(explain(reason))
             return TopologyError(f"The broker closed the channel: {explain(reason)}.")
         declaration = self._topology[self._next]
+        code, said = close_code(reason), explain(reason)
+        if isinstance(declaration, Exchange) and may_be_used(declaration, code, said):
+            self._next += 1
+            return None
         # Else it was declared, not looked for: its node is down, for example.
-        missing = close_code(reason) == MISSING
-        if missing and isinstance(declaration, Queue) and self._looks_for(declaration):
+        if code == MISSING and isinstance(declaration, Queue) and self._looks_for(declaration):
             self._missing.add(declaration.name)
             return None
-        return undeclarable(declaration, close_code(reason), explain(reason))
+        return undeclarable(declaration, code, said)

@@ -9,13 +9,17 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pika
 import pika.exceptions
 
 from domain_events.errors import ConfigurationError
-from domain_events.settings import app_id, shown
+from domain_events.log import Log
+from domain_events.settings import Address, app_id, shown
+from domain_events.text import printable
+
+log = Log("domain_events")
 
 
 class Nodes:
@@ -24,12 +28,18 @@ class Nodes:
     They are rotated here and not by pika, which skips all the rest when one name cannot be
     resolved.
 
-    :raises ConfigurationError: when a URL is malformed or has an unknown option.
+    :raises ConfigurationError: as `check` does.
     """
 
     def __init__(self, urls: tuple[str, ...]) -> None:
+        check(urls)
         for url in urls:
-            _parameters(url)
+            if _verification_off(url):
+                log.warning(
+                    "TLS without verification (tls_verify=no): whoever answers for %s gets the "
+                    "password and all events.",
+                    shown(url),
+                )
         self._urls = random.sample(urls, len(urls))
 
     def __len__(self) -> int:
@@ -55,11 +65,58 @@ class Nodes:
         self._urls = self._urls[1:] + self._urls[:1]
 
 
+def check(urls: tuple[str, ...]) -> None:
+    """See whether connections can be made with these URLs.
+
+    :raises ConfigurationError: one is malformed, has an unknown option, or uses TLS without
+        verification; or only some of them use TLS.
+    """
+    if len({_parameters(url).ssl_options is None for url in urls}) > 1:
+        raise ConfigurationError(
+            f"Only some of {', '.join(map(shown, urls))} use TLS; to the others the password would "
+            "go unprotected. Give amqps:// to all of them, or to none."
+        )
+
+
 def _parameters(url: str) -> pika.URLParameters:
+    verified = not _verification_off(url)
+    parameters = _read_by_pika(Address(_TLS_VERIFY.sub(_nothing, url)))
+    _mask(parameters)
+    if parameters.ssl_options is None:
+        if not verified:
+            raise ConfigurationError(
+                f"{shown(url)}: tls_verify=no is for amqps:// URLs; this one does not use TLS."
+            )
+    elif verified:
+        _check_verification(url, parameters.ssl_options.context)
+    else:
+        parameters.ssl_options.context.check_hostname = False
+        parameters.ssl_options.context.verify_mode = ssl.CERT_NONE
+    return parameters
+
+
+class _Secret(str):
+    """A password that is not shown with the variables that hold it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _mask(parameters: pika.URLParameters) -> None:
+    found = parameters.credentials
+    if isinstance(found, pika.PlainCredentials) and found.password is not None:
+        parameters.credentials = pika.PlainCredentials(found.username, _Secret(found.password))
+
+
+def _read_by_pika(url: str) -> pika.URLParameters:
     try:
         return pika.URLParameters(url)
     except (ValueError, TypeError, AttributeError, SyntaxError, OSError, ssl.SSLError) as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__
+        if "cafile" in str(error):
+            reason = "ssl_options must name an authority: 'ca_certs'"
     # Not in the `except`, where even `from None` leaves the context to be looked at: a password
     # with a bare '/' or '#' in it ends up in such messages.
     raise ConfigurationError(
@@ -67,6 +124,51 @@ def _parameters(url: str) -> pika.URLParameters:
         "amqp://user:password@host:5672/vhost; characters such as / # @ % in the user, the "
         "password or the vhost must be percent-encoded; the vhost '/' is %2F."
     )
+
+
+# An option of ours in a URL; pika does not know it.
+_TLS_VERIFY = re.compile(r"(?P<before>[?&])tls_verify=(?P<value>[^&#]*)(?P<after>&|(?=#|$))")
+
+
+_VERIFIED = {"yes": True, "no": False}
+
+
+def _nothing(found: re.Match[str]) -> str:
+    """What is left of the option where it is taken out of the URL."""
+    return found["before"] if found["after"] or found["before"] == "?" else ""
+
+
+def _verification_off(url: str) -> bool:
+    """Whether the URL says ``tls_verify=no``."""
+    # The value itself may be part of a password, with "?" in it.
+    verified = {_VERIFIED.get(found["value"]) for found in _TLS_VERIFY.finditer(url)}
+    if not verified <= {True} and verified != {False}:
+        raise ConfigurationError(f"{shown(url)}: the option tls_verify is 'yes' or 'no'.")
+    return verified == {False}
+
+
+def _check_verification(url: str, context: ssl.SSLContext) -> None:
+    """See that nobody but the right broker can be at the other end.
+
+    ssl_options may switch that off without a word: each ``protocol`` but
+    ``ssl.PROTOCOL_TLS_CLIENT`` does, and so do ciphers that need no certificate.
+    """
+    if context.verify_mode != ssl.CERT_REQUIRED:
+        what = "does not verify the broker's certificate; leave out its 'protocol'"
+    elif not context.check_hostname:
+        what = "does not verify the broker's host name; leave out its 'protocol'"
+    elif any(map(_is_open_to_all, context.get_ciphers())):
+        what = "allows ciphers without a certificate or without encryption; change its 'ciphers'"
+    else:
+        return
+    raise ConfigurationError(
+        f"{shown(url)}: ssl_options {what}. Or, if whoever answers for that address may have the "
+        "password and all events, say so in the URL: tls_verify=no."
+    )
+
+
+def _is_open_to_all(cipher: Mapping[str, object]) -> bool:
+    return cipher.get("auth") == "auth-null" or cipher.get("symmetric", "") is None
 
 
 def explain(error: BaseException | None) -> str:
@@ -88,7 +190,7 @@ def explain(error: BaseException | None) -> str:
         return f"the host's name cannot be resolved ({cause.strerror})"
     if isinstance(cause, OSError):
         return cause.strerror or str(cause) or type(cause).__name__
-    return str(cause) or type(cause).__name__
+    return printable(cause) or type(cause).__name__
 
 
 def hopeless(error: BaseException, node: str, *, was_connected: bool) -> ConfigurationError | None:
@@ -151,10 +253,10 @@ _REPR = re.compile(r"^(?:Connection|Channel)ClosedByBroker: \((\d+)\) (.*)$", re
 def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
     closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
     if isinstance(cause, closed):
-        return cause.reply_code, cause.reply_text
+        return cause.reply_code, printable(cause.reply_text)
     for text in _texts(cause):
         if found := _REPR.match(text):
-            return int(found[1]), found[2].strip("'\"")
+            return int(found[1]), printable(found[2].strip("'\""))
     return None
 
 

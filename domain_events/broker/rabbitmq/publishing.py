@@ -45,6 +45,7 @@ from domain_events.errors import (
 )
 from domain_events.log import Log
 from domain_events.message import Message
+from domain_events.text import printable
 from domain_events.topology import Topology
 
 log = Log("domain_events")
@@ -243,7 +244,7 @@ class RabbitPublishing:
         self._open_channel()
 
     def _on_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
-        self._blocked = str(getattr(frame.method, "reason", "")) or "out of resources"
+        self._blocked = printable(getattr(frame.method, "reason", "")) or "out of resources"
         log.warning("%s blocks publishers: %s.", self._link.node, self._blocked)
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:

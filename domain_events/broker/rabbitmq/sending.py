@@ -13,6 +13,7 @@ from domain_events.errors import (
     InvalidEvent,
 )
 from domain_events.message import Message
+from domain_events.text import printable
 
 
 def properties(message: Message) -> pika.BasicProperties:
@@ -32,7 +33,7 @@ def properties(message: Message) -> pika.BasicProperties:
 
 def unsendable(message: Message, error: Exception) -> DomainEventsError:
     """It cannot be put into AMQP's frames."""
-    invalid = InvalidEvent(f"{_named(message)} cannot be sent over AMQP: {error}")
+    invalid = InvalidEvent(f"{_named(message)} cannot be sent over AMQP: {printable(error)}")
     invalid.__cause__ = error
     return invalid
 

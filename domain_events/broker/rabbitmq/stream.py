@@ -29,7 +29,7 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 from pika.connection import Parameters
 
 from domain_events.broker.rabbitmq.loop import Loop
-from domain_events.broker.rabbitmq.wire import Confirmed, Delivered, Reader
+from domain_events.broker.rabbitmq.wire import Confirmed, Delivered, Reader, UnreadableStream
 
 # What is longer goes as it is: to join it would copy it.
 _MOST_JOINED = 64 * 1024
@@ -43,6 +43,7 @@ class Connection(pika.SelectConnection):
     # pika's, by which it sees whether the other end is alive; the published types lack them.
     bytes_sent: int
     bytes_received: int
+    params: Parameters
 
     @classmethod
     def create_connection(
@@ -64,6 +65,10 @@ class Connection(pika.SelectConnection):
         start: Callable[..., AbstractAMQPConnectionWorkflow] = cls._start_connection_workflow  # type: ignore[attr-defined, unused-ignore]
         return start(connection_configs, make, services, workflow, on_done)
 
+    def _on_stream_terminated(self, error: Exception | None) -> None:
+        # pika would make a lost connection of it, or a wrong password, by how far it had come.
+        super()._on_stream_terminated(self.stream.unreadable or error)  # type: ignore[misc, unused-ignore]
+
 
 class Stream(AbstractStreamTransport, AbstractStreamProtocol):
     """The bytes of one connection.
@@ -80,10 +85,13 @@ class Stream(AbstractStreamTransport, AbstractStreamProtocol):
         self._joined: list[bytes] = []
         self._size = 0
         self._reader = Reader(above.data_received)
+        #: Why nothing more can be read, if so.
+        self.unreadable: UnreadableStream | None = None
 
-    def hear_deliveries(self, channel: int, delivered: Delivered) -> None:
-        """Tell of the deliveries on this channel; pika then gets none."""
+    def hear_deliveries(self, channel: int, delivered: Delivered, queue: str = "") -> None:
+        """Call this with the deliveries on this channel, from this queue; pika then gets none."""
         self._reader.delivered[channel] = delivered
+        self._reader.queues[channel] = queue
 
     def hear_confirms(self, channel: int, confirmed: Confirmed) -> None:
         """Tell of the confirms on this channel; pika then gets none."""
@@ -141,7 +149,14 @@ class Stream(AbstractStreamTransport, AbstractStreamProtocol):
         return self._above.eof_received()
 
     def data_received(self, data: bytes) -> None:
-        own = self._reader.feed(data)
+        if self._connection.is_open:
+            self._reader.largest_frame = self._connection.params.frame_max
+        try:
+            own = self._reader.feed(data)
+        except UnreadableStream as error:
+            # A fresh one, without the frames and the data in them.
+            self.unreadable = UnreadableStream(*error.args)
+            raise  # pika then breaks the connection off
         # By its count pika sees whether the broker is alive; what was passed on, it has counted.
         self._connection.bytes_received += own
 

@@ -1,7 +1,7 @@
-"""The frames there are many of, written and read without pika: events, deliveries, confirms.
+"""Fast path: the frames of high volume (events, deliveries, confirms), without pika.
 
-pika can do all that is done here; it is measured to take four times as long. So only what there is
-much of is dealt with: what `Writer` returns None for, and what `Reader` passes on, is pika's.
+pika can do all that is done here; it is measured to take four times as long. Everything of low
+volume is pika's: what `Writer` returns None for, and what `Reader` passes on.
 
 Bytes in, bytes out; knows no sockets and no threads. The grammar is that of AMQP 0-9-1, chapters
 2.3 and 4.2 of its specification.
@@ -9,11 +9,12 @@ Bytes in, bytes out; knows no sockets and no threads. The grammar is that of AMQ
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pika.exceptions import BodyTooLongError
+from pika.exceptions import AMQPError
 from pika.spec import (
     FRAME_BODY,
     FRAME_END,
@@ -27,6 +28,7 @@ from pika.spec import (
 from domain_events import topology
 from domain_events.log import Log
 from domain_events.message import Message, Properties
+from domain_events.text import printable
 
 log = Log("domain_events")
 
@@ -37,9 +39,9 @@ _MOST_REMEMBERED = 1000
 
 _KINDS = (FRAME_METHOD, FRAME_HEADER, FRAME_BODY, FRAME_HEARTBEAT)
 _BASIC = Basic.INDEX
-_PUBLISH, _DELIVER, _ACK, _NACK = (
+_PUBLISH, _DELIVER, _GET_OK, _ACK, _NACK = (
     struct.pack(">I", method.INDEX)
-    for method in (Basic.Publish, Basic.Deliver, Basic.Ack, Basic.Nack)
+    for method in (Basic.Publish, Basic.Deliver, Basic.GetOk, Basic.Ack, Basic.Nack)
 )
 _CONFIRMS = (_ACK, _NACK)
 _END = bytes([FRAME_END])
@@ -160,205 +162,277 @@ def _short(text: str) -> bytes:
     return bytes((len(data),)) + data
 
 
-#: What is told of a delivery: exchange, routing key, whether it is redelivered, tag, properties,
-#: body.
+#: Called with a delivery: exchange, routing key, whether it is redelivered, tag, properties, body.
 Delivered: TypeAlias = Callable[[str, str, bool, int, Properties, bytes], None]
-#: What is told of a confirm: tag, whether all before it are meant too, whether it is an ack.
+#: Called with a confirm: tag, whether all before it are meant too, whether it is an ack.
 Confirmed: TypeAlias = Callable[[int, bool, bool], None]
+
+#: The largest frame before the two ends have agreed on a maximum.
+LARGEST_FRAME = 128 * 1024
+#: RabbitMQ's own upper bound for the body of a message, whatever it is configured to.
+LARGEST_BODY = 512 * 2**20
+
+# How a TLS listener answers what is not TLS.
+_TLS_ALERT = b"\x15\x03"
+
+# What a frame has besides its payload; a negotiated maximum counts it.
+_AROUND_PAYLOAD = _FRAME.size + len(_END)
+
+
+class UnreadableStream(AMQPError):
+    """What was received is not AMQP 0-9-1 within its limits; the connection cannot go on."""
 
 
 class Reader:
-    """Reads all deliveries and confirms on the channels where somebody listens.
+    """Reads all deliveries and confirms on the channels that have a callback for them.
 
-    Everything else is passed on, in whole frames and in its place between what is read here.
+    Everything else is passed on, frame by frame and in its place between what is read here.
     Headers that pika cannot read are taken out of what is passed on: pika would take the error
     for a broken connection, and the broker would deliver the same message on the next one, and so
     on for ever. A timestamp in milliseconds is enough (in the year 55,000, which no `datetime`
     has), or arrays a thousand deep.
 
-    :param others: takes what is passed on.
-    :ivar delivered: who is told of deliveries, by the channel's number.
-    :ivar confirmed: who is told of confirms, likewise.
+    Whatever the other end sends, the memory that this takes is bounded by the largest frame and
+    the largest body, and the time is linear in the number of bytes.
+
+    :param others: called with each frame that is passed on.
+    :ivar largest_frame: the largest frame to accept, in bytes.
+    :ivar delivered: callbacks for deliveries, by the channel's number.
+    :ivar confirmed: callbacks for confirms, likewise.
+    :ivar queues: what is consumed on a channel, for log lines.
     """
 
     def __init__(self, others: Callable[[bytes], None]) -> None:
         self._others = others
-        self._rest = b""  # the beginning of a frame, or of a delivery
-        self._no_frames = False
+        # The beginning of a frame, or of a delivery, and how many bytes it takes to go on.
+        self._pieces: list[bytes] = []
+        self._length = 0
+        self._needed = 0
         # By channel: deliveries that take more frames than three, or that others come between.
         self._growing: dict[int, _Growing] = {}
+        # By channel: the routing key of the message that was got last, and passed on.
+        self._got: dict[int, str] = {}
+        self.largest_frame = LARGEST_FRAME
         self.delivered: dict[int, Delivered] = {}
         self.confirmed: dict[int, Confirmed] = {}
+        self.queues: dict[int, str] = {}
 
     def feed(self, data: bytes) -> int:
-        """Read what came; how many bytes of it were not passed on."""
-        if self._no_frames:
-            self._others(data)
-            return 0
-        data = self._rest + data if self._rest else data
-        at = passed = own = 0
-        while len(data) - at > _FRAME.size:
-            kind, channel, size = _FRAME.unpack_from(data, at)
-            after = at + _FRAME.size + size + 1
-            if after > len(data) and kind in _KINDS:
-                break
-            if kind not in _KINDS or data[after - 1] != FRAME_END:
-                # Not AMQP, or of another version: what pika then says is right.
-                self._no_frames = True
-                at = len(data)
-                break
-            if kind == FRAME_METHOD or channel in self._growing:
-                found = self._told(kind, data, at + _FRAME.size, after, channel)
-                if found is None:
-                    break  # it is not all there yet
-                behind, tell, arguments = found
-                if behind:
-                    self._pass_on(data, passed, at)
-                    own += behind - at
-                    at = passed = behind
-                    tell(*arguments)
-                    continue
-            elif kind == FRAME_HEADER:
-                frame = data[at:after]
-                legible = _legible_frame(frame)
-                if legible is not frame:
-                    data = data[:at] + legible + data[after:]
-                    own += len(frame) - len(legible)
-                    after = at + len(legible)
-            at = after
-        self._pass_on(data, passed, at)
-        self._rest = data[at:]
+        """Read what came; how many bytes of it were not passed on.
+
+        :raises UnreadableStream: it is not AMQP, or over a limit.
+        """
+        if self._pieces:
+            self._pieces.append(data)
+            self._length += len(data)
+            if self._length < self._needed:
+                return 0
+            data = b"".join(self._pieces)
+        try:
+            at, needed, own = self._read(data)
+        except (struct.error, IndexError) as error:
+            raise UnreadableStream("the broker sent a frame that cannot be read") from error
+        rest = data[at:]
+        self._pieces = [rest] if rest else []
+        self._length, self._needed = len(rest), needed
         return own
 
-    def _pass_on(self, data: bytes, begin: int, end: int) -> None:
-        if begin < end:
-            self._others(data[begin:end])
+    def _read(self, data: bytes) -> tuple[int, int, int]:
+        """Where the rest begins, how long it must be to be read, and what was not passed on."""
+        at = own = 0
+        most = self.largest_frame - _AROUND_PAYLOAD
+        while len(data) - at >= _FRAME.size:
+            kind, channel, size = _FRAME.unpack_from(data, at)
+            if kind not in _KINDS or size > most:
+                raise self._head_error(data[at : at + 40], kind, size)
+            payload = at + _FRAME.size
+            after = payload + size + 1
+            if after > len(data):
+                return at, after - at, own
+            if data[after - 1] != FRAME_END:
+                raise UnreadableStream("the broker sent a frame without its end")
+            if kind == FRAME_HEADER:
+                _check_announced(data, payload)
+            if kind == FRAME_METHOD or (channel in self._growing and kind != FRAME_HEARTBEAT):
+                behind, needed, tell, arguments = self._told(kind, data, payload, after, channel)
+                if needed:
+                    return at, needed - at, own
+                if behind:
+                    own += behind - at
+                    at = behind
+                    tell(*arguments)
+                    continue
+            frame = data[at:after]
+            if kind == FRAME_HEADER:
+                legible = self._legible_frame(frame, channel)
+                own += len(frame) - len(legible)
+                frame = legible
+            elif kind == FRAME_METHOD and data[payload : payload + 4] == _GET_OK:
+                self._got[channel] = _addressed(data, payload + 4, after - 1)[1]
+            at = after
+            self._others(frame)
+        if len(data) > at and data[at] not in _KINDS:
+            raise self._head_error(data[at : at + 40], data[at], 0)
+        return at, _FRAME.size, own
+
+    def _head_error(self, begin: bytes, kind: int, size: int) -> UnreadableStream:
+        if begin.startswith(_TLS_ALERT):
+            return UnreadableStream("the other end speaks TLS, which takes an amqps:// URL")
+        if kind not in _KINDS:
+            return UnreadableStream(
+                "the other end does not speak AMQP 0-9-1; it sent "
+                f"'{printable(begin.decode('latin-1'))}'"
+            )
+        return UnreadableStream(
+            f"the broker sent a frame of {size + _AROUND_PAYLOAD:,} bytes, the most is "
+            f"{self.largest_frame:,}"
+        )
 
     def _told(
         self, kind: int, data: bytes, at: int, after: int, channel: int
-    ) -> tuple[int, Callable[..., None], tuple[object, ...]] | None:
-        """Where what is read here ends, who is told, and what.
+    ) -> tuple[int, int, Callable[..., None], tuple[object, ...]]:
+        """Where what is read here ends, up to where more is needed first, and the callback.
 
-        It ends at 0 when it is pika's. None: more data is needed to know.
+        It ends at 0 when it is pika's, or when more is needed.
         """
         if kind != FRAME_METHOD:
             growing = self._growing[channel]
             if not growing.add(kind, data[at : after - 1]):
-                return after, _nobody, ()
+                return after, 0, _nobody, ()
             del self._growing[channel]
-            return after, self.delivered[channel], growing.arguments()
+            return after, 0, self.delivered[channel], growing.arguments()
         self._growing.pop(channel, None)  # it will not be completed any more
         method = data[at : at + 4]
         if method == _DELIVER and channel in self.delivered:
-            content = _content(data, after, channel)
-            if content is None:
-                return None
-            properties, body, behind = content
-            about = _delivery(data, at + 4)
+            properties, body, behind, needed = self._content(data, after, channel)
+            if needed:
+                return 0, needed, _nobody, ()
+            # Behind the consumer's tag.
+            about = _addressed(data, at + 5 + data[at + 4], after - 1)
+            where = (self.queues.get(channel, ""), about[1])
             if not behind:
-                self._growing[channel] = _Growing(about)
-                return after, _nobody, ()
-            arguments = (*about, ReceivedProperties(properties), body)
-            return behind, self.delivered[channel], arguments
+                self._growing[channel] = _Growing(about, where)
+                return after, 0, _nobody, ()
+            arguments = (*about, ReceivedProperties(properties, where), body)
+            return behind, 0, self.delivered[channel], arguments
         if method in _CONFIRMS and channel in self.confirmed:
             tag, multiple = _CONFIRM.unpack_from(data, at + 4)
-            return after, self.confirmed[channel], (tag, bool(multiple & 1), method == _ACK)
-        return 0, _nobody, ()
+            return after, 0, self.confirmed[channel], (tag, bool(multiple & 1), method == _ACK)
+        return 0, 0, _nobody, ()
+
+    def _content(self, data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int, int]:
+        """What stands behind a delivery's first frame: properties, body, and where they end.
+
+        They end at 0 where these are not one frame each. The last: up to where more is needed to
+        know.
+        """
+        end = len(data)
+        if end - at < _PROPERTIES.size:
+            return b"", b"", 0, at + _PROPERTIES.size
+        kind, of, size, _class, _weight, length = _PROPERTIES.unpack_from(data, at)
+        most = self.largest_frame - _AROUND_PAYLOAD
+        if kind != FRAME_HEADER or of != channel or not _BEFORE_FLAGS <= size <= most:
+            return _NOT_IN_ONE_PIECE
+        begin = at + _FRAME.size
+        at = begin + size + 1
+        if end < at:
+            return b"", b"", 0, at
+        if data[at - 1] != FRAME_END:
+            return _NOT_IN_ONE_PIECE
+        properties = data[begin + _BEFORE_FLAGS : at - 1]
+        if not length:
+            return properties, b"", at, 0
+        if end - at < _FRAME.size:
+            return b"", b"", 0, at + _FRAME.size
+        kind, of, size = _FRAME.unpack_from(data, at)
+        if kind != FRAME_BODY or of != channel or size != length or size > most:
+            return _NOT_IN_ONE_PIECE
+        begin = at + _FRAME.size
+        at = begin + size + 1
+        if end < at:
+            return b"", b"", 0, at
+        if data[at - 1] != FRAME_END:
+            return _NOT_IN_ONE_PIECE
+        return properties, data[begin : at - 1], at, 0
+
+    def _legible_frame(self, frame: bytes, channel: int) -> bytes:
+        """A frame of properties, with such of them as pika can read."""
+        begin = _FRAME.size + _BEFORE_FLAGS
+        properties = frame[begin:-1]
+        legible = _legible(properties, ("", self._got.get(channel, "")))
+        if legible is properties:
+            return frame
+        head = _FRAME.pack(FRAME_HEADER, channel, _BEFORE_FLAGS + len(legible))
+        return head + frame[_FRAME.size : begin] + legible + frame[-1:]
+
+
+# Properties, body, where they end, and what is needed: each frame is looked at by itself.
+_NOT_IN_ONE_PIECE = (b"", b"", 0, 0)
 
 
 def _nobody() -> None:
-    """Who is told nothing."""
+    """The callback where there is none."""
+
+
+def _check_announced(data: bytes, payload: int) -> None:
+    (length,) = _NUMBER.unpack_from(data, payload + _BEFORE_FLAGS - _NUMBER.size)
+    if length > LARGEST_BODY:
+        raise UnreadableStream(
+            f"the broker announced a body of {length:,} bytes, the most is {LARGEST_BODY:,}"
+        )
 
 
 class _Growing:
     """A delivery whose frames come one by one."""
 
-    def __init__(self, about: tuple[str, str, bool, int]) -> None:
+    def __init__(self, about: tuple[str, str, bool, int], where: tuple[str, str]) -> None:
         self._about = about
+        self._where = where
         self._properties = b""
         self._length = 0
-        self._parts: list[bytes] = []
-        self._got = 0
+        self._body = bytearray()
 
     def add(self, kind: int, payload: bytes) -> bool:
         """One more frame; whether it was the last.
 
-        :raises BodyTooLongError: more came than was announced.
+        :raises UnreadableStream: more came than was announced.
         """
         if kind == FRAME_HEADER:
             (self._length,) = _NUMBER.unpack_from(payload, _BEFORE_FLAGS - _NUMBER.size)
             self._properties = payload[_BEFORE_FLAGS:]
         else:
-            self._parts.append(payload)
-            self._got += len(payload)
-        if self._got > self._length:
-            raise BodyTooLongError(self._got, self._length)
-        return self._got == self._length
+            self._body += payload
+        if len(self._body) > self._length:
+            raise UnreadableStream("the broker sent a longer body than it had announced")
+        return len(self._body) == self._length
 
     def arguments(self) -> tuple[object, ...]:
-        """What is told of it."""
-        return (*self._about, ReceivedProperties(self._properties), b"".join(self._parts))
+        """The arguments of the callback."""
+        return (
+            *self._about,
+            ReceivedProperties(self._properties, self._where),
+            bytes(self._body),
+        )
 
 
-def _delivery(data: bytes, at: int) -> tuple[str, str, bool, int]:
-    """The arguments of a delivery: exchange, routing key, whether it is redelivered, tag."""
-    at += 1 + data[at]  # the consumer's tag
+def _addressed(data: bytes, at: int, end: int) -> tuple[str, str, bool, int]:
+    """Of a message that is delivered or got: exchange, routing key, whether redelivered, tag."""
     tag, redelivered, length = _TAGGED.unpack_from(data, at)
     at += _TAGGED.size
     exchange = data[at : at + length]
     at += length + 1
-    routing_key = data[at : at + data[at - 1]]
-    return text(exchange), text(routing_key), bool(redelivered & 1), tag
-
-
-def _content(data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int] | None:
-    """What stands behind a delivery's first frame: properties, body, and where they end.
-
-    They end at 0 where these are not one frame each. None: more data is needed to know.
-    """
-    end = len(data)
-    if end - at < _PROPERTIES.size:
-        return None
-    kind, of, size, _class, _weight, length = _PROPERTIES.unpack_from(data, at)
-    if kind != FRAME_HEADER or of != channel:
-        return b"", b"", 0
-    begin = at + _FRAME.size
-    at = begin + size + 1
-    if end < at:
-        return None
-    if data[at - 1] != FRAME_END:
-        return b"", b"", 0
-    properties = data[begin + _BEFORE_FLAGS : at - 1]
-    if not length:
-        return properties, b"", at
-    if end - at < _FRAME.size:
-        return None
-    kind, of, size = _FRAME.unpack_from(data, at)
-    if kind != FRAME_BODY or of != channel or size != length:
-        return b"", b"", 0
-    begin = at + _FRAME.size
-    at = begin + size + 1
-    if end < at:
-        return None
-    return (properties, data[begin : at - 1], at) if data[at - 1] == FRAME_END else (b"", b"", 0)
-
-
-def _legible_frame(frame: bytes) -> bytes:
-    """A frame of properties, with such of them as pika can read."""
-    kind, channel, _size = _FRAME.unpack_from(frame)
-    begin = _FRAME.size + _BEFORE_FLAGS
-    properties = frame[begin:-1]
-    legible = _legible(properties)
-    if legible is properties:
-        return frame
-    head = _FRAME.pack(kind, channel, _BEFORE_FLAGS + len(legible))
-    return head + frame[_FRAME.size : begin] + legible + frame[-1:]
+    behind = at + data[at - 1]
+    if behind > end:
+        raise IndexError("it ends before its routing key does")
+    return text(exchange), text(data[at:behind]), bool(redelivered & 1), tag
 
 
 class ReceivedProperties:
     """A message's properties, read by pika when they are first asked for.
 
     Mostly they never are: everything about an event is in its body.
+
+    :param where: the queue and the routing key, for the log.
     """
 
     # Said again, since a type checker takes what a Protocol declares for abstract.
@@ -372,7 +446,8 @@ class ReceivedProperties:
     type: Any
     app_id: Any
 
-    def __init__(self, encoded: bytes) -> None:
+    def __init__(self, encoded: bytes, where: tuple[str, str] = ("", "")) -> None:
+        self._where = where
         self._encoded = encoded if len(encoded) >= _FLAGS.size else bytes(_FLAGS.size)
         (flags,) = _FLAGS.unpack_from(self._encoded)
         if not flags & BasicProperties.FLAG_HEADERS:
@@ -382,24 +457,31 @@ class ReceivedProperties:
         # Only for what is not there yet. Two threads may both read, and find the same.
         if name.startswith("_") or "_read" in self.__dict__:
             raise AttributeError(name)
-        self.__dict__.update(vars(_decoded(_legible(self._encoded))), _read=True)
+        self.__dict__.update(vars(_decoded(_legible(self._encoded, self._where))), _read=True)
         return getattr(self, name)
 
 
-def _legible(properties: bytes) -> bytes:
+def _legible(properties: bytes, where: tuple[str, str]) -> bytes:
     """As much of these properties as pika can read."""
     try:
         _decoded(properties)
-    except Exception:  # noqa: BLE001 - whatever pika has against them
-        log.warning("A message has headers that cannot be read; it is taken without them.")
+    except Exception:  # noqa: BLE001 - whatever pika cannot read
+        pass
     else:
         return properties
-    try:
+    legible = bytes(_FLAGS.size)  # none at all
+    with contextlib.suppress(Exception):
         shorter = _without_headers(properties)
         _decoded(shorter)
-    except Exception:  # noqa: BLE001
-        return bytes(_FLAGS.size)  # none at all
-    return shorter
+        legible = shorter
+    queue, routing_key = where
+    log.warning(
+        "A message%s has headers that cannot be read; it is taken without them: %s %s",
+        f" for {printable(queue)}" if queue else "",
+        printable(routing_key),
+        printable(_decoded(legible).message_id),
+    )
+    return legible
 
 
 def _decoded(properties: bytes) -> BasicProperties:
