@@ -87,7 +87,6 @@ ANSWERS: dict[type[Method], Callable[[], Method]] = {
     Channel.Open: Channel.OpenOk,
     Channel.Close: Channel.CloseOk,
     Exchange.Declare: Exchange.DeclareOk,
-    Queue.Declare: lambda: Queue.DeclareOk("", 1, 0),
     Confirm.Select: Confirm.SelectOk,
     Basic.Qos: Basic.QosOk,
 }
@@ -107,5 +106,8 @@ def converse(connection: socket.socket, bad: type[Method], answer: bytes) -> Non
             asked = found[1].method
             if isinstance(asked, bad):
                 connection.sendall(answer)
+            elif isinstance(asked, Queue.Declare):
+                declared = Queue.DeclareOk(asked.queue, 1, 0)
+                connection.sendall(method(found[1].channel_number, declared))
             elif type(asked) in ANSWERS:
                 connection.sendall(method(found[1].channel_number, ANSWERS[type(asked)]()))

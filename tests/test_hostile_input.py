@@ -58,14 +58,17 @@ READABLE = {
 }
 
 
-def publish(bench: Bench, *messages: hostile.Hostile) -> None:
-    """As any other program might; returns when the broker has them."""
+def publish(bench: Bench, *messages: hostile.Hostile, queue: str = "") -> None:
+    """As any other program might; returns when the broker has them.
+
+    :param queue: publish to this queue, and not to the exchange.
+    """
     with onlooker.channel(bench.url) as channel:
         channel.confirm_delivery()
         for each in messages:
             channel.basic_publish(
-                bench.exchange,
-                each.routing_key,  # type: ignore[arg-type]
+                "" if queue else bench.exchange,
+                queue or each.routing_key,  # type: ignore[arg-type]
                 each.body,
                 each.properties,
                 mandatory=True,
@@ -121,10 +124,11 @@ def test_event_with_strange_headers_is_handled_retried_kept_and_replayed(
         (raw.number(b"d", 1e30), 2**31 - 1),
     ],
 )
+@pytest.mark.parametrize("through", ["the exchange", "the default exchange"])
 def test_forged_retry_count_is_a_number_or_none_at_all(
-    bench: Bench, value: raw.Value, retries: int
+    bench: Bench, value: raw.Value, retries: int, through: str
 ) -> None:
-    """Never negative, no bool, and no retry more than allowed."""
+    """Never negative, not a bool, and no retry more than allowed; from a publisher, nothing."""
     queue = bench.names.queue()
     seen: Events = []
 
@@ -135,7 +139,12 @@ def test_forged_retry_count_is_a_number_or_none_at_all(
     subscriber = bench.subscriber()
     subscriber.register(handle, queue, ["#"], max_retries=2)
     with consuming(subscriber, bench.url, queue):
-        publish(bench, event_with({b"domain-events-retries": value}))
+        event = event_with({b"domain-events-retries": value})
+        if through == "the exchange":
+            publish(bench, event)
+            retries = 0
+        else:
+            publish(bench, event, queue=queue)
         wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
     counts = [event.retries for event in seen]
     assert counts == list(range(retries, 3)) or counts == [retries]
@@ -390,7 +399,15 @@ def surprises() -> Iterator[list[str]]:
     """Log lines that are about no message, but about the subscriber itself."""
     log = logging.getLogger("domain_events")
     lines: list[str] = []
-    expected = ("got a message", "failed on", "rejected", "gave up on", "tries", "A message")
+    expected = (
+        "got a message",
+        "failed on",
+        "rejected",
+        "gave up on",
+        "tries",
+        "A message",
+        "envelope",
+    )
 
     def keep(record: logging.LogRecord) -> bool:
         if not any(words in record.msg for words in expected):

@@ -234,6 +234,8 @@ def a_dead_letter(**changed: Any) -> DeadLetter:
         "failed_at": datetime.now(timezone.utc),
         "host": "here",
         "retries": 0,
+        "first_error_type": None,
+        "first_error_message": None,
         "_delivery": None,
         "_owner": None,
     }
