@@ -26,7 +26,7 @@ from domain_events.errors import (
 )
 from domain_events.events import DomainEvent
 from domain_events.message import Message
-from domain_events.process import on_fork
+from domain_events.process import check_fork, on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
 
 # What `publish_many` has under way at most. Larger than the connection's own window, so that
@@ -335,6 +335,7 @@ def publish_domain_event(
 
 
 def _publisher(urls: tuple[str, ...] | None) -> Publisher:
+    check_fork()
     publisher = _publishers.get(urls)
     if publisher is None:
         with _publishers_lock:
@@ -348,6 +349,7 @@ def _publisher(urls: tuple[str, ...] | None) -> Publisher:
 
 def close_publisher(urls: tuple[str, ...]) -> None:
     """For `testing`: close the process's publisher for this broker, and forget it."""
+    check_fork()
     with _publishers_lock:
         publisher = _publishers.pop(urls, None)
     if publisher is not None:
@@ -355,6 +357,7 @@ def close_publisher(urls: tuple[str, ...]) -> None:
 
 
 def _close_publishers() -> None:
+    check_fork()
     with _publishers_lock:
         publishers = list(_publishers.values())
         _publishers.clear()

@@ -6,8 +6,8 @@ Owns what was registered and the two connections; how deliveries become calls of
 
 from __future__ import annotations
 
-import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from domain_events.broker import Consuming, Publishing, connect
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
 from domain_events.options import make_options
+from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -29,6 +30,9 @@ AnyHandler = TypeVar("AnyHandler", bound=Handler)
 # How long stopping may take: what is not confirmed yet, and closing.
 _MOVE_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 10.0
+
+
+_subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
 
 
 class Subscriber:
@@ -71,6 +75,7 @@ class Subscriber:
         self._moves = Moves(self._publishing_connection)
         self._run: Run | None = None
         self._stop_at_start = False
+        _subscribers.add(self)
 
     def register(
         self,
@@ -188,7 +193,7 @@ class Subscriber:
             return
         if not self._subscriptions:
             raise ConfigurationError("Nothing is registered with this Subscriber.")
-        if self._run is not None and self._run.pid == os.getpid():
+        if self._run is not None:
             raise ConfigurationError("This Subscriber is consuming already.")
         run = Run(self._consuming_connection(), self._workers, timeout)
         self._carry_out(run, lambda: run.work(self._subscriptions))
@@ -217,6 +222,7 @@ class Subscriber:
 
         When it has not begun yet, it will end as soon as it begins.
         """
+        check_fork()
         run = self._run
         if run is not None:
             run.stop()
@@ -228,6 +234,7 @@ class Subscriber:
 
         While it consumes: the same as `stop_consuming`.
         """
+        check_fork()
         run = self._run
         if run is not None:
             run.stop()
@@ -254,6 +261,7 @@ class Subscriber:
 
     def _follow(self) -> None:
         """Go over to the broker that a test has put in the place of ours, or back."""
+        check_fork()
         urls = settings.replaced(self._urls)
         if urls != self._connected_to and self._run is None:
             self.close()
@@ -300,3 +308,14 @@ def declare(subscriber: Subscriber) -> None:
     for subscription in subscriber._subscriptions:
         topology = subscription.options.topology()
         subscriber._consuming_connection().declare(topology, subscriber._timeout)
+
+
+def _after_fork() -> None:
+    # The run is the parent's, and so may be whoever holds the lock.
+    for subscriber in list(_subscribers):
+        subscriber._lock = threading.RLock()
+        subscriber._run = None
+        subscriber._stop_at_start = False
+
+
+on_fork(_after_fork)
