@@ -39,6 +39,9 @@ log = Log("domain_events")
 # Seconds before a consumer that the broker turned away asks again.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
+# The same for one over which the broker closes the connection, others' too.
+_FIRST_BAR = 60.0
+_LONGEST_BAR = 3600.0
 
 # Settled in a second, at least: fast. Far beyond what one can ask of a database.
 _FAST = 5000
@@ -86,6 +89,8 @@ class RabbitConsumer:
         self._stopped = threading.Event()
         self._tag = ""
         self._trouble = ""
+        self._refusal = ""  # the last one, which is logged once
+        self._barred_until = 0.0
         self._failures = 0
         self._forget_tags()
 
@@ -171,7 +176,7 @@ class RabbitConsumer:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return
-        if self._opening or self._stopping:
+        if self._opening or self._stopping or time.monotonic() < self._barred_until:
             return
         self._prefetch_count = self._prefetch.few
         self._opening = Opening(
@@ -240,15 +245,25 @@ class RabbitConsumer:
         if self._opening is not None:
             self._opening.usable()
         self._failures = 0
+        self._refusal = ""
         if self._trouble:
             log.warning("%s consumes again; %s.", self._queue, self._trouble)
             self._trouble = ""
 
     def _turned_away(self, error: DomainEventsError, _reason: BaseException) -> None:
-        if not self._stopping:
-            log.error("%s cannot consume. %s", self._queue, error)
-            self._trouble = "the broker had turned it away"
+        if self._stopping:
+            return
+        self._trouble = "the broker had turned it away"
+        refusal, self._refusal = self._refusal, str(error)
+        if self._link.connection is None:
+            # The connection was closed over this one, and others use it.
+            pause = min(_LONGEST_BAR, _FIRST_BAR * 2.0 ** min(self._failures, 10))
+            self._barred_until = time.monotonic() + pause
+            self._open_later(pause)
+        else:
             self._open_later()
+        if self._refusal != refusal:
+            log.error("%s cannot consume; trying again. %s", self._queue, error)
 
     def _cancelled(self, _frame: object) -> None:
         # The queue was deleted, or its node is going, or a delivery was held for too long. What
@@ -271,6 +286,7 @@ class RabbitConsumer:
         """The connection is gone, and the channel with it."""
         self._trouble = trouble
         self._woken = False
+        self._barred_until = 0.0
         self._let_go()
 
     def forget(self) -> None:
@@ -288,11 +304,13 @@ class RabbitConsumer:
         if self._stopping:
             self._stopped.set()
 
-    def _open_later(self) -> None:
+    def _open_later(self, pause: float | None = None) -> None:
         self._let_go()
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+        if pause is None:
+            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+            pause = longest * random.uniform(0.5, 1)
         self._failures += 1
-        self._link.call_later(longest * random.uniform(0.5, 1), self.open)
+        self._link.call_later(pause, self.open)
 
     def _on_delivery(
         self,

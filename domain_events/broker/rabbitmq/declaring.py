@@ -14,7 +14,7 @@ from domain_events.broker.refusals import (
     unreadable_by_this_user,
 )
 from domain_events.errors import DomainEventsError, TopologyError
-from domain_events.topology import Exchange, Queue, Topology
+from domain_events.topology import Declaration, Exchange, Queue, Topology
 
 
 class Declaring:
@@ -83,16 +83,21 @@ class Declaring:
 
         proceed()
 
+    @property
+    def current(self) -> Declaration | None:
+        """What is being declared; None when all is."""
+        return self._topology[self._next] if self._next < len(self._topology) else None
+
     def _looks_for(self, queue: Queue) -> bool:
         return queue.as_found and queue.name not in self._missing
 
     def closed(self, reason: BaseException) -> DomainEventsError | None:
         """The channel was closed; None when the rest can be tried on another."""
-        if self._next == len(self._topology):
+        declaration = self.current
+        if declaration is None:
             if close_code(reason) == FORBIDDEN:
                 return unreadable_by_this_user(explain(reason))
             return TopologyError(f"The broker closed the channel: {explain(reason)}.")
-        declaration = self._topology[self._next]
         # Else it was declared, not looked for: its node is down, for example.
         missing = close_code(reason) == MISSING
         if missing and isinstance(declaration, Queue) and self._looks_for(declaration):

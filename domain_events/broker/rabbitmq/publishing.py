@@ -45,6 +45,7 @@ from domain_events.errors import (
 )
 from domain_events.log import Log
 from domain_events.message import Message
+from domain_events.process import check_fork
 from domain_events.topology import Topology
 
 log = Log("domain_events")
@@ -58,7 +59,8 @@ _SUSPICIOUS_SILENCE = 5.0
 
 # Seconds to wait, before each time that a nacked message is sent again.
 _DOUBTS = (0.25, 0.5, 1.0)
-# Seconds for which a nack is believed at once after one that could not be cured.
+# Seconds for which a nack is believed at once after one that could not be cured, and a refusal
+# over which the broker closed the connection.
 _BELIEF = 10.0
 
 # The broker's operator closes connections with this; that is nobody's fault.
@@ -85,6 +87,8 @@ class RabbitPublishing:
         self._writer: Writer
         self._opening: Opening | None = None
         self._may_declare = True
+        self._refusal: DomainEventsError | None = None
+        self._refused_until = 0.0
         self._blocked = ""
         self._forget_channel()
         # How many publications are still to be sent one at a time.
@@ -115,6 +119,7 @@ class RabbitPublishing:
 
     def submit(self, publication: Publication) -> None:
         """Send this behind all before it, as soon as there is room in the window."""
+        check_fork()
         if self._link.is_this_thread():
             # A finalizer, for example: this thread would wait for itself.
             error = BrokerUnavailable("Nothing can be published from the connection's own thread.")
@@ -142,6 +147,7 @@ class RabbitPublishing:
 
     def withdraw(self, publication: Publication) -> bool:
         """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
+        check_fork()
         with self._lock:
             if publication.done:
                 return False
@@ -153,6 +159,7 @@ class RabbitPublishing:
 
     def close(self, timeout: float) -> None:
         """Wait for what is under way, then close."""
+        check_fork()
         deadline = time.monotonic() + timeout
         with self._idle:
             self._idle.wait_for(
@@ -198,6 +205,13 @@ class RabbitPublishing:
         connection = self._link.connection
         if connection is None or not connection.is_open or self._opening or self._channel:
             return
+        if self._refusal is not None:
+            if time.monotonic() < self._refused_until:
+                self._fail_all(self._refusal)
+                return
+            if not self._waiting:
+                return
+            self._refusal = None
         guarded = self._link.guarded
 
         def select(channel: Channel) -> None:
@@ -228,6 +242,9 @@ class RabbitPublishing:
 
     def _not_opened(self, error: DomainEventsError, reason: BaseException) -> None:
         self._opening = None
+        if self._link.connection is None:
+            # The broker closed the connection over it: each event that comes would have it do so.
+            self._refusal, self._refused_until = error, time.monotonic() + _BELIEF
         if close_code(reason) == FORBIDDEN and self._may_declare:
             # A publisher that may not configure still publishes to an exchange that exists.
             self._may_declare = False
