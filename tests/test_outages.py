@@ -456,12 +456,12 @@ def test_fault_in_our_own_callback_makes_a_new_connection(
         raise RuntimeError("a bug")
 
     link.wake(fail)
+    wait_until(lambda: caplog.text.count("Internal error") == 1)
     outage.publish("user.registered")
-    wait_until(lambda: caplog.text.count("a bug") == 2)  # the line and its text
     # And where it kills pika's loop itself.
     loop: Callable[[Callable[[], None]], None] = link._loop.add_callback_threadsafe
     loop(fail)
-    wait_until(lambda: caplog.text.count("a bug") == 4)
+    wait_until(lambda: caplog.text.count("Internal error") == 2)
     outage.publish("user.registered")
 
 

@@ -25,7 +25,7 @@ from functools import partial
 from pika.channel import Channel
 
 from domain_events.broker import Consumer, Prefetch
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.stream import Connection
@@ -158,7 +158,7 @@ class RabbitConsumer:
                 self._channel.basic_cancel(self._tag, callback=lambda _frame: self._stopped.set())
 
         if self._wake(stop):
-            self._stopped.wait(timeout)
+            self._stopped.wait(0 if is_io_thread() else timeout)
 
     def _wake(self, callback: Callable[[], None]) -> bool:
         try:

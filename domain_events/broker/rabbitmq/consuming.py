@@ -23,7 +23,7 @@ from pika.channel import Channel
 from domain_events.broker import Consumer, Prefetch
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
@@ -112,6 +112,11 @@ class RabbitConsuming:
         answer = Answer()
         entry = (request, answer)
         check_fork()
+        if is_io_thread():
+            raise BrokerUnavailable(
+                "Nothing can be asked of the broker from a connection's own thread, by a finalizer "
+                "for example."
+            )
         self._requests.append(entry)
         try:
             self._link.wake(self._perform)

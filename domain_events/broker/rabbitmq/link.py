@@ -62,6 +62,17 @@ _links: weakref.WeakSet[Link] = weakref.WeakSet()
 _inherited: list[object] = []
 
 
+_here = threading.local()
+
+
+def is_io_thread() -> bool:
+    """Whether this thread is a link's: a finalizer may run there, and must not wait for a broker.
+
+    Neither for its own, which would be in vain, nor for another's, which may do the same.
+    """
+    return getattr(_here, "is_io_thread", False)
+
+
 class Owner(Protocol):
     """Who uses a link. All on the I/O thread, but `forget`."""
 
@@ -102,7 +113,7 @@ class Link:
         self.connection: Connection | None = None
         #: Who makes a channel ready on it.
         self.turns = Turns()
-        self._workflow: Any = None
+        self._workflow: Workflow | None = None
         self._attempt = 0  # the number of the last one
         self._pause: Any = None
         self._failures = 0  # since a connection last lasted
@@ -140,14 +151,16 @@ class Link:
                 self._start_thread()
         self._soon(callback)
 
-    def is_this_thread(self) -> bool:
-        """Whether the caller is the I/O thread."""
-        return threading.current_thread() is self._thread
-
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """I/O thread: have ``callback`` run there after ``seconds``."""
-        assert self._loop is not None
-        return self._loop.call_later(seconds, self.guarded(callback))
+        loop = self._loop
+        assert loop is not None
+
+        def call() -> None:
+            if self._loop is loop:  # else that loop has crashed, and this is its last turn
+                callback()
+
+        return loop.call_later(seconds, self.guarded(call))
 
     def cancel_call(self, handle: Any) -> None:
         """I/O thread: take `call_later` back."""
@@ -178,11 +191,11 @@ class Link:
     def close(self, timeout: float) -> None:
         """Any thread: close the connection in order, end the thread, and wait for that.
 
-        On the I/O thread itself (a finalizer may run there) it does not wait.
+        On an I/O thread (a finalizer may run there) it does not wait.
         """
         self.abandon()
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
+        if thread is None or is_io_thread():
             return
         thread.join(timeout)
         if thread.is_alive():
@@ -231,6 +244,7 @@ class Link:
     # --- everything below runs on the I/O thread ---------------------------------------------
 
     def _run(self) -> None:
+        _here.is_io_thread = True
         while True:
             try:
                 with elsewhere():
@@ -281,9 +295,8 @@ class Link:
 
     def _let_go(self) -> None:
         """After a crash: of all that was the last loop's. May be interrupted, and repeated."""
-        crash, connection = self._crash, self.connection
-        if self._workflow is not None:
-            attempts.ended(self._nodes.url, self)
+        crash, workflow = self._crash, self._workflow
+        attempts.ended(self._nodes.url, self)
         self.connection = self._workflow = self._pause = None
         self._attempt += 1
         self._count_failure()
@@ -291,16 +304,8 @@ class Link:
         self._lose(crash)
         self._in_use, self._crash = False, None
         loop, self._loop = self._loop, None
-        with contextlib.suppress(Exception):
-            if loop is not None:
-                loop.shut_sockets()
-        with contextlib.suppress(Exception):
-            if connection is not None:
-                connection.stream.abort()
-        # One that could not even be entered, pika takes for running still.
-        with contextlib.suppress(Exception):
-            if loop is not None:
-                loop.close()
+        if loop is not None:
+            _dispose(loop, workflow)
         if isinstance(crash, OSError):
             log.warning("The %s connection broke off: %s.", self._role, _internal(crash))
         else:
@@ -335,11 +340,12 @@ class Link:
             self._connect_in(_FIRST_PAUSE)
             return
         self._attempt += 1
-        self._workflow = Connection.create_connection(
+        self._workflow = Workflow()
+        Connection.create_connection(
             [parameters],
             on_done=self.guarded(partial(self._attempted, self._attempt)),
             custom_ioloop=self._loop,
-            workflow=Workflow(),
+            workflow=self._workflow,
         )
 
     def _attempted(self, attempt: int, result: Connection | BaseException) -> None:
@@ -353,8 +359,8 @@ class Link:
             self._attempt_failed(result)
             return
         attempts.ended(self._nodes.url, self, connected=True)
-        result.add_on_close_callback(self.guarded(self._on_closed))
         self.connection = result
+        result.add_on_close_callback(self.guarded(self._on_closed))
         if self._closing:
             self._shut_down()
             return
@@ -461,6 +467,19 @@ class Link:
         _inherited.append((self._loop, self.connection, self._workflow, self._thread, self._lock))
         self._reset()
         self._owner.forget()
+
+
+def _dispose(loop: Loop, workflow: Workflow | None) -> None:
+    """Have pika close its sockets, as far as it still can."""
+
+    def abort() -> None:
+        if workflow is not None:
+            workflow.abort()
+
+    # pika closes in a callback. A loop that could not even be entered, it takes for running still.
+    for step in (loop.abort, abort, *[loop.process_timeouts] * 3, loop.close):
+        with contextlib.suppress(Exception):
+            step()
 
 
 def _internal(error: BaseException | None) -> str:

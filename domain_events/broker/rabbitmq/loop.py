@@ -13,11 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from pika.adapters.select_connection import IOLoop
+
+
+class Abortable(Protocol):
+    """A stream of bytes that the loop reads and writes."""
+
+    def abort(self) -> None:
+        """Close its socket soon."""
 
 
 class Loop(IOLoop):
@@ -31,8 +40,12 @@ class Loop(IOLoop):
 
     writes_at_once = False
 
+    #: What is to be aborted when the loop ends before its time.
+    streams: weakref.WeakSet[Abortable]
+
     def __init__(self, calls: deque[Callable[[], None]] | None = None) -> None:
         super().__init__()
+        self.streams = weakref.WeakSet()
         self._handlers: dict[int, Callable[[int, int], None]] = {}
         self._writing: int | None = None  # the socket that is being written to at once
         self._wanted = 0  # what its handler asked for meanwhile
@@ -78,6 +91,13 @@ class Loop(IOLoop):
             self._soon.popleft()()
         if self._soon:
             self.wake()  # one was added meanwhile, perhaps by one of these
+
+    def abort(self) -> None:
+        """Break off all streams, now that the loop has ended; `process_timeouts` ends them."""
+        self.shut_sockets()
+        for stream in list(self.streams):
+            with contextlib.suppress(Exception):  # it has ended already
+                stream.abort()
 
     def close(self) -> None:
         try:

@@ -30,7 +30,7 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker import Publication
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.sending import blame, nacked, properties, unsendable
@@ -120,9 +120,11 @@ class RabbitPublishing:
     def submit(self, publication: Publication) -> None:
         """Send this behind all before it, as soon as there is room in the window."""
         check_fork()
-        if self._link.is_this_thread():
-            # A finalizer, for example: this thread would wait for itself.
-            error = BrokerUnavailable("Nothing can be published from the connection's own thread.")
+        if is_io_thread():
+            error = BrokerUnavailable(
+                "Nothing can be published from a connection's own thread, by a finalizer for "
+                "example. The event was not sent."
+            )
             self._finish(publication, error)
             return
         # No lock: a signal handler may publish in the middle of a publish, on the same thread.
@@ -164,7 +166,7 @@ class RabbitPublishing:
         with self._idle:
             self._idle.wait_for(
                 lambda: not any(not p.done for p in self._outstanding()),
-                timeout,
+                0 if is_io_thread() else timeout,
             )
         self._link.close(max(1.0, deadline - time.monotonic()))
         self._woken = False  # whoever comes now is told that it is closed
@@ -313,6 +315,9 @@ class RabbitPublishing:
                 publication.sent = again
                 self._finish(publication, unsendable(message, error))
                 continue
+            except BaseException:  # injected by another thread: nothing is known of this one
+                self._waiting.appendleft(publication)
+                raise
             # Only now, so that the tags stay those that the broker counts.
             publication.sent_at = time.monotonic()
             self._unconfirmed[self._next_tag] = publication
