@@ -282,11 +282,12 @@ class RabbitConsumer:
             self._trouble = f"the broker had closed the channel: {explain(reason)}"
         self._open_later()
 
-    def lost(self, trouble: str) -> None:
-        """The connection is gone, and the channel with it."""
+    def lost(self, trouble: str, *, mistake: bool) -> None:
+        """The connection is gone, and the channel with it; perhaps over somebody's mistake."""
         self._trouble = trouble
         self._woken = False
-        self._barred_until = 0.0
+        if not mistake:
+            self._barred_until = 0.0  # another broker, perhaps with other plugins
         self._let_go()
 
     def forget(self) -> None:

@@ -27,6 +27,7 @@ from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
+from domain_events.broker.rabbitmq.turns import is_mistake
 from domain_events.broker.refusals import closed, no_channel, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
 from domain_events.log import Log
@@ -149,7 +150,7 @@ class RabbitConsuming:
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; requests may be repeated, so they simply wait for the next."""
         for consumer in self._consumers:
-            consumer.lost(f"the connection was lost: {explain(error)}")
+            consumer.lost(f"the connection was lost: {explain(error)}", mistake=is_mistake(error))
         with self._lock:
             self._requests.extendleft(reversed(self._running))
             self._running.clear()

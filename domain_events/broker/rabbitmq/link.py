@@ -136,7 +136,10 @@ class Link:
                 "enable-threads = true"
             )
         # A copy, since the I/O thread may be changing it.
-        return "; ".join(trouble for trouble, _ in list(self._troubles.values()))
+        troubles = [trouble for trouble, _ in list(self._troubles.values())]
+        if not troubles and self._workflow is not None:
+            troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
+        return "; ".join(troubles)
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: have ``callback`` run on the I/O thread soon, and a connection made.
@@ -444,8 +447,9 @@ class Link:
     def _shut_down(self) -> None:
         if self._pause is not None:
             self.cancel_call(self._pause)
-        if self.connection is not None and self.connection.is_open:
-            self.connection.close()
+        if self.connection is not None:
+            if self.connection.is_open:
+                self.connection.close()
             self.call_later(_GRACE, self.cut)
             self.call_later(_GRACE * 2, self._stop_loop)
         elif self._workflow is not None:

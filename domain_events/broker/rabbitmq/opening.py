@@ -128,10 +128,10 @@ class Opening:
             self._link.cut()
 
     def _on_close(self, _channel: Channel, reason: BaseException) -> None:
-        self._is_open = False
         self._stop_waiting()
         if not self._connection.is_open:
             return
+        self._is_open = False
         if self._usable:
             self._closed(reason)
             return

@@ -22,6 +22,11 @@ _INTERNAL_ERROR = 541
 _MISTAKES = {501, 502, 503, 504, 505, 506, 530, 540, _INTERNAL_ERROR}
 
 
+def is_mistake(error: BaseException | None) -> bool:
+    """Whether the broker has closed the connection over something that was done on it."""
+    return close_code(error) in _MISTAKES
+
+
 class Turn(Protocol):
     """A channel that is being made ready."""
 
@@ -63,14 +68,13 @@ class Turns:
         """The connection is gone; if it was somebody's fault, that one is blamed."""
         begun, self._begun = self._begun, []
         self._waiting.clear()
-        code = close_code(error)
-        if code not in _MISTAKES or error is None or not begun:
+        if error is None or not is_mistake(error) or not begun:
             return
         # Until all have been made ready: there may be another culprit.
         self._one_at_a_time = True
         if len(begun) == 1:
             step = begun[0].step
-            if code == _INTERNAL_ERROR and step not in self._suspects:
+            if close_code(error) == _INTERNAL_ERROR and step not in self._suspects:
                 self._suspects.append(step)
             else:
                 begun[0].blame(error)
