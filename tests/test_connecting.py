@@ -297,6 +297,15 @@ def test_missing_vhost_is_a_mistake(broker_url: str, vhost: str) -> None:
     assert "vhost does not exist" in error
 
 
+def test_thread_that_never_runs_is_named(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that lets no thread run but its own, as uWSGI may: the error says what to do."""
+    go_on = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr("domain_events.broker.rabbitmq.link.Link._serve", lambda _: go_on.wait(60))
+        assert unavailable(broker_url, 0.5).count("enable-threads = true") == 2
+        go_on.set()
+
+
 # --- pika's errors -------------------------------------------------------------------------------
 
 
