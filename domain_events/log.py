@@ -23,11 +23,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple, TypeAlias
 
-from domain_events.process import on_fork
+from domain_events.process import check_fork, on_fork
 
 # Lines that wait to be written; beyond that they are counted and dropped.
 _MOST_WAITING = 1000
@@ -88,14 +87,17 @@ class Log:
             _write(line, stacklevel=4)
 
 
-@contextlib.contextmanager
-def elsewhere() -> Iterator[None]:
-    """What this thread logs within this block is written by another one."""
-    _here.depth = getattr(_here, "depth", 0) + 1
-    try:
-        yield
-    finally:
+class _Elsewhere:
+    def __enter__(self) -> None:
+        _here.depth = getattr(_here, "depth", 0) + 1
+
+    def __exit__(self, *_error: object) -> None:
         _here.depth -= 1
+
+
+def elsewhere() -> _Elsewhere:
+    """What this thread logs within this block is written by another one."""
+    return _ELSEWHERE
 
 
 def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
@@ -119,6 +121,7 @@ class _Writer:
         self._thread: threading.Thread | None = None
 
     def put(self, line: _Line) -> None:
+        check_fork()
         with self._changed:
             if len(self._lines) >= _MOST_WAITING:
                 self._dropped += 1
@@ -130,13 +133,14 @@ class _Writer:
             thread = threading.Thread(target=self._run, name="domain-events-log", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # the interpreter is shutting down
+            except BaseException as error:  # noqa: BLE001 - the interpreter is shutting down, say
                 self._lines.clear()
                 _to_stderr(line, error)
             else:
                 self._thread = thread
 
     def flush(self, timeout: float) -> bool:
+        check_fork()
         deadline = time.monotonic() + timeout
         with self._changed:
             while self._thread is not None and (self._lines or self._writing):
@@ -187,13 +191,14 @@ def _write_whatever(line: _Line) -> None:
 
 
 def _to_stderr(line: _Line, error: BaseException) -> None:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):  # standard error may be the application's, too
         text = line.message % line.arguments if line.arguments else line.message
         why = f"{type(error).__name__}: {error}"
         print(f"domain_events: {text} (logging failed: {why})", file=sys.stderr)
 
 
 _here = threading.local()
+_ELSEWHERE = _Elsewhere()  # without any state: it is entered for each operation of a broker
 _writer = _Writer()
 on_fork(_writer.reset)
 atexit.register(_writer.flush, _FLUSH_TIMEOUT)

@@ -19,7 +19,8 @@ _hooks: list[Callable[[], None]] = []
 _pid = os.getpid()
 # A lock for each process: that of the parent may have been held while it forked.
 _locks: dict[int, threading.RLock] = {}
-_running = False
+# The process in which the hooks run, or ran last: a child may be forked meanwhile.
+_running_in = _pid
 
 
 def on_fork(hook: Callable[[], None]) -> None:
@@ -34,18 +35,17 @@ def check_fork() -> None:
 
 
 def _in_child() -> None:
-    global _pid, _running
+    global _pid, _running_in
     pid = os.getpid()
     with _locks.setdefault(pid, threading.RLock()):
         # A hook may itself come by `check_fork`, on this same thread.
-        if _pid == pid or _running:
+        if pid in (_pid, _running_in):
             return
-        _running = True
+        _running_in = pid
         try:
             for hook in _hooks:
                 hook()
         finally:
-            _running = False
             _pid = pid
 
 

@@ -27,7 +27,7 @@ from domain_events.errors import (
 )
 from domain_events.events import DomainEvent
 from domain_events.message import Message
-from domain_events.process import on_fork
+from domain_events.process import check_fork, on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.topology import ExchangeType
 
@@ -342,6 +342,7 @@ def publish_domain_event(
 
 
 def _publisher(urls: tuple[str, ...] | None, exchange: str) -> Publisher:
+    check_fork()
     if type(exchange) is not str:
         exchange = topology.check_name(exchange, "exchange")
     publisher = _publishers.get((urls, exchange))
@@ -365,6 +366,7 @@ def close_publishers(timeout: float = _CLOSE_TIMEOUT) -> None:
     :raises ConfigurationError: when ``timeout`` is not a positive number.
     """
     deadline = time.monotonic() + seconds(timeout)
+    check_fork()
     with _publishers_lock:
         publishers = list(_publishers.values())
         _publishers.clear()
@@ -374,6 +376,7 @@ def close_publishers(timeout: float = _CLOSE_TIMEOUT) -> None:
 
 def close_publisher(urls: tuple[str, ...]) -> None:
     """For `testing`: close the process's publishers for this broker, and forget them."""
+    check_fork()
     with _publishers_lock:
         publishers = [_publishers.pop(key) for key in list(_publishers) if key[0] == urls]
     for publisher in publishers:

@@ -6,12 +6,11 @@ Owns what was registered and the two connections; how deliveries become calls of
 
 from __future__ import annotations
 
-import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
-from weakref import ref
 
 from domain_events import settings, topology
 from domain_events.broker import Consuming, Publishing, connect
@@ -19,6 +18,7 @@ from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
 from domain_events.options import QueueType, check_handler, make_options
+from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 from domain_events.run import Run
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -41,8 +41,9 @@ _CLOSE_TIMEOUT = 10.0
 # Each is a thread of its own.
 _MOST_WORKERS = 1000
 
-# Those of this process, to notice two that share a queue by mistake.
-_subscribers: list[ref[Subscriber]] = []
+# Those of this process: to notice two that share a queue by mistake, and for the child of a fork.
+
+_subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
 
 
 class Subscriber:
@@ -84,7 +85,7 @@ class Subscriber:
         self._moves = Moves(self._publishing_connection)
         self._run: Run | None = None
         self._stop_at_start = False
-        _subscribers.append(ref(self, _subscribers.remove))
+        _subscribers.add(self)
 
     def register(
         self,
@@ -256,7 +257,7 @@ class Subscriber:
     ) -> None:
         """Do the work of a run, and end it in order."""
         with self._lock:
-            if self._run is not None and self._run.pid == os.getpid():
+            if self._run is not None:
                 raise ConfigurationError(
                     "This Subscriber is consuming already; for more handlers at a time there is "
                     "Subscriber(workers=...)."
@@ -287,6 +288,7 @@ class Subscriber:
 
         When it has not begun yet, it will end as soon as it begins.
         """
+        check_fork()
         run = self._run
         if run is not None:
             run.stop()
@@ -298,6 +300,7 @@ class Subscriber:
 
         While it consumes: the same as `stop_consuming`.
         """
+        check_fork()
         run = self._run
         if run is not None:
             run.stop()
@@ -325,9 +328,9 @@ class Subscriber:
     def _warn_of_sharing(self, new: Subscription) -> None:
         """Of another Subscriber of this process with this name that is not the same subscriber."""
         name = new.options.name
-        for other in [each() for each in list(_subscribers)]:
+        for other in list(_subscribers):
             # One that is closed stands for a process that has ended.
-            if other is None or other is self or other._consuming is None:
+            if other is self or other._consuming is None:
                 continue
             if other._connected_to == self._connected_to and any(
                 old.options.name == name and not _is_same(old, new) for old in other._subscriptions
@@ -341,6 +344,7 @@ class Subscriber:
 
     def _follow(self) -> None:
         """Go over to the broker that a test has put in the place of ours, or back."""
+        check_fork()
         urls = settings.replaced(self._urls)
         if urls != self._connected_to and self._run is None:
             self.close()
@@ -399,3 +403,14 @@ def declare(subscriber: Subscriber) -> None:
     for subscription in subscriber._subscriptions:
         topology = subscription.options.topology()
         subscriber._consuming_connection().declare(topology, subscriber._timeout)
+
+
+def _after_fork() -> None:
+    # The run is the parent's, and so may be whoever holds the lock.
+    for subscriber in list(_subscribers):
+        subscriber._lock = threading.RLock()
+        subscriber._run = None
+        subscriber._stop_at_start = False
+
+
+on_fork(_after_fork)

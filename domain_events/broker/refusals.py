@@ -14,7 +14,7 @@ from domain_events.text import printable
 from domain_events.topology import Binding, Declaration, Exchange, Queue, Unbinding
 
 # The codes of AMQP: https://www.rabbitmq.com/amqp-0-9-1-reference#constants
-FORBIDDEN, MISSING, LOCKED, REFUSED = 403, 404, 405, 406
+FORBIDDEN, MISSING, LOCKED, REFUSED, UNKNOWN_TYPE = 403, 404, 405, 406, 503
 
 # What sets apart refusals with the code 403 that are not about the permissions of a user on a
 # queue or an exchange (rabbit_channel.erl of 3.10 to 4.3).
@@ -70,6 +70,11 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
         return TopologyError(
             f"{what} exists with different settings: {said}. Asked for: {asked}. The ways out: "
             "use the type it has (exchange_type=...), or another exchange."
+        )
+    if code == UNKNOWN_TYPE and isinstance(declaration, Exchange):
+        return TopologyError(
+            f"{what} cannot be declared: {said}. Its type is misspelt, or the plugin that "
+            "provides it is not enabled."
         )
     if code == MISSING and isinstance(declaration, Queue):
         # A declaration does not ask whether it is there: its node is down, or not quite up yet.
@@ -158,6 +163,15 @@ def no_exchange(message: Message, said: str) -> DomainEventsError:
     return TopologyError(
         f"The exchange {message.exchange!r} does not exist: {_shown(said)}. Have it declared: by a "
         "subscriber that registers on it, or by this user with the permission configure on it."
+    )
+
+
+def no_channel(said: str) -> BrokerUnavailable:
+    """The connection, or its user, has as many channels as it may."""
+    return BrokerUnavailable(
+        f"No channel is free: {said}. Each subscriber of a connection takes one, register one more "
+        "for a moment; allow more (channel_max in the URL and in the broker's settings, "
+        "max-channels of the user), or share the subscribers out among several processes."
     )
 
 

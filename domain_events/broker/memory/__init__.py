@@ -23,7 +23,7 @@ from domain_events.broker.memory.publishing import MemoryPublishing
 from domain_events.broker.memory.store import Store
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.process import on_fork
+from domain_events.process import check_fork, on_fork
 from domain_events.topology import Topology
 
 log = Log("domain_events")
@@ -31,7 +31,8 @@ log = Log("domain_events")
 _URL = re.compile(r"memory://(?P<name>[\w.-]*)/?", re.IGNORECASE)
 
 _stores: dict[str, Store] = {}
-_stores_lock = threading.Lock()
+# Re-entrant: a finalizer may make a `Publisher` while this is held.
+_stores_lock = threading.RLock()
 
 
 class Memory:
@@ -54,16 +55,19 @@ class Memory:
 
 def store(name: str, clock: Clock | None = None) -> Store:
     """The embedded broker of that name, made when it is first asked for."""
+    check_fork()
     with _stores_lock:
         found = _stores.get(name)
-        if found is None:
-            found = _stores[name] = Store(name, clock)
-            log.debug("memory://%s: its events stay in this process, and end with it.", name)
-        return found
+        if found is not None:
+            return found
+        found = _stores[name] = Store(name, clock)
+    log.debug("memory://%s: its events stay in this process, and end with it.", name)
+    return found
 
 
 def forget(name: str) -> None:
     """Let go of the embedded broker of that name, and of all that is in it."""
+    check_fork()
     with _stores_lock:
         forgotten = _stores.pop(name, None)
     if forgotten is not None:
@@ -73,7 +77,7 @@ def forget(name: str) -> None:
 def _after_fork() -> None:
     # Another thread may have held the lock when the process forked; it is not in the child.
     global _stores_lock
-    _stores_lock = threading.Lock()
+    _stores_lock = threading.RLock()
     for each in list(_stores.values()):
         each.begin_anew()
 

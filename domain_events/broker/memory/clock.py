@@ -5,13 +5,18 @@ Times are whole nanoseconds, so that delays add up to what they should.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from domain_events.log import Log
+
+log = Log("domain_events")
+
 SECOND = 1_000_000_000
+# After an error.
+_AGAIN = SECOND // 10
 
 
 class Clock(Protocol):
@@ -47,10 +52,14 @@ class RealTime:
                 thread = threading.Thread(
                     target=self._run, args=(tick,), name="domain-events-memory-clock", daemon=True
                 )
-                # From 3.12 on, none can be started while the interpreter shuts down; nobody is
-                # left then to wait for a retry.
-                with contextlib.suppress(RuntimeError):
+                try:
                     thread.start()
+                except RuntimeError:
+                    # From 3.12 on, none can be started while the interpreter shuts down; nobody
+                    # is left then to wait for a retry. If it was for want of resources, the next
+                    # who asks tries again.
+                    self._next = None
+                else:
                     self._thread = thread
             else:
                 self._changed.notify()
@@ -70,7 +79,12 @@ class RealTime:
                     return
                 self._next = None
             # Without the lock: the broker has its own, and calls `wake_at` under it.
-            due = tick()
+            try:
+                due = tick()
+            except BaseException:
+                # Injected by another thread, for example. What was due is still so.
+                log.exception("Internal error in the embedded broker's clock.")
+                due = self.now() + _AGAIN
             if due is not None:
                 self.wake_at(due, tick)
 

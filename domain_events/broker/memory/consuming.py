@@ -37,11 +37,11 @@ class MemoryConsuming:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._closed = False
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
-        self._closed = False
         self._consumers: list[MemoryConsumer] = []
         self._browsers: list[MemoryBrowser] = []
 

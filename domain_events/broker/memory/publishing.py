@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from domain_events.broker import Publication, refusals
 from domain_events.broker.memory.store import Store
-from domain_events.errors import DomainEventsError
+from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.topology import Topology
 
 
@@ -21,6 +21,15 @@ class MemoryPublishing:
 
     def submit(self, publication: Publication) -> None:
         """Put the message into every queue that is bound, and say so."""
+        if self._store.is_in_operation():
+            # A finalizer or a signal handler, which would wait for what it has interrupted.
+            publication.error = BrokerUnavailable(
+                "Nothing can be published in the middle of an operation of the embedded broker, by "
+                "a finalizer or a signal handler. The event was not sent."
+            )
+            publication.done = True
+            publication.on_done(publication)
+            return
         self._store.soon(lambda: self._publish(publication))
 
     def _publish(self, publication: Publication) -> None:

@@ -6,7 +6,7 @@ exclusive, auto-delete and expiring queues. The delays are the same 24 levels.
 
 Threads. There is one lock. `call` carries out an operation under it, in the caller's thread;
 `soon` too, but when it is this very thread that is in an operation (a callback settles, a signal
-handler publishes), then after that one. Callbacks (deliveries, confirms) are called under the lock
+handler settles), then after that one. Callbacks (deliveries, confirms) are called under the lock
 and must be short; handlers of events never are. After a fork the child begins with nothing: what
 was here is its parent's.
 """
@@ -29,8 +29,9 @@ from domain_events.broker.memory.queues import Entry, QueueState, Taker
 from domain_events.broker.memory.routing import Routing
 from domain_events.broker.refusals import Refused
 from domain_events.errors import BrokerUnavailable, DomainEventsError
-from domain_events.log import Log
+from domain_events.log import Log, elsewhere
 from domain_events.message import Message
+from domain_events.process import check_fork
 from domain_events.topology import Declaration, Exchange, Queue, Topology, Unbinding
 
 log = Log("domain_events")
@@ -65,7 +66,8 @@ class Store:
 
     def call(self, operation: Callable[[], Result]) -> Result:
         """Carry out the operation, and return what it returns."""
-        with self._lock:
+        check_fork()
+        with self._lock, elsewhere():
             if self._busy:
                 raise BrokerUnavailable(
                     "The embedded broker was asked in the middle of an operation, by a callback "
@@ -79,23 +81,33 @@ class Store:
 
     def soon(self, operation: Callable[[], object]) -> None:
         """Carry out the operation now, or when the one that this thread is in has ended."""
-        with self._lock:
+        check_fork()
+        with self._lock, elsewhere():
             self._operations.append(operation)
             if not self._busy:
                 self._busy = True
                 self._finish()
 
+    def is_in_operation(self) -> bool:
+        """Whether this very thread is in the middle of one: this is a finalizer, for example."""
+        check_fork()
+        with self._lock:
+            return self._busy
+
     def _finish(self) -> None:
-        try:
-            while self._operations:
-                operation = self._operations.popleft()
-                try:
-                    operation()
-                except Exception:
-                    # A callback's; it must not take the broker with it.
-                    log.exception("Internal error in the embedded broker.")
-        finally:
-            self._busy = False
+        interruption: BaseException | None = None
+        while self._operations:
+            operation = self._operations.popleft()
+            try:
+                operation()
+            except Exception:
+                # A callback's; it must not take the broker with it.
+                log.exception("Internal error in the embedded broker.")
+            except BaseException as error:  # noqa: BLE001 - raised again when all is done
+                interruption = error  # a signal handler's
+        self._busy = False
+        if interruption is not None:
+            raise interruption
 
     def advance(self, seconds: float) -> None:
         """Move virtual time forward; what comes due does so at its time, in its order."""
@@ -109,11 +121,13 @@ class Store:
 
     def due_next(self) -> int | None:
         """When something happens next by itself."""
+        check_fork()
         with self._lock:
             return self._timers[0][0] if self._timers else None
 
     def next_expiry(self) -> int | None:
         """When the next message that waits somewhere moves on."""
+        check_fork()
         with self._lock:
             heads = (queue.ready[0].expires for queue in self._queues.values() if queue.ready)
             return min((expires for expires in heads if expires is not None), default=None)

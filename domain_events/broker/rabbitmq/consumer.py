@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from functools import partial
 from pika.channel import Channel
 
 from domain_events.broker import Consumer, Settlement
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.stream import Connection
@@ -41,6 +42,9 @@ log = Log("domain_events")
 # Seconds before a consumer that the broker turned away asks again.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
+# The same for one over which the broker closes the connection, others' too.
+_FIRST_BAR = 60.0
+_LONGEST_BAR = 3600.0
 
 # Acks of a fast handler are sent together, at the latest when there are so many.
 _ACKS_TOGETHER = 25
@@ -85,6 +89,8 @@ class RabbitConsumer:
         self._stopping = False
         self._stopped = threading.Event()
         self._trouble = ""
+        self._refusal = ""  # the last one, which is logged once
+        self._barred_until = 0.0
         self._failures = 0
         self._warned_of_bytes = False
         self._forget_channel()
@@ -148,7 +154,7 @@ class RabbitConsumer:
                 self._stopped.set()
 
         if self._wake(stop):
-            self._stopped.wait(timeout)
+            self._stopped.wait(0 if is_io_thread() else timeout)
 
     def _wake(self, callback: Callable[[], None]) -> bool:
         try:
@@ -166,7 +172,7 @@ class RabbitConsumer:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return
-        if self._opening or self._stopping:
+        if self._opening or self._stopping or time.monotonic() < self._barred_until:
             return
         self._opening = Opening(
             self._link,
@@ -259,15 +265,25 @@ class RabbitConsumer:
         if self._opening is not None:
             self._opening.usable()
         self._failures = 0
+        self._refusal = ""
         if self._trouble:
             trouble, self._trouble = self._trouble, ""
             log.warning("%s consumes again; %s.", self._queue, trouble)
 
     def _turned_away(self, error: DomainEventsError, _reason: BaseException) -> None:
-        if not self._stopping:
-            self._trouble = "the broker had turned it away"
+        if self._stopping:
+            return
+        self._trouble = "the broker had turned it away"
+        refusal, self._refusal = self._refusal, str(error)
+        if self._link.connection is None:
+            # The connection was closed over this one, and others use it.
+            pause = min(_LONGEST_BAR, _FIRST_BAR * 2.0 ** min(self._failures, 10))
+            self._barred_until = time.monotonic() + pause
+            self._open_later(pause)
+        else:
             self._open_later()
-            log.error("%s cannot consume. %s", self._queue, error)
+        if self._refusal != refusal:
+            log.error("%s cannot consume; trying again. %s", self._queue, error)
 
     def _cancelled(self, _frame: object) -> None:
         # The queue was deleted, or its node is going, or a delivery was held for too long. What
@@ -291,10 +307,12 @@ class RabbitConsumer:
             self._trouble = f"the broker had closed the channel: {explain(reason)}"
         self._open_later()
 
-    def lost(self, trouble: str) -> None:
-        """The connection is gone, and the channel with it."""
+    def lost(self, trouble: str, *, mistake: bool) -> None:
+        """The connection is gone, and the channel with it; perhaps over somebody's mistake."""
         self._trouble = trouble
         self._woken = False
+        if not mistake:
+            self._barred_until = 0.0  # another broker, perhaps with other plugins
         self._let_go()
 
     def forget(self) -> None:
@@ -312,11 +330,13 @@ class RabbitConsumer:
         if self._stopping:
             self._stopped.set()
 
-    def _open_later(self) -> None:
+    def _open_later(self, pause: float | None = None) -> None:
         self._let_go()
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+        if pause is None:
+            longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 10))
+            pause = longest * random.uniform(0.5, 1)
         self._failures += 1
-        self._call_later(longest * random.uniform(0.5, 1), self.open)
+        self._call_later(pause, self.open)
 
     def _call_later(self, seconds: float, callback: Callable[[], None]) -> None:
         self._link.call_later(seconds, callback)

@@ -8,6 +8,7 @@ carried out twice, and are when the connection is lost under them.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections import deque
@@ -16,19 +17,22 @@ from functools import partial
 from typing import Any
 
 import pika
+import pika.exceptions
 from pika.channel import Channel
 
 from domain_events.broker import Consumer
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
-from domain_events.broker.refusals import closed, unreadable
+from domain_events.broker.rabbitmq.turns import is_mistake
+from domain_events.broker.refusals import closed, no_channel, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Delivery
+from domain_events.process import check_fork
 from domain_events.topology import Exchange, Queue, Topology
 
 log = Log("domain_events")
@@ -86,6 +90,7 @@ class RabbitConsuming:
         careful: bool = False,
     ) -> RabbitConsumer:
         """Start to consume, and go on over every trouble."""
+        check_fork()
         consumer = RabbitConsumer(
             self._link, self._repair, queue, topology, prefetch_count, deliver, careful=careful
         )
@@ -111,15 +116,33 @@ class RabbitConsuming:
     def _call(self, request: Request, timeout: float) -> Any:
         """Have the request carried out on the I/O thread, as soon as there is a connection."""
         answer = Answer()
-        self._requests.append((request, answer))
-        self._link.wake(self._perform)
-        # From answer to answer: a thousand binding keys would be too many for one deadline.
-        while (left := answer.heard_at + timeout - time.monotonic()) > 0 and not answer.done():
-            concurrent.futures.wait([answer], left)
-        if answer.cancel():
+        entry = (request, answer)
+        check_fork()
+        if is_io_thread():
+            raise BrokerUnavailable(
+                "Nothing can be asked of the broker from a connection's own thread, by a finalizer "
+                "for example."
+            )
+        self._requests.append(entry)
+        try:
+            self._link.wake(self._perform)
+            # From answer to answer: a thousand binding keys would be too many for one deadline.
+            while (left := answer.heard_at + timeout - time.monotonic()) > 0 and not answer.done():
+                concurrent.futures.wait([answer], left)
+        finally:
+            gave_up = answer.cancel()
+            self._drop(entry)
+        if gave_up:
             why = answer.trouble or self._link.trouble or f"{self._link.node}: no answer"
             raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
         return answer.result()
+
+    def _drop(self, entry: tuple[Request, Answer]) -> None:
+        """Keep nothing of a request for which nobody waits."""
+        with self._lock:
+            for entries in (self._requests, self._running):
+                with contextlib.suppress(ValueError):
+                    entries.remove(entry)
 
     # --- the I/O thread --------------------------------------------------------------------------
 
@@ -132,10 +155,10 @@ class RabbitConsuming:
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; requests may be repeated, so they simply wait for the next."""
         for consumer in self._consumers:
-            consumer.lost(f"the connection was lost: {explain(error)}")
+            consumer.lost(f"the connection was lost: {explain(error)}", mistake=is_mistake(error))
         with self._lock:
-            running, self._running = self._running, []
-        self._requests.extendleft(reversed(running))
+            self._requests.extendleft(reversed(self._running))
+            self._running.clear()
 
     def refused(self, error: ConfigurationError) -> None:
         """No connection can be made: tell everybody who waits."""
@@ -147,7 +170,7 @@ class RabbitConsuming:
     def _fail_requests(self, error: DomainEventsError) -> None:
         with self._lock:
             waiting = [*self._running, *self._requests]
-            self._running = []
+            self._running.clear()
             self._requests.clear()
         for _, answer in waiting:
             fail(answer, type(error)(*error.args))
@@ -157,14 +180,20 @@ class RabbitConsuming:
         if connection is None or not connection.is_open:
             self._link.connect()
             return
-        while self._requests:
-            request, answer = self._requests.popleft()
+        while True:
+            with self._lock:
+                if not self._requests:
+                    return
+                request, answer = entry = self._requests[0]
+                self._running.append(entry)
+                self._requests.popleft()
             if answer.done():
                 continue
-            entry = (request, answer)
-            self._running = [each for each in self._running if not each[1].done()]
-            self._running.append(entry)
-            request(connection, answer)
+            try:
+                request(connection, answer)
+            except pika.exceptions.NoFreeChannels:
+                limit = connection.params.channel_max
+                fail(answer, no_channel(f"channel_max is {limit}"))
 
     def _declare(
         self,
@@ -220,7 +249,8 @@ class RabbitConsuming:
 
         def failed(error: DomainEventsError, reason: BaseException) -> None:
             error = refused(error, reason)
-            if isinstance(error, BrokerUnavailable) and answer.awaited:
+            # Not when the connection was closed over it: others use the next one.
+            if isinstance(error, BrokerUnavailable) and answer.awaited and connection.is_open:
                 answer.trouble = str(error)
                 self._link.call_later(_PAUSE, again)
             else:

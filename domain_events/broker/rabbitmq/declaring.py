@@ -15,7 +15,7 @@ from domain_events.broker.refusals import (
     unreadable_by_this_user,
 )
 from domain_events.errors import DomainEventsError, TopologyError
-from domain_events.topology import Exchange, Queue, Topology, Unbinding
+from domain_events.topology import Declaration, Exchange, Queue, Topology, Unbinding
 
 
 class Declaring:
@@ -92,16 +92,21 @@ class Declaring:
 
         proceed()
 
+    @property
+    def current(self) -> Declaration | None:
+        """What is being declared; None when all is."""
+        return self._topology[self._next] if self._next < len(self._topology) else None
+
     def _looks_for(self, queue: Queue) -> bool:
         return queue.as_found and queue.name not in self._missing
 
     def closed(self, reason: BaseException) -> DomainEventsError | None:
         """The channel was closed; None when the rest can be tried on another."""
-        if self._next == len(self._topology):
+        declaration = self.current
+        if declaration is None:
             if close_code(reason) == FORBIDDEN:
                 return unreadable_by_this_user(explain(reason))
             return TopologyError(f"The broker closed the channel: {explain(reason)}.")
-        declaration = self._topology[self._next]
         code, said = close_code(reason), explain(reason)
         if isinstance(declaration, Exchange) and may_be_used(declaration, code, said):
             self._next += 1

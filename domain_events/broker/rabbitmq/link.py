@@ -1,11 +1,17 @@
 """One connection, kept open: an I/O thread that runs pika and connects again after any trouble.
 
 Threads. The I/O thread is the only one that touches pika; it owns every attribute below but
-those that ``_lock`` guards (``_thread``, ``_loop``, ``_closing``). Other threads put work into
-structures of their owner's and call `wake`.
+those that ``_lock`` guards (``_thread``, ``_closing``). Other threads put work into structures of
+their owner's and call `wake`.
+
+Whatever goes wrong on the I/O thread - an exception in a callback of ours, one that escapes from
+pika, one that another thread or a tracer injects - ends the loop that runs; everything that
+belonged to it is let go of, the owner is called as for any lost connection, and another loop
+begins. The application's code never runs here: log lines are written by another thread
+(`log.elsewhere`).
 
 A fork takes no thread along. In the child a link forgets all it had, without touching it: to
-close or to unregister would reach into the parent's sockets.
+close or to unregister would reach into the parent's sockets. One that is closed stays closed.
 """
 
 from __future__ import annotations
@@ -17,17 +23,26 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from domain_events.broker.rabbitmq.attempts import Workflow, attempts
 from domain_events.broker.rabbitmq.loop import Loop
-from domain_events.broker.rabbitmq.nodes import Nodes, explain, hopeless
+from domain_events.broker.rabbitmq.nodes import (
+    REFUSED_LOGIN,
+    Nodes,
+    close_code,
+    explain,
+    permanent,
+)
 from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.turns import Turns
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
-from domain_events.log import Log
-from domain_events.process import on_fork
+from domain_events.log import Log, elsewhere
+from domain_events.process import check_fork, on_fork
 
 log = Log("domain_events")
 
@@ -38,9 +53,6 @@ _LONGEST_PAUSE = 0.8
 # A connection that lasted so many seconds is not counted among the failures.
 _LASTING = 5.0
 
-# A loop that fails so often in a row is given up for a new one.
-_FAILURES_OF_A_LOOP = 3
-
 # How long a graceful close may take before the socket is cut.
 _GRACE = 2.0
 
@@ -48,6 +60,17 @@ _numbers = itertools.count(1)
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 # What a child of a fork inherited and must neither use nor have garbage-collected.
 _inherited: list[object] = []
+
+
+_here = threading.local()
+
+
+def is_io_thread() -> bool:
+    """Whether this thread is a link's: a finalizer may run there, and must not wait for a broker.
+
+    Neither for its own, which would be in vain, nor for another's, which may do the same.
+    """
+    return getattr(_here, "is_io_thread", False)
 
 
 class Owner(Protocol):
@@ -73,6 +96,7 @@ class Link:
         self._nodes = nodes
         self._role = role
         self._owner = owner
+        self._closing = False
         self._reset()
         _links.add(self)
 
@@ -81,44 +105,65 @@ class Link:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._loop: Loop | None = None
-        self._closing = False
+        # What the loop is to call soon. Not the loop's own, which may be followed by another one.
+        self._calls: deque[Callable[[], None]] = deque()
+        self._has_run = False  # whether the I/O thread ever came to its turn
+        self._in_use = False  # whether there is anything of a loop to be let go of
+        self._crash: BaseException | None = None
         self.connection: Connection | None = None
-        self._workflow: Any = None
+        #: Who makes a channel ready on it.
+        self.turns = Turns()
+        self._workflow: Workflow | None = None
         self._attempt = 0  # the number of the last one
         self._pause: Any = None
         self._failures = 0  # since a connection last lasted
+        # Of each node, while there is no connection: what was last wrong, and whether for good.
+        self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
-        #: Why there is no connection, for errors; empty while there is one.
-        self.trouble = ""
 
     @property
     def node(self) -> str:
         """The address of the node whose turn it is, without the password."""
         return str(self._nodes)
 
+    @property
+    def trouble(self) -> str:
+        """Why there is no connection, for errors; empty while there is one."""
+        if self._thread is not None and not self._has_run:
+            return (
+                "the connection's own thread does not run; under uWSGI, switch threads on with "
+                "enable-threads = true"
+            )
+        # A copy, since the I/O thread may be changing it.
+        troubles = [trouble for trouble, _ in list(self._troubles.values())]
+        if not troubles and self._workflow is not None:
+            troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
+        return "; ".join(troubles)
+
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: have ``callback`` run on the I/O thread soon, and a connection made.
 
         :raises BrokerUnavailable: when the link is closed, or no thread can be started.
         """
+        check_fork()
         with self._lock:
             if self._closing:
                 raise closed()
             if self._thread is None or not self._thread.is_alive():
                 self._start_thread()
-            loop = self._loop
-        assert loop is not None
-        loop.soon(self.guarded(callback))
-
-    def is_this_thread(self) -> bool:
-        """Whether the caller is the I/O thread."""
-        return threading.current_thread() is self._thread
+        self._soon(callback)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """I/O thread: have ``callback`` run there after ``seconds``."""
-        assert self._loop is not None
-        return self._loop.call_later(seconds, self.guarded(callback))
+        loop = self._loop
+        assert loop is not None
+
+        def call() -> None:
+            if self._loop is loop:  # else that loop has crashed, and this is its last turn
+                callback()
+
+        return loop.call_later(seconds, self.guarded(call))
 
     def cancel_call(self, handle: Any) -> None:
         """I/O thread: take `call_later` back."""
@@ -133,97 +178,152 @@ class Link:
     def guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
         """The callback, safe to give to pika.
 
-        An exception in a callback would kill pika's loop or abort its transport. Ours ends in
-        the log and in a fresh connection, for nobody knows what state it left behind.
+        An exception in a callback would kill pika's loop or abort its transport. Ours ends the
+        loop, and with it the connection, for nobody knows what state it left behind.
         """
 
         def call(*arguments: Any) -> None:
             try:
                 callback(*arguments)
-            except Exception:
-                log.exception("Internal error on the %s connection; it is made anew.", self._role)
-                self.cut()
+            except BaseException as error:  # noqa: BLE001 - see above; `_serve` logs it
+                self._crash = self._crash or error
+                self._stop_loop()
 
         return call
 
     def close(self, timeout: float) -> None:
-        """Any thread but the I/O thread: close the connection in order, end the thread."""
-        with self._lock:
-            self._closing = True
-            thread, loop = self._thread, self._loop
-        if thread is None or loop is None:
+        """Any thread: close the connection in order, end the thread, and wait for that.
+
+        On an I/O thread (a finalizer may run there) it does not wait.
+        """
+        self.abandon()
+        thread = self._thread
+        if thread is None or is_io_thread():
             return
-        loop.soon(self.guarded(self._shut_down))
         thread.join(timeout)
         if thread.is_alive():
+            self._soon(self.cut)
             log.warning(
                 "The %s connection did not close in %.0f s; it is broken off.", self._role, timeout
             )
-            loop.soon(self.guarded(self.cut))
+
+    def abandon(self) -> None:
+        """Any thread, also in a finalizer: close the connection in order, without waiting for it.
+
+        Takes no lock, and may be called again.
+        """
+        check_fork()
+        self._closing = True
+        if self._thread is not None:
+            self._soon(self._shut_down)
+
+    def connect(self) -> None:
+        """I/O thread: make sure that a connection is there or on its way."""
+        self._connect()
+
+    def _soon(self, callback: Callable[[], None]) -> None:
+        self._calls.append(self.guarded(callback))
+        # Behind that: if this loop is being followed by another one, that one looks as it begins.
+        loop = self._loop
+        if loop is not None:
+            loop.wake()
+
+    def _start_thread(self) -> None:
+        name = f"domain-events-{self._role}-{next(_numbers)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        before = self._thread
+        self._thread = thread
+        try:
+            thread.start()
+        except BaseException as error:
+            # From 3.12 on, none can be started while the interpreter shuts down.
+            self._thread = before
+            if not isinstance(error, RuntimeError):
+                raise
+            raise BrokerUnavailable(
+                f"No thread can be started ({error}); is the program ending?"
+            ) from error
 
     # --- everything below runs on the I/O thread ---------------------------------------------
 
-    def _start_thread(self) -> None:
-        try:
-            self._loop = Loop()
-        except OSError as error:
-            raise BrokerUnavailable(f"No connection can be made here: {error}.") from error
-        name = f"domain-events-{self._role}-{next(_numbers)}"
-        thread = threading.Thread(target=self._run, name=name, daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            # From 3.12 on, none can be started while the interpreter shuts down.
-            self._loop.close()
-            self._loop = None
-            raise BrokerUnavailable("No thread can be started; is the program ending?") from error
-        self._thread = thread
-
     def _run(self) -> None:
-        loop = self._loop
-        assert loop is not None
-        while not self._runs(loop):
-            # It cannot even be entered: pika leaves it so when there is no descriptor for epoll.
-            self.connection = self._pause = None
-            self._owner.lost(None)
-            with contextlib.suppress(AssertionError):
-                loop.close()  # pika takes it for running still
-            loop = self._new_loop()
-        loop.close()
-
-    def _runs(self, loop: Loop) -> bool:
-        """Run the loop until it is stopped. False when it cannot go on."""
-        loop.soon(self.guarded(self._connect))
-        in_a_row = 0
-        while in_a_row < _FAILURES_OF_A_LOOP:
-            begun = time.monotonic()
-            try:
-                loop.start()
-            except Exception:
-                # What is left of the connection ends as any lost connection does.
-                log.exception("Internal error in the %s connection; going on.", self._role)
-                loop.shut_sockets()
-                self._abandon_attempt()
-                time.sleep(_FIRST_PAUSE)
-                in_a_row = in_a_row + 1 if time.monotonic() - begun < 1 else 0
-            else:
-                return True
-        return False
-
-    def _new_loop(self) -> Loop:
+        _here.is_io_thread = True
         while True:
             try:
-                loop = Loop()
-            except OSError:
+                with elsewhere():
+                    while not self._serve():
+                        pass
+                return
+            except BaseException as error:  # noqa: BLE001 - injected between two lines of ours
+                self._crash = self._crash or error
+                time.sleep(_LONGEST_PAUSE)
+
+    def _serve(self) -> bool:
+        """Run one loop to its end. True when that was the link's end too."""
+        self._has_run = True
+        if self._in_use:
+            self._let_go()
+            if self._closing:
+                return True
+        loop = self._new_loop()
+        if loop is None:
+            return True
+        try:
+            if self._failures:
+                self._connect_later()
+            else:
+                self._soon(self._connect)
+            loop.wake()
+            loop.start()
+        except BaseException as error:  # noqa: BLE001 - pika's, or injected by another thread
+            self._crash = self._crash or error
+        if self._crash is None:
+            loop.close()
+            self._in_use = False
+            return True
+        return False
+
+    def _new_loop(self) -> Loop | None:
+        """A loop, as soon as there are descriptors for one; None when the link is closed first."""
+        while not self._closing:
+            try:
+                self._loop = Loop(self._calls)
+            except OSError as error:
+                self._note(f"{self.node}: {explain(error)}")
                 time.sleep(_LONGEST_PAUSE)
             else:
-                with self._lock:
-                    self._loop = loop
-                return loop
+                self._in_use = True
+                return self._loop
+        return None
+
+    def _let_go(self) -> None:
+        """After a crash: of all that was the last loop's. May be interrupted, and repeated."""
+        crash, workflow = self._crash, self._workflow
+        attempts.ended(self._nodes.url, self)
+        self.connection = self._workflow = self._pause = None
+        self._attempt += 1
+        self._count_failure()
+        self._note(f"{self.node}: {_internal(crash)}")
+        self._lose(crash)
+        self._in_use, self._crash = False, None
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            _dispose(loop, workflow)
+        if isinstance(crash, OSError):
+            log.warning("The %s connection broke off: %s.", self._role, _internal(crash))
+        else:
+            log.error(
+                "Internal error on the %s connection; reconnecting.", self._role, exc_info=crash
+            )
 
     def _connect(self) -> None:
         """Make a connection, unless there is one, or one is under way or waiting for its time."""
         if self._closing or self.connection or self._workflow or self._pause:
+            return
+        url = self._nodes.url
+        refusal = attempts.refusal(url, login_only=self._was_connected)
+        if refusal is not None:
+            self._failed(refusal, refusal)
             return
         try:
             parameters = self._nodes.parameters(self._role)
@@ -234,28 +334,22 @@ class Link:
             # pika has no ear for this failure in the middle of its attempt.
             socket.socket().close()
         except OSError as error:
-            self._attempt_failed(error)
+            self._failed(explain(error))
+            return
+        if not attempts.begin(url, self):
+            if url not in self._troubles:
+                self._note(f"{self.node}: another connection of this program is being made there")
+            self._nodes.rotate()
+            self._connect_in(_FIRST_PAUSE)
             return
         self._attempt += 1
-        self._workflow = Connection.create_connection(
+        self._workflow = Workflow()
+        Connection.create_connection(
             [parameters],
             on_done=self.guarded(partial(self._attempted, self._attempt)),
             custom_ioloop=self._loop,
+            workflow=self._workflow,
         )
-
-    def _abandon_attempt(self) -> None:
-        """An exception has escaped from pika; if from its attempt to connect, that is dead.
-
-        There was no descriptor for a socket, for example. Nobody would report its end.
-        """
-        if self._workflow is not None:
-            self._attempt += 1
-            self._workflow = None
-            self._attempt_failed(RuntimeError("internal error while connecting"))
-
-    def connect(self) -> None:
-        """I/O thread: make sure that a connection is there or on its way."""
-        self._connect()
 
     def _attempted(self, attempt: int, result: Connection | BaseException) -> None:
         if attempt != self._attempt:
@@ -264,71 +358,98 @@ class Link:
             return
         self._workflow = None
         if isinstance(result, BaseException):
+            attempts.ended(self._nodes.url, self)
             self._attempt_failed(result)
             return
+        attempts.ended(self._nodes.url, self, connected=True)
         self.connection = result
+        result.add_on_close_callback(self.guarded(self._on_closed))
         if self._closing:
             self._shut_down()
             return
-        result.add_on_close_callback(self.guarded(self._on_closed))
         self._connected_at = time.monotonic()
         self._was_connected = True
-        self.trouble = ""
+        self._troubles = {}
         self._owner.opened(result)
 
     def _attempt_failed(self, error: BaseException) -> None:
         if self._closing:
             self._stop_loop()
             return
-        final = hopeless(error, self.node, was_connected=self._was_connected)
+        hint = permanent(error, was_connected=self._was_connected)
+        if hint is not None:
+            login = close_code(error) == REFUSED_LOGIN
+            attempts.refused(self._nodes.url, hint, login=login)
+        self._failed(explain(error), hint)
+
+    def _failed(self, why: str, hint: str | None = None) -> None:
+        """There is no connection to the node whose turn it was; ``hint``: nor will there be."""
+        node, url = self.node, self._nodes.url
+        final = hint and ConfigurationError(f"Cannot connect to {node}: {hint}.")
         self._failures += 1
-        if final is not None and self._failures >= len(self._nodes):
-            self._refuse(final)
-            return
-        self.trouble = f"{self.node}: {explain(error)}"
-        if self._failures == 1:
-            log.warning("No %s connection to %s. Trying again.", self._role, self.trouble)
+        self._note(f"{node}: {why}", final or None)
         self._nodes.rotate()
+        finals = [final for _, final in self._troubles.values() if final is not None]
+        if len(finals) == len(self._nodes):
+            self._refuse(finals[0] if len(finals) == 1 else _all_of(finals))
+            return
         self._connect_later()
+        if self._failures == 1:
+            log.warning("No %s connection to %s. Trying again.", self._role, self._troubles[url][0])
+
+    def _note(self, trouble: str, final: ConfigurationError | None = None) -> None:
+        self._troubles[self._nodes.url] = (trouble, final)
 
     def _connect_later(self) -> None:
+        # Every node once without a pause; then ever longer ones, not all clients at once.
+        rounds = max(0, self._failures - len(self._nodes))
+        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(rounds, 10))
+        self._connect_in(longest * random.uniform(0.5, 1))
+
+    def _connect_in(self, seconds: float) -> None:
         def try_again() -> None:
             self._pause = None
             self._connect()
 
-        # Every node once without a pause; then ever longer ones, not all clients at once.
-        rounds = max(0, self._failures - len(self._nodes))
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(rounds, 10))
-        self._pause = self.call_later(longest * random.uniform(0.5, 1), try_again)
+        self._pause = self.call_later(seconds, try_again)
+
+    def _count_failure(self) -> None:
+        # A broker that takes connections only to drop them is one that fails.
+        lasted = self._connected_at and time.monotonic() - self._connected_at > _LASTING
+        self._failures = 0 if lasted else self._failures + 1
+        self._connected_at = 0.0
 
     def _refuse(self, error: ConfigurationError) -> None:
         self._failures = 0
-        self.trouble = str(error)
         self._owner.refused(error)
 
     def _on_closed(self, connection: Connection, error: BaseException) -> None:
         if connection is not self.connection:
             return
+        self.connection = None
+        attempts.ended(self._nodes.url, self)
         if self._closing:
-            self.connection = None
-            self._owner.lost(error)
+            self._lose(error)
             self._stop_loop()
             return
-        self.connection = None
-        self.trouble = f"{self.node}: {explain(error)}"
-        log.warning("Lost the %s connection to %s.", self._role, self.trouble)
-        self._owner.lost(error)
+        trouble = f"{self.node}: {explain(error)}"
+        self._note(trouble)
         self._nodes.rotate()
-        # A broker that takes connections only to drop them is one that fails.
-        lasted = time.monotonic() - self._connected_at > _LASTING
-        self._failures = 0 if lasted else self._failures + 1
+        self._count_failure()
         self._connect_later()
+        self._lose(error)
+        log.warning("Lost the %s connection to %s.", self._role, trouble)
+
+    def _lose(self, error: BaseException | None) -> None:
+        self._owner.lost(error)
+        self.turns.lost(error)
 
     def _shut_down(self) -> None:
         if self._pause is not None:
             self.cancel_call(self._pause)
-        if self.connection is not None and self.connection.is_open:
-            self.connection.close()
+        if self.connection is not None:
+            if self.connection.is_open:
+                self.connection.close()
             self.call_later(_GRACE, self.cut)
             self.call_later(_GRACE * 2, self._stop_loop)
         elif self._workflow is not None:
@@ -350,6 +471,27 @@ class Link:
         _inherited.append((self._loop, self.connection, self._workflow, self._thread, self._lock))
         self._reset()
         self._owner.forget()
+
+
+def _dispose(loop: Loop, workflow: Workflow | None) -> None:
+    """Have pika close its sockets, as far as it still can."""
+
+    def abort() -> None:
+        if workflow is not None:
+            workflow.abort()
+
+    # pika closes in a callback. A loop that could not even be entered, it takes for running still.
+    for step in (loop.abort, abort, *[loop.process_timeouts] * 3, loop.close):
+        with contextlib.suppress(Exception):
+            step()
+
+
+def _internal(error: BaseException | None) -> str:
+    return explain(error) if isinstance(error, OSError) else f"internal error ({error!r:.200})"
+
+
+def _all_of(errors: list[ConfigurationError]) -> ConfigurationError:
+    return ConfigurationError(" ".join(dict.fromkeys(map(str, errors))))
 
 
 def _forget_all() -> None:

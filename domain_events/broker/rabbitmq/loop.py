@@ -13,31 +13,46 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from pika.adapters.select_connection import IOLoop
+
+
+class Abortable(Protocol):
+    """A stream of bytes that the loop reads and writes."""
+
+    def abort(self) -> None:
+        """Close its socket soon."""
 
 
 class Loop(IOLoop):
     """One thread's loop; made on any thread, run and closed on its own.
 
+    :param calls: what is to be called soon; its owner's, so that the next loop has what this one
+        did not get to.
     :ivar writes_at_once: while true, who wants to write to a socket does so now, and waits for
         its turn only for what did not go. Not for a socket that is still being connected.
     """
 
     writes_at_once = False
 
-    def __init__(self) -> None:
+    #: What is to be aborted when the loop ends before its time.
+    streams: weakref.WeakSet[Abortable]
+
+    def __init__(self, calls: deque[Callable[[], None]] | None = None) -> None:
         super().__init__()
+        self.streams = weakref.WeakSet()
         self._handlers: dict[int, Callable[[int, int], None]] = {}
         self._writing: int | None = None  # the socket that is being written to at once
         self._wanted = 0  # what its handler asked for meanwhile
         self._in_turn = False
         self._at_end: list[Callable[[], None]] = []
-        self._soon: deque[Callable[[], None]] = deque()
-        self._ear, self._bell = socket.socketpair()
+        self._soon: deque[Callable[[], None]] = deque() if calls is None else calls
+        self._ear, self._bell = _socket_pair()
         self._ear.setblocking(False)
         self._bell.setblocking(False)
         super().add_handler(self._ear.fileno(), partial(self._turn, self._on_bell), self.READ)
@@ -45,6 +60,10 @@ class Loop(IOLoop):
     def soon(self, callback: Callable[[], None]) -> None:
         """Any thread: run the callback in the loop's thread."""
         self._soon.append(callback)
+        self.wake()
+
+    def wake(self) -> None:
+        """Any thread: have the loop look at what is to be called soon."""
         # Full: it will look anyway. Closed: it has ended.
         with contextlib.suppress(OSError):
             self._bell.send(b"!")
@@ -71,7 +90,14 @@ class Loop(IOLoop):
         for _ in range(len(self._soon)):
             self._soon.popleft()()
         if self._soon:
-            self.soon(lambda: None)  # one was added meanwhile, perhaps by one of these
+            self.wake()  # one was added meanwhile, perhaps by one of these
+
+    def abort(self) -> None:
+        """Break off all streams, now that the loop has ended; `process_timeouts` ends them."""
+        self.shut_sockets()
+        for stream in list(self.streams):
+            with contextlib.suppress(Exception):  # it has ended already
+                stream.abort()
 
     def close(self) -> None:
         try:
@@ -123,3 +149,14 @@ class Loop(IOLoop):
                 continue  # not connected yet, or no more: there is nothing to end
             finally:
                 borrowed.detach()
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    if hasattr(socket, "socketpair"):
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, address = server.accept()
+        if address != one.getsockname():
+            raise ConnectionRefusedError("another program connected to the loop's own socket")
+    return one, other

@@ -5,11 +5,12 @@ The one place where pika's errors about connections are put into words of ours.
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pika
 import pika.exceptions
@@ -48,6 +49,11 @@ class Nodes:
     def __str__(self) -> str:
         """The address of the node whose turn it is."""
         return shown(self._urls[0])
+
+    @property
+    def url(self) -> str:
+        """The URL of the node whose turn it is; it has the password."""
+        return self._urls[0]
 
     def parameters(self, role: str) -> pika.URLParameters:
         """How to connect to the node whose turn it is; anew each time, as pika writes into it."""
@@ -171,54 +177,89 @@ def _is_open_to_all(cipher: Mapping[str, object]) -> bool:
     return cipher.get("auth") == "auth-null" or cipher.get("symmetric", "") is None
 
 
+# The reply codes of AMQP (https://www.rabbitmq.com/amqp-0-9-1-reference#constants) with which a
+# login is refused, and with which a vhost is.
+REFUSED_LOGIN = 403
+_NOT_ALLOWED = 530
+
+# RabbitMQ closes with NOT_ALLOWED for what will pass and for what will not, so the text decides. Of
+# 3.10, 4.0 and 4.3 (deps/rabbit/src/rabbit_reader.erl and rabbit_access_control.erl in
+# https://github.com/rabbitmq/rabbitmq-server):
+#
+#   vhost V not found                                              a mistake
+#   access to vhost V refused for user U                           permissions may be granted yet
+#   access to vhost V refused for user U: connection limit (N) is reached           others may go
+#   connection refused for user U: user connection limit (N) is reached             others may go
+#   connection refused: node connection limit (N) is reached                        others may go
+#
+# (A vhost that is down is INTERNAL_ERROR.) Only the beginning: a long name cuts off the end.
+_NO_SUCH_VHOST = re.compile(r"NOT_ALLOWED - vhost ")
+
+# What the other end has against the client's certificate. With TLS 1.3 it comes when the handshake
+# is over for us, and pika puts it into the text of another error. The connection may break before
+# it is read.
+_CERTIFICATE_ALERT = re.compile(r"\[SSL: (\w*ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA)\w*)\]")
+
+# What comes from a server that speaks something else.
+_FOREIGN = (
+    pika.exceptions.IncompatibleProtocolError,
+    pika.exceptions.ProtocolSyntaxError,
+    pika.exceptions.ProtocolVersionMismatch,
+    pika.exceptions.UnexpectedFrameError,
+)
+
+
 def explain(error: BaseException | None) -> str:
     """Why a connection failed or was lost, in one line for a user."""
     cause = _innermost(error)
     code = _closed_by_broker(cause)
     if code is not None:
-        return f"closed by the broker: {code[1]} ({code[0]})"
+        return f"closed by the broker: {printable(code[1])} ({code[0]})"
     if isinstance(cause, ConnectionRefusedError):
         return "connection refused"
     if isinstance(cause, pika.exceptions.AMQPHeartbeatTimeout):
         return "the broker fell silent (missed heartbeats)"
     if isinstance(cause, pika.exceptions.StreamLostError):
         return "the connection broke"
-    if isinstance(cause, pika.exceptions.IncompatibleProtocolError):
+    if isinstance(cause, _FOREIGN):
         # Also of a proxy that is up before its broker is, so this may pass.
-        return "it hangs up at once; does it speak AMQP 0-9-1, or ask for a client's certificate?"
+        return (
+            "it does not answer as RabbitMQ does (perhaps another port, or it expects TLS, hence "
+            "amqps://, or a client's certificate)"
+        )
+    if isinstance(cause, pika.exceptions.NoFreeChannels):
+        return "no channel is free on this connection"
+    if isinstance(cause, _PROBABLE):
+        return "it hung up during the login"
+    if isinstance(cause, ssl.SSLError):
+        return f"TLS failed ({cause.reason or cause}); perhaps it is not a TLS port"
     if isinstance(cause, socket.gaierror):
         return f"the host's name cannot be resolved ({cause.strerror})"
     if isinstance(cause, OSError):
-        return cause.strerror or str(cause) or type(cause).__name__
+        return printable(cause.strerror or cause) or type(cause).__name__
     return printable(cause) or type(cause).__name__
 
 
-def hopeless(error: BaseException, node: str, *, was_connected: bool) -> ConfigurationError | None:
-    """The error to raise when trying again cannot help; None when it may.
+def permanent(error: BaseException, *, was_connected: bool) -> str | None:
+    """Why trying again cannot help; None when it may: what passes is waited for.
 
-    A name that cannot be resolved, a missing vhost or an untrusted certificate is a mistake when
-    it comes first; later, with a connection that has worked, it is an outage like others. A
-    refused password always is final: retrying it locks accounts.
+    A missing vhost or an untrusted certificate is a mistake when it comes first; later, with a
+    connection that has worked, it is an outage like others. A refused password always is final:
+    retrying it locks accounts.
     """
     cause = _innermost(error)
     code, words = _closed_by_broker(cause) or (0, "")
-    if code == 403:
-        hint = "user or password is wrong (and 'guest' may log in from the broker's machine only)"
-    elif was_connected:
+    if code == REFUSED_LOGIN:
+        return "user or password is wrong (and 'guest' may log in from the broker's machine only)"
+    if was_connected:
         return None
-    elif code == 530:
-        hint = f"the vhost does not exist, or this user may not enter it ({words})"
-    elif alert := _TLS_ALERT.search(str(cause)):
-        hint = f"TLS is refused ({alert[1]}); does it ask for another certificate of the client's?"
-    elif isinstance(cause, ssl.SSLCertVerificationError):
-        hint = f"its certificate is not trusted ({cause.verify_message})"
-    elif isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
-        hint = f"TLS failed ({cause.reason}); is this a TLS port?"
-    elif isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
-        hint = f"the host's name cannot be resolved ({cause.strerror})"
-    else:
-        return None
-    return ConfigurationError(f"Cannot connect to {node}: {hint}.")
+    if code == _NOT_ALLOWED and _NO_SUCH_VHOST.match(words):
+        return f"the vhost does not exist ({printable(words)})"
+    if alert := _CERTIFICATE_ALERT.search(str(cause)):
+        return f"TLS is refused ({alert[1]}); does it ask for another certificate of the client's?"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({cause.verify_message})"
+    return None
 
 
 def close_code(error: BaseException | None) -> int:
@@ -240,30 +281,25 @@ def _innermost(error: BaseException | None) -> BaseException | None:
         error = following
 
 
-# What the other end has against us. With TLS 1.3 it comes when the handshake is over for us, and
-# pika puts it into the text of another error. The connection may break before it is read.
-_TLS_ALERT = re.compile(r"\[SSL: (\w*ALERT\w*)\]")
-
+_PROBABLE = (
+    pika.exceptions.ProbableAuthenticationError,
+    pika.exceptions.ProbableAccessDeniedError,
+)
 
 # During the handshake pika passes on what happened only as the repr of the error, behind the
-# name of what it took it for; a lost connection would read as a wrong password otherwise.
-_REPR = re.compile(r"^(?:Connection|Channel)ClosedByBroker: \((\d+)\) (.*)$", re.DOTALL)
+# name of what it took it for; a lost connection would read as a wrong password otherwise. The
+# text is a literal of Python's; from 1.5 on, host and port come behind it.
+_REPR = re.compile(
+    r"""(?:Connection|Channel)ClosedByBroker: \((\d+)\) ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+)
 
 
 def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
     closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
     if isinstance(cause, closed):
-        return cause.reply_code, printable(cause.reply_text)
-    for text in _texts(cause):
-        if found := _REPR.match(text):
-            return int(found[1]), printable(found[2].strip("'\""))
+        return cause.reply_code, printable(cause.reply_text, 255)
+    if isinstance(cause, _PROBABLE):
+        for argument in cause.args:
+            if found := _REPR.match(str(argument)):
+                return int(found[1]), printable(ast.literal_eval(found[2]), 255)
     return None
-
-
-def _texts(cause: BaseException | None) -> Iterator[str]:
-    probable = (
-        pika.exceptions.ProbableAuthenticationError,
-        pika.exceptions.ProbableAccessDeniedError,
-    )
-    if isinstance(cause, probable):
-        yield from (str(argument) for argument in cause.args)

@@ -30,7 +30,7 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker import Publication
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.sending import blame, nacked, properties, unsendable
@@ -45,6 +45,7 @@ from domain_events.errors import (
 )
 from domain_events.log import Log
 from domain_events.message import Message
+from domain_events.process import check_fork
 from domain_events.text import printable
 from domain_events.topology import Topology
 
@@ -59,7 +60,8 @@ _SUSPICIOUS_SILENCE = 5.0
 
 # Seconds to wait, before each time that a nacked message is sent again.
 _DOUBTS = (0.25, 0.5, 1.0)
-# Seconds for which a nack is believed at once after one that could not be cured.
+# Seconds for which a nack is believed at once after one that could not be cured, and a refusal
+# over which the broker closed the connection.
 _BELIEF = 10.0
 
 # The broker's operator closes connections with this; that is nobody's fault.
@@ -86,6 +88,8 @@ class RabbitPublishing:
         self._writer: Writer
         self._opening: Opening | None = None
         self._may_declare = True
+        self._refusal: DomainEventsError | None = None
+        self._refused_until = 0.0
         self._blocked = ""
         self._forget_channel()
         # How many publications are still to be sent one at a time.
@@ -116,9 +120,12 @@ class RabbitPublishing:
 
     def submit(self, publication: Publication) -> None:
         """Send this behind all before it, as soon as there is room in the window."""
-        if self._link.is_this_thread():
-            # A finalizer, for example: this thread would wait for itself.
-            error = BrokerUnavailable("Nothing can be published from the connection's own thread.")
+        check_fork()
+        if is_io_thread():
+            error = BrokerUnavailable(
+                "Nothing can be published from a connection's own thread, by a finalizer for "
+                "example. The event was not sent."
+            )
             self._finish(publication, error)
             return
         # No lock: a signal handler may publish in the middle of a publish, on the same thread.
@@ -143,6 +150,7 @@ class RabbitPublishing:
 
     def withdraw(self, publication: Publication) -> bool:
         """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
+        check_fork()
         with self._lock:
             if publication.done:
                 return False
@@ -154,11 +162,12 @@ class RabbitPublishing:
 
     def close(self, timeout: float) -> None:
         """Wait for what is under way, then close."""
+        check_fork()
         deadline = time.monotonic() + timeout
         with self._idle:
             self._idle.wait_for(
                 lambda: not any(not p.done for p in self._outstanding()),
-                timeout,
+                0 if is_io_thread() else timeout,
             )
         self._link.close(max(1.0, deadline - time.monotonic()))
         self._woken = False  # whoever comes now is told that it is closed
@@ -199,6 +208,13 @@ class RabbitPublishing:
         connection = self._link.connection
         if connection is None or not connection.is_open or self._opening or self._channel:
             return
+        if self._refusal is not None:
+            if time.monotonic() < self._refused_until:
+                self._fail_all(self._refusal)
+                return
+            if not self._waiting:
+                return
+            self._refusal = None
         guarded = self._link.guarded
 
         def select(channel: Channel) -> None:
@@ -229,6 +245,9 @@ class RabbitPublishing:
 
     def _not_opened(self, error: DomainEventsError, reason: BaseException) -> None:
         self._opening = None
+        if self._link.connection is None:
+            # The broker closed the connection over it: each event that comes would have it do so.
+            self._refusal, self._refused_until = error, time.monotonic() + _BELIEF
         if close_code(reason) == FORBIDDEN and self._may_declare:
             # A publisher that may not configure still publishes to an exchange that exists.
             self._may_declare = False
@@ -297,6 +316,9 @@ class RabbitPublishing:
                 publication.sent = again
                 self._finish(publication, unsendable(message, error))
                 continue
+            except BaseException:  # injected by another thread: nothing is known of this one
+                self._waiting.appendleft(publication)
+                raise
             # Only now, so that the tags stay those that the broker counts.
             publication.sent_at = time.monotonic()
             self._unconfirmed[self._next_tag] = publication

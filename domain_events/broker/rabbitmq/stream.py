@@ -140,6 +140,7 @@ class Stream(AbstractStreamTransport, AbstractStreamProtocol):
 
     def connection_made(self, transport: AbstractStreamTransport) -> None:
         self._transport = transport
+        self._loop.streams.add(self)
         self._above.connection_made(self)
 
     def connection_lost(self, error: BaseException | None) -> None:
