@@ -27,7 +27,7 @@ from domain_events.broker.rabbitmq.stream import Connection
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log
-from domain_events.process import on_fork
+from domain_events.process import check_fork, on_fork
 
 log = Log("domain_events")
 
@@ -149,17 +149,29 @@ class Link:
     def close(self, timeout: float) -> None:
         """Any thread but the I/O thread: close the connection in order, end the thread."""
         with self._lock:
-            self._closing = True
+            begun, self._closing = self._closing, True
             thread, loop = self._thread, self._loop
         if thread is None or loop is None:
             return
-        loop.soon(self.guarded(self._shut_down))
+        if not begun:  # a second time would break off the first
+            loop.soon(self.guarded(self._shut_down))
         thread.join(timeout)
         if thread.is_alive():
             log.warning(
                 "The %s connection did not close in %.0f s; it is broken off.", self._role, timeout
             )
             loop.soon(self.guarded(self.cut))
+
+    def close_soon(self) -> bool:
+        """Any thread, also in a finalizer: close without waiting. False: nothing was open."""
+        check_fork()
+        with self._lock:
+            thread, loop = self._thread, self._loop
+            if self._closing or thread is None or loop is None or not thread.is_alive():
+                return False
+            self._closing = True
+        loop.soon(self.guarded(self._shut_down))
+        return True
 
     # --- everything below runs on the I/O thread ---------------------------------------------
 

@@ -71,8 +71,9 @@ class Opening:
         channel.close()
 
     def _open(self) -> None:
-        self._wait_for_an_answer()
+        # This first: it raises when the connection has no channel left, and nothing is awaited.
         self._connection.channel(on_open_callback=self._link.guarded(self._opened))
+        self._wait_for_an_answer()
 
     def _opened(self, channel: Channel) -> None:
         channel.add_on_close_callback(self._link.guarded(self._on_close))
