@@ -15,7 +15,7 @@ from typing import Any
 
 from domain_events import message as messages
 from domain_events import settings, topology
-from domain_events.broker import Browser, Consuming, Publishing, connect
+from domain_events.broker import Browser, Consuming, Publishing, close_dropped, connect
 from domain_events.errors import (
     DomainEventsError,
     EventUnroutable,
@@ -176,6 +176,11 @@ class DeadLetters:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __del__(self, close_dropped: Callable[..., None] = close_dropped) -> None:
+        # Without it, the connections and their threads would stay for ever.
+        connections = (getattr(self, name, None) for name in ("_consuming", "_publishing"))
+        close_dropped(self, *connections)
 
     def _all(self, action: Callable[[DeadLetter], None]) -> int:
         number = 0
