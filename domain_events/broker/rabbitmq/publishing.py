@@ -314,25 +314,26 @@ class RabbitPublishing:
             self._open_main()
             return
         most, in_flight, channel = self._most_in_flight(), main.in_flight, main.channel
+        waiting, lock, send, now = self._waiting, self._lock, main.send, time.monotonic()
         try:
             # The window, spelled out: a call for each event is measurable.
             while (
-                self._waiting
+                waiting
                 and len(in_flight) < most
                 and main.bytes < _MOST_BYTES_IN_FLIGHT
                 and channel.is_open
             ):
-                with self._lock:
-                    if not self._waiting:
+                with lock:
+                    if not waiting:
                         break  # it was withdrawn just now
-                    publication = self._waiting.popleft()
+                    publication = waiting.popleft()
                     if publication.done:
                         continue
                     again = publication.sent
                     publication.sent = True
                     message = publication.message
                 try:
-                    main.send(publication, message)
+                    send(publication, message, now)
                 except Exception as error:  # noqa: BLE001 - whatever there is against this one
                     # It could not be put into frames; nothing of it was sent, nor will be.
                     publication.sent = again
@@ -443,7 +444,7 @@ class RabbitPublishing:
                 message = publication.message
                 withdrawn = publication.done
             if not withdrawn:
-                sender.send(publication, message)  # it has been put into frames before
+                sender.send(publication, message, now)  # it has been put into frames before
         sender.flush()
         self._close_answered()
         self._retry_later()

@@ -6,7 +6,6 @@ Everything here belongs to the I/O thread.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -102,9 +101,10 @@ class Sender:
         # pika requires a callback for confirms; `hear_confirms` intercepts them before it.
         channel.confirm_delivery(lambda _frame: None, callback=self._guarded(ready))
 
-    def send(self, publication: Publication, message: Message) -> None:
+    def send(self, publication: Publication, message: Message, now: float) -> None:
         """Send the message, at the latest with `flush`.
 
+        :param now: the time, which is the same for many.
         :raises Exception: it cannot be put into frames; nothing of it was sent.
         """
         frames = self._writer.frames(message)
@@ -119,7 +119,7 @@ class Sender:
         else:
             self._stream.put(frames)
         # Only now, so that the tags stay those that the broker counts.
-        publication.sent_at = time.monotonic()
+        publication.sent_at = now
         self.in_flight[self._next_tag] = publication
         self._next_tag += 1
         self.bytes += publication.size
