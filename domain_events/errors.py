@@ -38,6 +38,15 @@ class DomainEventsError(Exception):
     #: What ``publish_many`` had taken and not seen confirmed when it raised this, oldest first.
     unconfirmed: Sequence[DomainEvent] = ()
 
+    #: Those of ``unconfirmed`` that may be stored, in a queue at least; the others surely are not.
+    perhaps: Sequence[DomainEvent] = ()
+
+    #: How many events ``publish_many`` had read from its iterable; the rest it has not taken.
+    taken: int = 0
+
+    #: How many of them are confirmed: all but the ``unconfirmed``.
+    published: int = 0
+
 
 class InvalidEvent(DomainEventsError):
     """The event cannot be an event: data that is not JSON, a bad routing key, too large."""

@@ -6,23 +6,25 @@ Knows deadlines and windows; how messages travel is the broker's.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 from uuid import UUID
 
 from domain_events import message as messages
 from domain_events import settings, topology
-from domain_events.broker import Publication, Publishing, connect
+from domain_events.broker import Publication, Publishing, close_dropped, connect
 from domain_events.checks import seconds
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
     DomainEventsError,
     EventNotConfirmed,
+    EventRejected,
     InvalidEvent,
 )
 from domain_events.events import DomainEvent
@@ -39,12 +41,21 @@ _MOST_BYTES_UNDER_WAY = 32 * 2**20
 # How long `close` waits for the confirms of what is under way.
 _CLOSE_TIMEOUT = 10.0
 
+# After these, at least one queue may have the event.
+_PERHAPS_STORED = (EventNotConfirmed, EventRejected)
+# Stands for the error of an event that was not waited for.
+_GIVEN_UP = EventNotConfirmed("It was not waited for.")
+
 
 class Publisher:
     """Publishes domain events on a connection of its own, kept open; each one is confirmed.
 
     Made without any I/O; the connection comes with the first event. Safe from any thread, in
     the child of a fork, and after hours of idling. May be used as a context manager.
+
+    When the broker refuses an event (a queue may be at its length limit), it is sent again three
+    times within two seconds, for in a cluster that may be an election; `publish` waits for that,
+    and raises `EventRejected` if it did not help. Other threads' events go on meanwhile.
 
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
     :param exchange: where to publish. It is declared, if this user may.
@@ -66,6 +77,7 @@ class Publisher:
         self._exchange = topology.check_name(exchange, "exchange")
         self._exchange_type = topology.check_exchange_type(exchange_type)
         self._timeout = _checked_timeout(timeout)
+        self._closed = False
         self._publishing = self._connect(self._urls)
         # In a test that has replaced the broker: by what, and the connection to it.
         self._replaced: tuple[tuple[str, ...] | None, Publishing | None] = (None, None)
@@ -88,16 +100,17 @@ class Publisher:
         :raises ConfigurationError: wrong password, host, vhost or permissions.
         :raises TopologyError: the exchange exists with another type, or cannot be declared.
         """
-        message = self._message(event, mandatory)
-        publishing = self._connection()
-        if publishing is not None:
-            seconds = self._timeout if timeout is None else _checked_timeout(timeout)
-            try:
+        seconds = self._timeout if timeout is None else _checked_timeout(timeout)
+        try:
+            message = self._message(event, mandatory)
+            publishing = self._connection()
+            if publishing is not None:
                 confirmed(publishing, message, seconds)
-            except DomainEventsError as error:
-                error.event = event
-                error.unconfirmed = (event,)
-                raise
+        except DomainEventsError as error:
+            error.event, error.taken = event, 1
+            error.unconfirmed = (event,)
+            error.perhaps = (event,) if isinstance(error, _PERHAPS_STORED) else ()
+            raise
         return event
 
     def publish_many(
@@ -110,36 +123,57 @@ class Publisher:
         """Publish all the events, many under way at a time, and wait for every confirm.
 
         The iterable is read as far as the window allows, so it may be long. At the first error
-        it is read no further, and what is under way is waited for; the error raised then has in
-        ``unconfirmed`` every event that was taken and is not confirmed.
+        it is read no further, and what is under way is waited for. After any error its attributes
+        say what became of the events (see `DomainEventsError`): how many were ``taken`` from the
+        iterable and how many of these ``published``; which are ``unconfirmed``, and which of those
+        are ``perhaps`` stored. An exception of the iterable's own has them too, and so has
+        KeyboardInterrupt, which waits for no confirm.
 
-        :param timeout: seconds until the deadline of each event, from when it was taken.
+        :param timeout: seconds without any confirm after which it is given up; however long all
+            of it takes, as long as confirms come.
         :return: how many were published.
+        :raises TypeError: something in the iterable is not a `DomainEvent`.
         :raises DomainEventsError: as `publish` does, for the first event that failed.
         """
         seconds = self._timeout if timeout is None else _checked_timeout(timeout)
-        publishing = self._connection()
-        if publishing is None:
-            return len([self._message(event, mandatory) for event in events])
-        batch = _Batch(publishing, seconds)
+        batch = _Batch(self._connection(), seconds)
         try:
-            for event in events:
-                try:
-                    message = self._message(event, mandatory)
-                except InvalidEvent as error:
-                    batch.fail(event, error)
-                    break
-                if not batch.add(event, message):
-                    break
-        finally:
-            # Also when the iterable itself raised: what was taken is not left behind.
+            try:
+                for event in events:
+                    batch.current = event
+                    try:
+                        message = self._message(event, mandatory)
+                    except (InvalidEvent, TypeError) as error:
+                        batch.refuse(event, error)
+                        break
+                    if not batch.add(event, message):
+                        break
+            except Exception:
+                if batch.current is None:
+                    batch.wait()  # it is the iterable's own
+                raise
             batch.wait()
+        except BaseException as error:
+            # Else it is Ctrl-C, or a signal handler that raises: not waited for.
+            batch.give_up()
+            batch.describe(error)
+            raise
         return batch.result()
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """Wait for what is under way in other threads, then close the connection."""
+        """Wait for what is under way in other threads, then close the connection, for good.
+
+        What is published from now on is refused. When nothing is under way it takes no time.
+
+        :param timeout: seconds after which what is not confirmed is an error.
+        """
+        self._closed = True
         if self._publishing is not None:
             self._publishing.close(timeout)
+
+    def __del__(self, close_dropped: Callable[..., None] = close_dropped) -> None:
+        # Without it, the connection and its thread would stay for ever.
+        close_dropped(self, getattr(self, "_publishing", None))
 
     def __enter__(self) -> Publisher:
         return self
@@ -159,6 +193,9 @@ class Publisher:
         return connect(urls).publishing(declare, "publisher")
 
     def _connection(self) -> Publishing | None:
+        check_fork()
+        if self._closed:
+            raise BrokerUnavailable("This Publisher was closed; make a new one.")
         urls = settings.replaced(self._urls)
         if urls == self._urls:
             return self._publishing
@@ -180,17 +217,23 @@ class _Batch:
     """The events of one `publish_many`, and the window through which they go.
 
     The caller's thread owns everything but what ``_lock`` guards, with which the I/O thread
-    tells it that there is room again.
+    wakes it when there is room again.
+
+    :param publishing: None publishes nothing.
     """
 
-    def __init__(self, publishing: Publishing, timeout: float) -> None:
+    def __init__(self, publishing: Publishing | None, timeout: float) -> None:
         self._publishing = publishing
         self._timeout = timeout
-        # Taken and not yet counted, oldest first: publication, event, deadline.
+        # Taken and not yet counted, oldest first: publication, event, when it was taken.
         self._under_way: deque[tuple[Publication, DomainEvent, float]] = deque()
         self._bytes = 0
+        #: The last one taken, until it is under way; None while the iterable is read.
+        self.current: DomainEvent | None = None
         self._count = 0
-        self._failures: list[tuple[DomainEvent, DomainEventsError]] = []
+        self._unconfirmed: list[DomainEvent] = []
+        self._perhaps: list[DomainEvent] = []
+        self._error: Exception | None = None  # of the first event that failed
         # The lock itself where nobody waits: a condition's way to it is longer. Re-entrant, since
         # a signal handler may publish, fail, and with it all that waits.
         self._lock = threading.RLock()
@@ -198,42 +241,84 @@ class _Batch:
         self._open = 0
         self._wake_at = 0
         self._failed = False
+        self._answered_at = 0.0
 
     def add(self, event: DomainEvent, message: Message) -> bool:
         """Take one event, once there is room for it. False: take no more, something failed."""
+        publishing = self._publishing
+        if publishing is None:
+            self._count += 1
+            self.current = None
+            return True
         publication = Publication(message, self._done)
-        self._under_way.append((publication, event, time.monotonic() + self._timeout))
-        self._bytes += len(message.body)
+        self._under_way.append((publication, event, time.monotonic()))
+        self.current = None
+        self._bytes += publication.size
         with self._lock:
             self._open += 1
-        self._publishing.submit(publication)
+        publishing.submit(publication)
         if len(self._under_way) >= _MOST_UNDER_WAY or self._bytes >= _MOST_BYTES_UNDER_WAY:
             # Down to a half before the next is taken: changing threads for each one is dear.
             self._wait_until_under_way(len(self._under_way) // 2)
         return not self._failed
 
-    def fail(self, event: DomainEvent, error: DomainEventsError) -> None:
-        """An event that could not even be taken."""
-        self._wait_until_under_way(0)
-        self._failures.append((event, error))
+    def refuse(self, event: DomainEvent, error: InvalidEvent | TypeError) -> None:
+        """An event that cannot be sent, or something that is not an event."""
+        self.wait()
+        error.args = (f"Item {self._taken} (counted from 0): {error}",)
+        self._fail(event, error, perhaps=False)
+        self.current = None
 
     def wait(self) -> None:
-        """Wait until the fate of all is known; each has its deadline."""
+        """Wait until the fate of all is known, or no confirm comes any more."""
         self._wait_until_under_way(0)
+
+    def give_up(self) -> None:
+        """Wait for none of them any more."""
+        for publication, _, _ in self._under_way:
+            if self._withdraw(publication):
+                publication.error = _GIVEN_UP
+        self._count_done()
+        if self.current is not None:
+            self._fail(self.current, _GIVEN_UP, perhaps=False)
+            self.current = None
 
     def result(self) -> int:
         """How many were published, if all were; else the first error."""
-        if self._failures:
-            event, error = self._failures[0]
-            error.event = event
-            error.unconfirmed = [event for event, _ in self._failures]
+        if self._error is None:
+            return self._count
+        error, self._error = self._error, None
+        self.describe(error)
+        try:
             raise error
-        return self._count
+        finally:
+            del error  # this frame is in its traceback
+
+    def describe(self, error: BaseException) -> None:
+        """Say in attributes of the error, and in a note, what became of the events."""
+        note = (
+            f"publish_many: {self._taken:,} events taken, {self._count:,} of them published, "
+            f"{len(self._unconfirmed):,} unconfirmed, {len(self._perhaps):,} of these perhaps "
+            "stored; see the attributes taken, published, unconfirmed and perhaps."
+        )
+        if self._error is not None:
+            _chain(error, self._error)
+            note += f" Before this: {type(self._error).__name__}: {self._error}"
+        said: Any = error
+        with contextlib.suppress(Exception):  # whatever an exception of others has against it
+            said.taken, said.published = self._taken, self._count
+            said.unconfirmed, said.perhaps = self._unconfirmed, self._perhaps
+            said.add_note(note)  # from Python 3.11 on
+
+    @property
+    def _taken(self) -> int:
+        return self._count + len(self._unconfirmed) + len(self._under_way)
 
     def _done(self, publication: Publication) -> None:
         """On the I/O thread: one more is done."""
         with self._lock:
             self._open -= 1
+            self._answered_at = time.monotonic()
             self._failed = self._failed or publication.error is not None
             if self._failed or self._open <= self._wake_at:
                 self._moved.notify()
@@ -243,26 +328,64 @@ class _Batch:
             self._count_done()
             if len(self._under_way) <= most or (most and self._failed):
                 return
-            oldest, _, deadline = self._under_way[0]
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                if self._publishing.withdraw(oldest):
-                    oldest.error = _overdue(self._publishing, oldest, self._timeout)
-                    self._done(oldest)
-                continue
+            oldest, _, taken_at = self._under_way[0]
             with self._moved:
-                self._wake_at = most
-                if not oldest.done:
-                    self._moved.wait(remaining)
+                silent_since = max(taken_at, self._answered_at)
+                remaining = silent_since + self._timeout - time.monotonic()
+                if remaining > 0:
+                    self._wake_at = most
+                    if not oldest.done:
+                        self._moved.wait(remaining)
+                    continue
+            self._end_in_silence(silent_since)
+
+    def _end_in_silence(self, since: float) -> None:
+        """No confirm came in time: give up all that is under way."""
+        assert self._publishing is not None
+        why = _why(self._publishing, self._under_way[0][0])
+        withdrawn = [each for each, _, _ in self._under_way if self._withdraw(each)]
+        sent = sum(each.sent for each in withdrawn)
+        unsent = len(withdrawn) - sent
+        others = sum(each.error is None for each, _, _ in self._under_way) - len(withdrawn)
+        text = (
+            f"No confirm for {time.monotonic() - since:.1f} s, with a timeout of "
+            f"{self._timeout:g} s ({why}). Of {self._taken:,} events taken, "
+            f"{self._count + others:,} are confirmed, {sent:,} were sent and may be stored (the "
+            f"error's .perhaps), {unsent:,} were not sent. Publish the same ones again (its "
+            ".unconfirmed), so that subscribers can tell by their ids."
+        )
+        error = EventNotConfirmed(text) if sent else BrokerUnavailable(text)
+        for each in withdrawn:
+            each.error = error
+        self._count_done()
+
+    def _withdraw(self, publication: Publication) -> bool:
+        assert self._publishing is not None
+        if not self._publishing.withdraw(publication):
+            return False
+        with self._lock:
+            self._open -= 1
+            self._failed = True
+        return True
 
     def _count_done(self) -> None:
         while self._under_way and self._under_way[0][0].done:
             publication, event, _ = self._under_way.popleft()
-            self._bytes -= len(publication.message.body)
-            if publication.error is None:
+            self._bytes -= publication.size
+            error = publication.error
+            if error is None:
                 self._count += 1
             else:
-                self._failures.append((event, publication.error))
+                self._fail(event, error, isinstance(error, _PERHAPS_STORED) and publication.sent)
+
+    def _fail(self, event: DomainEvent, error: Exception, perhaps: bool) -> None:
+        if self._error is None and error is not _GIVEN_UP:
+            self._error = error
+            if isinstance(error, DomainEventsError):
+                error.event = event
+        self._unconfirmed.append(event)
+        if perhaps:
+            self._perhaps.append(event)
 
 
 def confirmed(publishing: Publishing, message: Message, timeout: float) -> None:
@@ -281,18 +404,41 @@ def confirmed(publishing: Publishing, message: Message, timeout: float) -> None:
         raise
     if not in_time and publishing.withdraw(publication):
         raise _overdue(publishing, publication, timeout)
-    if publication.error is not None:
-        raise publication.error
+    error = publication.error
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error, publication  # this frame is in its traceback
 
 
 def _overdue(publishing: Publishing, publication: Publication, timeout: float) -> DomainEventsError:
-    why = publishing.trouble or "the broker has not answered"
+    why = _why(publishing, publication)
     if publication.sent:
         return EventNotConfirmed(
             f"No confirm within {timeout:g} s ({why}). The broker may have the event: publish "
             "the same one again (the error's .event), so that subscribers can tell by its id."
         )
     return BrokerUnavailable(f"No broker within {timeout:g} s ({why}). The event was not sent.")
+
+
+def _why(publishing: Publishing, publication: Publication) -> str:
+    """Why it is not confirmed yet."""
+    if publishing.trouble:
+        return publishing.trouble
+    if publication.nacks:
+        return "the broker refuses it so far; a queue may be at its length limit"
+    return "the broker has not answered"
+
+
+def _chain(error: BaseException, earlier: BaseException) -> None:
+    """Have ``earlier`` shown in the traceback of ``error``, as what happened before all else."""
+    seen = {id(earlier)}
+    while error.__context__ is not None and id(error) not in seen:
+        seen.add(id(error))
+        error = error.__context__
+    if id(error) not in seen:
+        error.__context__ = earlier
 
 
 def _checked_timeout(timeout: float) -> float:

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from domain_events import settings, topology
-from domain_events.broker import Consuming, Publishing, connect
+from domain_events.broker import Consuming, Publishing, close_dropped, connect
 from domain_events.checks import seconds, whole_number
-from domain_events.errors import ConfigurationError
+from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = Log("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
+Result = TypeVar("Result")
 
 # How long stopping may take: what is not confirmed yet, and closing.
 _MOVE_TIMEOUT = 10.0
@@ -82,7 +83,7 @@ class Subscriber:
         self._connected_to = self._urls
         self._consuming: Consuming | None = None
         self._publishing: Publishing | None = None
-        self._moves = Moves(self._publishing_connection)
+        self._moves = Moves(_weakly(self._publishing_connection, _dropped))
         self._run: Run | None = None
         self._stop_at_start = False
         _subscribers.add(self)
@@ -325,6 +326,11 @@ class Subscriber:
     ) -> None:
         self.close()
 
+    def __del__(self, close_dropped: Callable[..., None] = close_dropped) -> None:
+        # Without it, the connections and their threads would stay for ever.
+        connections = (getattr(self, name, None) for name in ("_consuming", "_publishing"))
+        close_dropped(self, *connections)
+
     def _warn_of_sharing(self, new: Subscription) -> None:
         """Of another Subscriber of this process with this name that is not the same subscriber."""
         name = new.options.name
@@ -355,7 +361,8 @@ class Subscriber:
         with self._lock:
             if self._consuming is None:
                 assert self._broker is not None
-                self._consuming = self._broker.consuming("subscriber", self._on_failure)
+                on_failure = _weakly(self._on_failure, lambda: None)
+                self._consuming = self._broker.consuming("subscriber", on_failure)
             return self._consuming
 
     def _publishing_connection(self) -> Publishing:
@@ -370,6 +377,22 @@ class Subscriber:
         run = self._run
         if run is not None:
             run.stop()
+
+
+def _weakly(
+    method: Callable[[], Result], when_dropped: Callable[[], Result]
+) -> Callable[[], Result]:
+    """The method, for an I/O thread, which must not keep the method's object alive."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> Result:
+        return (weak() or when_dropped)()
+
+    return call
+
+
+def _dropped() -> Publishing:
+    raise BrokerUnavailable("The Subscriber was dropped, and its connections closed.")
 
 
 def _is_same(one: Subscription, other: Subscription) -> bool:

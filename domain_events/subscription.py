@@ -36,6 +36,7 @@ from domain_events.events import DomainEvent
 from domain_events.log import Log
 from domain_events.message import Delivery, GivenUp, Message
 from domain_events.options import Options
+from domain_events.process import check_fork
 from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
 from domain_events.text import printable
 from domain_events.topology import Topology
@@ -485,6 +486,7 @@ class Moves:
 
     def _leave_to_parent(self) -> None:
         # What was on its way when this process was forked is its parent's.
+        check_fork()
         if self._pid != os.getpid():
             self._reset()
 

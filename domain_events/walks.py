@@ -19,12 +19,19 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
 from domain_events import settings, topology
-from domain_events.broker import Browser, Consuming, Publication, Publishing, connect
+from domain_events.broker import (
+    Browser,
+    Consuming,
+    Publication,
+    Publishing,
+    close_dropped,
+    connect,
+)
 from domain_events.broker.refusals import Taken
 from domain_events.checks import seconds
 from domain_events.errors import (
@@ -35,6 +42,7 @@ from domain_events.errors import (
 )
 from domain_events.log import Log
 from domain_events.message import Delivery, Message
+from domain_events.process import check_fork
 from domain_events.publisher import confirmed
 from domain_events.settings import ConnectionSettings
 
@@ -120,6 +128,11 @@ class Walks:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __del__(self, close_dropped: Callable[..., None] = close_dropped) -> None:
+        # Without it, the connections and their threads would stay for ever.
+        connections = (getattr(self, name, None) for name in ("_consuming", "_publishing"))
+        close_dropped(self, *connections)
 
     def _anew(self, delivery: Delivery) -> Message:
         """The message that puts the same into the queue once more."""
@@ -261,6 +274,7 @@ class Walks:
 
     def _connection(self) -> Consuming | None:
         """The connection to look with; None when everything is switched off."""
+        check_fork()
         if self._closed:
             raise RuntimeError(
                 f"{self._what} were closed here; make another {type(self).__name__} to look again."

@@ -529,8 +529,8 @@ def test_abandoned_link_closes_in_order(bench: Bench) -> None:
         thread = link._thread
         assert thread is not None
         begun = time.monotonic()
-        link.abandon()
-        link.abandon()
+        link.close_soon()
+        link.close_soon()
         assert time.monotonic() - begun < 0.5
         thread.join(30)
         assert not thread.is_alive()

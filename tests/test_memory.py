@@ -152,7 +152,7 @@ def test_closed_connections_say_so(url: str) -> None:
     """As with RabbitMQ, after `close` nothing is sent."""
     publisher = Publisher(url)
     publisher.close()
-    with pytest.raises(BrokerUnavailable, match="closed by this program"):
+    with pytest.raises(BrokerUnavailable, match="This Publisher was closed"):
         publisher.publish(DomainEvent("a", None))
 
 

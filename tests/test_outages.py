@@ -367,7 +367,7 @@ def test_publisher_that_was_closed_while_blocked_says_so(
         late.start()  # for which `close` waits as long as it may
         publisher.close(timeout=1)
         begun = time.monotonic()
-        with pytest.raises(BrokerUnavailable, match="closed by this program"):
+        with pytest.raises(BrokerUnavailable, match="This Publisher was closed"):
             publisher.publish(DomainEvent("n.n"), timeout=30)
         assert time.monotonic() - begun < 5
         late.join(10)

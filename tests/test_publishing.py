@@ -6,6 +6,8 @@ What they promise on every broker is in conformance/test_publishing.py.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sys
 import threading
@@ -28,6 +30,8 @@ from domain_events import (
     BrokerUnavailable,
     ConfigurationError,
     DomainEvent,
+    DomainEventsError,
+    EventNotConfirmed,
     EventRejected,
     InvalidEvent,
     Publisher,
@@ -259,16 +263,171 @@ def test_wrong_use_is_told_at_once(broker_url: str) -> None:
             publisher.publish(DomainEvent("user.registered", {}), timeout=-1)
 
 
-def test_close_does_not_wait_for_what_was_given_up(
-    names: Names, unused_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A publish that ended in an error is not under way."""
-    publisher = Publisher(f"amqp://guest:guest@127.0.0.1:{unused_port}/%2F", timeout=0.3)
-    with pytest.raises(BrokerUnavailable):
-        publisher.publish(DomainEvent("n.n", {}))
+def given_up(publisher: Publisher) -> None:
+    with pytest.raises(DomainEventsError):
+        publisher.publish(DomainEvent("n.n", {}), timeout=0.3)
+
+
+def closed_within(publisher: Publisher, seconds: float) -> None:
     begun = time.monotonic()
     publisher.close(timeout=20)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < seconds
+    with pytest.raises(BrokerUnavailable, match="This Publisher was closed; make a new one"):
+        publisher.publish(DomainEvent("n.n", {}))
+    with pytest.raises(BrokerUnavailable, match="This Publisher was closed; make a new one"):
+        publisher.publish_many([])
+
+
+def test_close_does_not_wait_for_what_was_given_up(unused_port: int) -> None:
+    """A publish that ended in an error is not under way. To close twice takes no longer."""
+    publisher = Publisher(f"amqp://guest:guest@127.0.0.1:{unused_port}/%2F")
+    given_up(publisher)
+    with pytest.raises(DomainEventsError):
+        publisher.publish_many((DomainEvent("n.n", n) for n in range(3000)), timeout=0.3)
+    closed_within(publisher, 3)
+    closed_within(publisher, 0.5)
+
+
+def test_close_does_not_wait_for_a_blocked_broker(killable_node: Node, unique: str) -> None:
+    """What it does not take was given up; and it cannot be told goodbye."""
+    publisher = Publisher(killable_node.url, unique)
+    publisher.publish(DomainEvent("n.n", {}), timeout=30)
+    killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        given_up(publisher)
+        wait_until(lambda: "blocks" in publisher._publishing.trouble)  # type: ignore[union-attr]
+        with pytest.raises(BrokerUnavailable):
+            publisher.publish_many((DomainEvent("n.n", n) for n in range(3000)), timeout=0.3)
+        closed_within(publisher, 1.5)
+    finally:
+        killable_node.ctl("set_vm_memory_high_watermark", "0.6")
+
+
+def test_close_does_not_wait_for_a_closed_window(
+    killable_node: Node, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the window's one event was sent; all were given up, and the broker is silent."""
+    monkeypatch.setattr("domain_events.broker.rabbitmq.publishing._MOST_IN_FLIGHT", 1)
+    publisher = Publisher(killable_node.url, unique)
+    publisher.publish(DomainEvent("n.n", {}), timeout=30)
+    killable_node.pause()
+    try:
+        with pytest.raises(EventNotConfirmed):
+            publisher.publish_many((DomainEvent("n.n", n) for n in range(50)), timeout=0.3)
+        given_up(publisher)
+        closed_within(publisher, 8)  # the silent one is given two seconds to answer the goodbye
+    finally:
+        killable_node.resume()
+
+
+def test_close_while_others_publish_is_bounded(broker_url: str, exchange: str, queue: str) -> None:
+    """What is under way is published, what comes later is refused; each caller knows which."""
+    publisher = Publisher(broker_url, exchange)
+    published: list[int] = []
+    refused: list[DomainEventsError] = []
+
+    def singly() -> None:
+        try:
+            while True:
+                publisher.publish(DomainEvent("n.n", {}))
+                published.append(1)
+        except DomainEventsError as error:
+            refused.append(error)
+
+    def in_a_batch() -> None:
+        try:
+            publisher.publish_many(DomainEvent("n.n", n) for n in range(10**7))
+        except DomainEventsError as error:
+            published.extend([1] * error.published)
+            refused.append(error)
+
+    threads = [threading.Thread(target=singly) for _ in range(8)]
+    threads += [threading.Thread(target=in_a_batch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(published) > 10, timeout=60)
+    closers = [threading.Thread(target=publisher.close) for _ in range(3)]
+    begun = time.monotonic()
+    for closer in closers:
+        closer.start()
+    for thread in (*closers, *threads):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert time.monotonic() - begun < 8
+    assert len(refused) == len(threads)
+    assert not [error for error in refused if "closed" not in str(error).lower()]
+    assert not [error for error in refused if error.perhaps]
+    assert onlooker.count(broker_url, queue) == len(published)
+
+
+def test_close_in_a_finalizer_on_the_connections_own_thread(broker_url: str) -> None:
+    """It cannot wait for itself; the connection is closed soon after."""
+    publisher = Publisher(broker_url)
+    publisher.publish(DomainEvent("nobody.listens", {}))
+    closed: list[float] = []
+
+    def close() -> None:
+        begun = time.monotonic()
+        publisher.close()
+        closed.append(time.monotonic() - begun)
+
+    link = publisher._publishing._link  # type: ignore[union-attr]
+    thread = link._thread
+    link.wake(close)
+    wait_until(lambda: closed)
+    assert closed[0] < 5
+    wait_until(lambda: not thread.is_alive())
+    closed_within(publisher, 1)
+
+
+def test_close_in_a_signal_handler_in_the_middle_of_a_publish(
+    killable_node: Node, unique: str
+) -> None:
+    """The interrupted publish waits for a silent broker, and close for it, as long as it may."""
+    publisher = Publisher(killable_node.url, unique)
+    publisher.publish(DomainEvent("n.n", {}), timeout=30)
+    main = threading.main_thread().ident
+    assert main is not None
+    before = signal.signal(signal.SIGUSR2, lambda *_: publisher.close(timeout=0.5))
+    killable_node.pause()
+    timer = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGUSR2))
+    timer.start()
+    begun = time.monotonic()
+    try:
+        with pytest.raises(EventNotConfirmed, match="Closed before"):
+            publisher.publish(DomainEvent("n.n", {}), timeout=60)
+    finally:
+        killable_node.resume()
+        signal.signal(signal.SIGUSR2, before)
+        timer.join()
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_closed_publisher_stays_closed_in_a_forked_child(
+    broker_url: str, unique: str, embedded: bool
+) -> None:
+    """It says so there too, on every kind of broker."""
+    publisher = Publisher(f"memory://{unique}" if embedded else broker_url)
+    publisher.publish(DomainEvent("nobody.listens", {}))
+    publisher.close()
+    closed_within(publisher, 1)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            try:
+                publisher.publish(DomainEvent("nobody.listens", {}), timeout=5)
+                said = "published"
+            except BrokerUnavailable as error:
+                said = str(error)
+            os.write(writer, said.encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        assert lines.read() == "This Publisher was closed; make a new one."
+    os.waitpid(pid, 0)
 
 
 def test_listener_that_hangs_up_may_be_a_proxy_before_its_broker(names: Names) -> None:

@@ -12,8 +12,10 @@ After a fork the child has connections that are as new; what was under way belon
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -32,10 +34,21 @@ class Publication:
     called.
     """
 
-    __slots__ = ("done", "error", "message", "nacks", "on_done", "sent", "sent_at", "strikes")
+    __slots__ = (
+        "done",
+        "error",
+        "message",
+        "nacks",
+        "on_done",
+        "sent",
+        "sent_at",
+        "size",
+        "strikes",
+    )
 
     def __init__(self, message: Message, on_done: Callable[[Publication], None]) -> None:
         self.message = message
+        self.size = len(message.body)
         self.on_done = on_done
         self.done = False
         self.error: DomainEventsError | None = None
@@ -43,6 +56,18 @@ class Publication:
         self.sent_at = 0.0
         self.nacks = 0  # how often the broker refused it
         self.strikes = 0  # how often the broker closed the channel over this one
+
+    def let_go(self) -> None:
+        """Nobody waits for it any more: keep what a confirm needs, and no body, no callback.
+
+        It may still be in flight, and stay so for as long as a broker is silent.
+        """
+        self.message = replace(self.message, body=b"")
+        self.on_done = _ignore
+
+
+def _ignore(_publication: Publication) -> None:
+    """The callback of a publication that nobody waits for."""
 
 
 class Publishing(Protocol):
@@ -63,7 +88,10 @@ class Publishing(Protocol):
         """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
 
     def close(self, timeout: float) -> None:
-        """Wait for what is under way, then close. Ends in about ``timeout`` seconds."""
+        """Take no more, wait for what is under way, then close, in about ``timeout`` seconds."""
+
+    def close_soon(self) -> bool:
+        """Close without waiting; may be called by a finalizer. False: nothing was open."""
 
 
 class Settlement(Enum):
@@ -167,6 +195,28 @@ class Consuming(Protocol):
 
     def close(self, timeout: float) -> None:
         """Tell the broker all that was settled, then close. Ends in about ``timeout`` seconds."""
+
+    def close_soon(self) -> bool:
+        """Close without waiting; may be called by a finalizer. False: nothing was open."""
+
+
+def close_dropped(owner: object, *connections: Publishing | Consuming | None) -> None:
+    """What a finalizer does for connections that ``owner`` was dropped with: close, and warn.
+
+    At the interpreter's end nothing is done: whoever keeps a connection that long may.
+    """
+    if sys.is_finalizing():
+        return
+    # All of them, before a warning that may be an exception.
+    closed = [each.close_soon() for each in connections if each is not None]
+    if any(closed):
+        warnings.warn(
+            f"unclosed {owner!r}: it was dropped with an open connection. Call its close(), or "
+            "use it in a with statement.",
+            ResourceWarning,
+            stacklevel=3,
+            source=owner,
+        )
 
 
 class Broker(Protocol):

@@ -90,8 +90,9 @@ def _no_confirms() -> None:
     def pump_and_forget(pump: Any) -> Any:
         def broken(self: Any) -> None:
             pump(self)
-            for publication in list(self._unconfirmed.values()):
-                self._finish(publication, None)
+            for sender in self._senders():
+                for publication in list(sender.in_flight.values()):
+                    self._finish(publication, None)
 
         return broken
 

@@ -10,8 +10,7 @@ import threading
 from collections.abc import Callable
 
 _CHUNK = 65_536
-# A slow wire passes so many bytes at a time, and then rests.
-_SLOW_CHUNK = 2_048
+# A slow wire rests for so many seconds after each piece.
 _SLOW_PAUSE = 0.02
 
 
@@ -26,7 +25,8 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
-        self._slow = False
+        # Bytes a second, towards the broker and back; 0: as they come.
+        self._rates = (0, 0)
         self._pairs: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -44,15 +44,15 @@ class Proxy:
         """Pass nothing, in either direction, and keep it."""
         self._call(self._flowing.clear)
 
-    def slow(self) -> None:
-        """Pass about 100 kB a second on each connection."""
-        self._call(lambda: setattr(self, "_slow", True))
+    def slow(self, rate: int = 100_000, back: int = 100_000) -> None:
+        """Pass about so many bytes a second on each connection, towards the broker and back."""
+        self._call(lambda: setattr(self, "_rates", (rate, back)))
 
     def flow(self) -> None:
         """Be a good wire again."""
 
         def flow() -> None:
-            self._slow = False
+            self._rates = (0, 0)
             self._flowing.set()
 
         self._call(flow)
@@ -141,11 +141,13 @@ class Proxy:
             await self._flowing.wait()
             if pair.lost_server:
                 continue
-            step = _SLOW_CHUNK if self._slow else len(data)
-            for begin in range(0, len(data), step):
-                writer.write(data[begin : begin + step])
+            while data:
+                rate = self._rates[writer is pair.to_client]
+                step = max(1, int(rate * _SLOW_PAUSE)) if rate else len(data)
+                writer.write(data[:step])
                 await writer.drain()
-                if self._slow:
+                data = data[step:]
+                if rate:
                     await asyncio.sleep(_SLOW_PAUSE)
         if not pair.lost_server:
             pair.cut()

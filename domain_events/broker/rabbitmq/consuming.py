@@ -113,6 +113,10 @@ class RabbitConsuming:
         self._link.close(timeout)
         self._fail_requests(closed())
 
+    def close_soon(self) -> bool:
+        """Close without waiting."""
+        return self._link.close_soon()
+
     def _call(self, request: Request, timeout: float) -> Any:
         """Have the request carried out on the I/O thread, as soon as there is a connection."""
         answer = Answer()

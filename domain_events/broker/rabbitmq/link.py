@@ -196,7 +196,7 @@ class Link:
 
         On an I/O thread (a finalizer may run there) it does not wait.
         """
-        self.abandon()
+        self.close_soon()
         thread = self._thread
         if thread is None or is_io_thread():
             return
@@ -207,15 +207,17 @@ class Link:
                 "The %s connection did not close in %.0f s; it is broken off.", self._role, timeout
             )
 
-    def abandon(self) -> None:
+    def close_soon(self) -> bool:
         """Any thread, also in a finalizer: close the connection in order, without waiting for it.
 
-        Takes no lock, and may be called again.
+        Takes no lock, and may be called again. False: nothing was open.
         """
         check_fork()
+        was_open = not self._closing and self._thread is not None
         self._closing = True
         if self._thread is not None:
             self._soon(self._shut_down)
+        return was_open
 
     def connect(self) -> None:
         """I/O thread: make sure that a connection is there or on its way."""

@@ -1,11 +1,34 @@
-"""A message as pika sends it, and in words for its sender, what became of it instead."""
+"""One channel that publishes with confirms, and what became of a message in words for its sender.
+
+Everything here belongs to the I/O thread.
+"""
 
 from __future__ import annotations
 
-import pika
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
+import pika
+from pika.channel import Channel
+from pika.spec import Basic
+
+from domain_events.broker import Publication
+from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import explain
-from domain_events.broker.refusals import FORBIDDEN, MISSING, REFUSED, no_exchange, unwritable
+from domain_events.broker.rabbitmq.opening import Opening
+from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.wire import Writer
+from domain_events.broker.refusals import (
+    FORBIDDEN,
+    MISSING,
+    REFUSED,
+    no_exchange,
+    unroutable,
+    unwritable,
+)
 from domain_events.errors import (
     DomainEventsError,
     EventNotConfirmed,
@@ -14,6 +37,148 @@ from domain_events.errors import (
 )
 from domain_events.message import Message
 from domain_events.text import printable
+from domain_events.topology import Topology
+
+_numbers = itertools.count(1)
+
+
+class Owner(Protocol):
+    """Who publishes through senders."""
+
+    def ready(self, sender: Sender) -> None:
+        """It can send now."""
+
+    def not_opened(self, sender: Sender, error: DomainEventsError, reason: BaseException) -> None:
+        """The broker has closed the channel before it could send."""
+
+    def answered(self, sender: Sender, publications: list[Publication], acked: bool) -> None:
+        """The broker has confirmed these, or nacked them."""
+
+    def closed_by_broker(self, sender: Sender, reason: BaseException) -> None:
+        """The broker has closed the channel; what was in flight on it is unanswered."""
+
+
+class Sender:
+    """A channel in confirm mode, and what is in flight on it.
+
+    :ivar channel: pika's; from when it is ready.
+    :param declare: the exchanges to declare first.
+    """
+
+    channel: Channel
+    _writer: Writer
+
+    def __init__(self, link: Link, connection: Connection, declare: Topology, owner: Owner) -> None:
+        #: Later ones have larger numbers.
+        self.number = next(_numbers)
+        #: What the broker has not answered yet, by delivery tag, in the order it was sent.
+        self.in_flight: dict[int, Publication] = {}
+        #: The size of the bodies in flight.
+        self.bytes = 0
+        self._guarded = link.guarded
+        self._stream = connection.stream
+        self._owner = owner
+        self._next_tag = 1
+        self._returned: Counter[tuple[str | None, str | None, str | None]] = Counter()
+        self._opening = Opening(
+            link,
+            connection,
+            declare,
+            prepare=self._select,
+            failed=partial(owner.not_opened, self),
+            closed=partial(owner.closed_by_broker, self),
+        )
+
+    def _select(self, channel: Channel) -> None:
+        def ready(_frame: object) -> None:
+            self._opening.usable()
+            self.channel = channel
+            self._owner.ready(self)
+
+        self._writer = Writer(channel.channel_number)
+        channel.add_on_return_callback(self._guarded(self._on_return))
+        self._stream.hear_confirms(channel.channel_number, self._guarded(self._on_confirm))
+        # pika requires a callback for confirms; `hear_confirms` intercepts them before it.
+        channel.confirm_delivery(lambda _frame: None, callback=self._guarded(ready))
+
+    def send(self, publication: Publication, message: Message, now: float) -> None:
+        """Send the message, at the latest with `flush`.
+
+        :param now: the time, which is the same for many.
+        :raises Exception: it cannot be put into frames; nothing of it was sent.
+        """
+        frames = self._writer.frames(message)
+        if frames is None:
+            self.channel.basic_publish(
+                message.exchange,
+                message.routing_key,
+                message.body,
+                properties(message),
+                message.mandatory,
+            )
+        else:
+            self._stream.put(frames)
+        # Only now, so that the tags stay those that the broker counts.
+        publication.sent_at = now
+        self.in_flight[self._next_tag] = publication
+        self._next_tag += 1
+        self.bytes += publication.size
+
+    def flush(self) -> None:
+        """Hand what was sent to the socket."""
+        self._stream.put_out()
+
+    def call_when_routed(self, callback: Callable[[], None]) -> None:
+        """Call back once the broker has routed all that was sent here.
+
+        A channel processes what it is sent in order; so the answer to a question that changes
+        nothing comes after it, however long the confirms take.
+        """
+        self._opening.busy()
+
+        def answered(_frame: object) -> None:
+            self._opening.usable()
+            callback()
+
+        self.channel.basic_qos(callback=self._guarded(answered))
+
+    def returned_error(self, message: Message) -> DomainEventsError | None:
+        """The error of a confirmed mandatory message, if no queue was bound for it."""
+        if self._returned:
+            # Returns come before the confirm of what they return.
+            key = (message.message_id, message.exchange, message.routing_key)
+            if self._returned[key] > 0:
+                self._returned[key] -= 1
+                self._returned += Counter()  # drops what is back at zero
+                return unroutable(message)
+        return None
+
+    def close(self) -> None:
+        """Close the channel; the broker has answered all that was sent on it."""
+        if self.channel.is_open:
+            self.channel.close()
+
+    def _on_confirm(self, tag: int, multiple: bool, acked: bool) -> None:
+        in_flight = self.in_flight
+        if multiple:
+            tags = list(itertools.takewhile(tag.__ge__, in_flight))
+        else:
+            tags = [tag] if tag in in_flight else []
+        answered = []
+        for each in tags:
+            publication = in_flight.pop(each)
+            self.bytes -= publication.size
+            answered.append(publication)
+        self._owner.answered(self, answered, acked)
+
+    def _on_return(
+        self,
+        _channel: Channel,
+        method: Basic.Return,
+        properties: pika.BasicProperties,
+        _body: bytes,
+    ) -> None:
+        self._returned[properties.message_id, method.exchange, method.routing_key] += 1
 
 
 def properties(message: Message) -> pika.BasicProperties:
