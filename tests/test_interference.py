@@ -304,7 +304,7 @@ POINTS: list[tuple[Any, str]] = [
     (RabbitConsumer, "open"),
     (RabbitConsumer, "lost"),
     (RabbitConsumer, "_on_delivery"),
-    (RabbitConsumer, "_tell"),
+    (RabbitConsumer, "_send_settled"),
     (Link, "_connect"),
     (Link, "_attempted"),
     (Link, "_on_closed"),

@@ -445,7 +445,7 @@ def test_listener_that_hangs_up_may_be_a_proxy_before_its_broker(names: Names) -
         try:
             with (
                 Publisher(f"amqp://guest:guest@127.0.0.1:{port}/%2F") as publisher,
-                pytest.raises(BrokerUnavailable, match="does it speak AMQP"),
+                pytest.raises(BrokerUnavailable, match="does not answer as RabbitMQ does"),
             ):
                 publisher.publish(DomainEvent("n.n", {}), timeout=1)
         finally:
@@ -488,6 +488,5 @@ def test_loop_that_cannot_be_entered_is_replaced(
     monkeypatch.setattr(IOLoop, "start", start)
     with Publisher(bench.url, bench.exchange) as publisher:
         publisher.publish(DomainEvent("user.registered", {}))
-    assert entered[0] is entered[2]
-    assert entered[3] is not entered[2]
-    assert "Too many open files" in caplog.text
+    assert len({id(loop) for loop in entered}) == 4
+    wait_until(lambda: "Too many open files" in caplog.text)
