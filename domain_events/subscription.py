@@ -432,7 +432,7 @@ class Moves:
         def done(publication: Publication) -> None:
             self._done(publication, delivery, consumer, otherwise, failures)
 
-        publication = Publication(message, done)
+        publication = Publication(message, done, awaited=False)
         with self._changed:
             self._open += 1
         try:

@@ -264,7 +264,7 @@ def test_finalizer_on_an_io_thread_may_close_and_stop(line: Line, where: int) ->
         assert thread is not None
         thread.join(30)
         assert not thread.is_alive()
-    with pytest.raises(BrokerUnavailable, match="closed by this program"):
+    with pytest.raises(BrokerUnavailable, match="Publisher was closed"):
         line.publisher.publish(DomainEvent("a.b", {}))
 
 
@@ -298,7 +298,7 @@ POINTS: list[tuple[Any, str]] = [
     (RabbitPublishing, "opened"),
     (RabbitPublishing, "lost"),
     (RabbitPublishing, "_pump"),
-    (RabbitPublishing, "_on_confirm"),
+    (RabbitPublishing, "answered"),
     (RabbitConsuming, "opened"),
     (RabbitConsuming, "lost"),
     (RabbitConsumer, "open"),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 from urllib.parse import urlsplit
 
 import onlooker
@@ -183,14 +184,20 @@ def test_broker_error_before_an_exception_of_the_iterable_is_kept(
 def test_broker_error_is_kept_behind_a_cause(publisher: Publisher) -> None:
     """Also where the exception has a cause of its own, whose traceback is shown instead."""
 
+    goes_on = threading.Event()
+
     def failing() -> Iterator[DomainEvent]:
         yield DomainEvent("nobody", 1)
+        goes_on.set()
         try:
             raise KeyError("inner")
         except KeyError as error:
             raise LookupError("outer") from error
 
     publisher.publish(DomainEvent("first.one", {}))
+    # The broker's error must not come first: then the iterable is not read on.
+    publishing: Any = publisher._publishing
+    publishing._link.wake(lambda: goes_on.wait(10))
     with pytest.raises(LookupError) as caught:
         publisher.publish_many(failing(), mandatory=True)
     context = caught.value.__context__

@@ -32,9 +32,13 @@ class Publication:
     when the broker has confirmed the message, else an error of this publication's own that says
     whether the message was surely or perhaps not stored. After `Publishing.withdraw` it is not
     called.
+
+    :param awaited: whether a thread waits for it. None of the broker's own threads may: a finalizer
+        that publishes there gets an error.
     """
 
     __slots__ = (
+        "awaited",
         "done",
         "error",
         "message",
@@ -46,8 +50,11 @@ class Publication:
         "strikes",
     )
 
-    def __init__(self, message: Message, on_done: Callable[[Publication], None]) -> None:
+    def __init__(
+        self, message: Message, on_done: Callable[[Publication], None], *, awaited: bool = True
+    ) -> None:
         self.message = message
+        self.awaited = awaited
         self.size = len(message.body)
         self.on_done = on_done
         self.done = False

@@ -21,7 +21,7 @@ class MemoryPublishing:
 
     def submit(self, publication: Publication) -> None:
         """Put the message into every queue that is bound, and say so."""
-        if self._store.is_in_operation():
+        if publication.awaited and self._store.is_in_operation():
             # A finalizer or a signal handler, which would wait for what it has interrupted.
             publication.error = BrokerUnavailable(
                 "Nothing can be published in the middle of an operation of the embedded broker, by "

@@ -130,7 +130,7 @@ class RabbitPublishing:
         if self._closed:
             self._finish(publication, closed())
             return
-        if is_io_thread():
+        if publication.awaited and is_io_thread():
             error = BrokerUnavailable(
                 "Nothing can be published from a connection's own thread, by a finalizer for "
                 "example. The event was not sent."
@@ -279,12 +279,14 @@ class RabbitPublishing:
 
     def not_opened(self, sender: Sender, error: DomainEventsError, reason: BaseException) -> None:
         """The broker has closed a channel before it could send."""
+        if self._link.connection is None:
+            # The broker closed the connection over it, as it would for each event that comes.
+            self._refusal, self._refused_until = error, time.monotonic() + _BELIEF
+            self._fail_all(error)
+            return
         main = sender is self._opening
         if main:
             self._opening = None
-            if self._link.connection is None:
-                # The broker closed the connection over it, as it would for each event that comes.
-                self._refusal, self._refused_until = error, time.monotonic() + _BELIEF
         else:
             self._fresh = None
         if close_code(reason) == FORBIDDEN and self._may_declare:
