@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from domain_events.process import check_fork, on_fork
 
@@ -100,6 +100,30 @@ def elsewhere() -> _Elsewhere:
     return _ELSEWHERE
 
 
+def redirect(library: str) -> None:
+    """Have all lines of another library's loggers written by the other thread."""
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and f"{name}.".startswith(f"{library}."):
+            _redirect(logger)
+
+
+def _redirect(logger: logging.Logger) -> None:
+    here = logger._log
+
+    def log(
+        level: int, message: object, arguments: Any, exc_info: Any = None, *others: Any, **more: Any
+    ) -> None:
+        if _writer.is_this_thread():
+            here(level, message, arguments, exc_info, *others, **more)
+        else:
+            raised = sys.exc_info() if exc_info is True else exc_info
+            _writer.put(_Line(logger, level, str(message), arguments, raised))
+
+    # Where it is decided already that the line is wanted, and before anything of the
+    # application's is called: filters, handlers, the record's factory.
+    logger._log = log  # type: ignore[method-assign, assignment]
+
+
 def flush(timeout: float = _FLUSH_TIMEOUT) -> bool:
     """Wait until all lines are written; False when time ran out."""
     return _writer.flush(timeout)
@@ -138,6 +162,9 @@ class _Writer:
                 _to_stderr(line, error)
             else:
                 self._thread = thread
+
+    def is_this_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def flush(self, timeout: float) -> bool:
         check_fork()

@@ -11,11 +11,14 @@ DOMAIN_EVENTS_TEST_RELEASE the RabbitMQ release of the nodes started here (tools
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import onlooker
@@ -177,6 +180,15 @@ def killable_node(_killable_node: Node) -> Node:
     _killable_node.resume()
     _killable_node.start()
     return _killable_node
+
+
+@pytest.fixture
+def demo_alone(broker_url: str) -> Iterator[None]:
+    """No other test runs the demo on the shared broker meanwhile; all have the same names there."""
+    name = f"domain-events-demo-{broker_url.rpartition('@')[2].partition('/')[0]}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

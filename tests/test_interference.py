@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -192,6 +195,33 @@ def test_logger_of_another_class_breaks_nothing(
         logging.disable(logging.NOTSET)
 
 
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_pikas_own_log_breaks_nothing(
+    line: Line, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody has switched it on: it is written on the same threads."""
+    lines: list[str] = []
+
+    def act(record: logging.LogRecord) -> None:
+        lines.append(record.getMessage())
+        raise kind
+
+    handler = Mischief(act)
+    monkeypatch.setattr(handler, "handle", act)
+    pika_logger = logging.getLogger("pika")
+    level = pika_logger.level
+    pika_logger.setLevel(logging.DEBUG)
+    pika_logger.addHandler(handler)
+    try:
+        line.proxy.cut()
+        line.works()
+        assert log.flush(30)
+        assert any("connecting to" in each for each in lines)
+    finally:
+        pika_logger.removeHandler(handler)
+        pika_logger.setLevel(level)
+
+
 # --- finalizers ----------------------------------------------------------------------------------
 
 
@@ -366,6 +396,22 @@ def test_io_thread_that_is_killed_from_outside_comes_back(line: Line) -> None:
     line.works()
 
 
+def test_io_thread_that_is_traced_to_death_comes_back(line: Line) -> None:
+    """A tracer that raises, wherever it is called: Python takes it away then."""
+    for patience in (1, 5, 50, 500):
+        for link in line.links:
+            calls = iter(range(patience))
+
+            def trace(*_: Any, _calls: Iterator[int] = calls) -> Any:
+                if next(_calls, None) is None:
+                    raise Death
+                return trace
+
+            link.wake(lambda: sys.settrace(trace))
+        line.proxy.cut()
+        line.works()
+
+
 def test_thread_that_has_ended_is_followed_by_another(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,7 +419,8 @@ def test_thread_that_has_ended_is_followed_by_another(
     (link, _) = line.links
     dead = link._thread
     assert dead is not None
-    monkeypatch.setattr("domain_events.broker.rabbitmq.link.time.sleep", _die)
+    hostile_time = SimpleNamespace(sleep=_die, monotonic=time.monotonic)
+    monkeypatch.setattr("domain_events.broker.rabbitmq.link.time", hostile_time)
     monkeypatch.setattr(threading, "excepthook", lambda _arguments: None)
     monkeypatch.setattr(link, "_serve", _die)
     link._loop.add_callback_threadsafe(lambda: 1 / 0)  # type: ignore[union-attr]

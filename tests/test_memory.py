@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 
 import pytest
 from support import wait_until
@@ -161,3 +162,43 @@ def test_exchange_type_that_it_does_not_know_is_said(url: str) -> None:
     with pytest.raises(TopologyError, match="topic, direct, fanout"):
         Publisher(url, "x", "headers").publish(DomainEvent("a", None))
     memory.forget(url.removeprefix("memory://"))
+
+
+def test_publishing_in_the_middle_of_an_operation_is_an_error_at_once() -> None:
+    """A finalizer that comes by there: it is surely not sent, and nothing is waited for."""
+    url = f"memory://{secrets.token_hex(4)}"
+    errors: list[BrokerUnavailable] = []
+    seen: list[object] = []
+    subscriber = Subscriber(url)
+    subscriber.register(lambda event: seen.append(event.data), "middle", ["#"])
+    with Publisher(url) as publisher:
+
+        def finalize() -> None:
+            try:
+                publisher.publish(DomainEvent("a.b", "inner"))
+            except BrokerUnavailable as error:
+                errors.append(error)
+
+        begun = time.monotonic()
+        memory.store(url.removeprefix("memory://")).soon(finalize)
+        assert time.monotonic() - begun < 5
+        (error,) = errors
+        assert "not sent" in str(error)
+        publisher.publish(DomainEvent("a.b", "outer"))
+    subscriber.start_consuming(timeout=0.5)
+    assert seen == ["outer"]
+
+
+def test_signal_handler_that_raises_leaves_nothing_undone() -> None:
+    """What waits behind the operation that it interrupts is carried out; then it is raised."""
+    store = Store("interrupted")
+    done: list[bool] = []
+
+    def interrupted() -> None:
+        store.soon(lambda: done.append(True))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.soon(interrupted)
+    assert done == [True]
+    assert store.call(lambda: 1) == 1

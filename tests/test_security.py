@@ -794,6 +794,7 @@ STRANGERS = (
 
 
 @pytest.mark.parametrize("options", [["-m"], ["-um"], ["-X", "utf8", "-W", "default", "-m"]])
+@pytest.mark.usefixtures("demo_alone")
 @pytest.mark.parametrize("arguments", [["demo"], ["demo", "--broker"], ["demo", "--broker", "{}"]])
 def test_nothing_of_the_current_folder_is_run(
     broker_url: str, tmp_path: Path, options: list[str], arguments: list[str]

@@ -66,15 +66,16 @@ def undeclarable(declaration: Declaration, code: int, said: str) -> DomainEvents
             "once it is empty, delete the queue and start again; or, when domain-event-broker "
             "has declared it, register with queue_type='classic' to use it as it is."
         )
+    # From 4.0 on with the code of an exchange that exists with another type.
+    if isinstance(declaration, Exchange) and (code == UNKNOWN_TYPE or "unknown exchange" in said):
+        return TopologyError(
+            f"{what} cannot be declared: {said}. Its type is misspelt, or the plugin that "
+            "provides it is not enabled."
+        )
     if is_different(code, said) and isinstance(declaration, Exchange):
         return TopologyError(
             f"{what} exists with different settings: {said}. Asked for: {asked}. The ways out: "
             "use the type it has (exchange_type=...), or another exchange."
-        )
-    if code == UNKNOWN_TYPE and isinstance(declaration, Exchange):
-        return TopologyError(
-            f"{what} cannot be declared: {said}. Its type is misspelt, or the plugin that "
-            "provides it is not enabled."
         )
     if code == MISSING and isinstance(declaration, Queue):
         # A declaration does not ask whether it is there: its node is down, or not quite up yet.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from domain_events import log
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.nodes import Nodes, check
 from domain_events.broker.rabbitmq.publishing import RabbitPublishing
@@ -23,6 +24,8 @@ from domain_events.topology import Topology
 # Whoever wants its lines sets the level of the logger "pika" before.
 if logging.getLogger("pika").level == logging.NOTSET:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
+# It logs on our I/O threads, and on those of its own on which it looks up names for them.
+log.redirect("pika")
 
 
 class RabbitMQ:

@@ -53,6 +53,9 @@ _LONGEST_PAUSE = 0.8
 # A connection that lasted so many seconds is not counted among the failures.
 _LASTING = 5.0
 
+# An attempt that takes so many seconds is given up; pika has no limit for looking up a name.
+_LONGEST_ATTEMPT = 60.0
+
 # How long a graceful close may take before the socket is cut.
 _GRACE = 2.0
 
@@ -116,6 +119,7 @@ class Link:
         self._workflow: Workflow | None = None
         self._attempt = 0  # the number of the last one
         self._pause: Any = None
+        self._overdue: Any = None
         self._failures = 0  # since a connection last lasted
         # Of each node, while there is no connection: what was last wrong, and whether for good.
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
@@ -346,6 +350,8 @@ class Link:
             return
         self._attempt += 1
         self._workflow = Workflow()
+        longest = max(_LONGEST_ATTEMPT, 4 * (parameters.stack_timeout or 0))
+        self._overdue = self.call_later(longest, self._give_up)
         Connection.create_connection(
             [parameters],
             on_done=self.guarded(partial(self._attempted, self._attempt)),
@@ -359,6 +365,7 @@ class Link:
                 result.close()
             return
         self._workflow = None
+        self.cancel_call(self._overdue)
         if isinstance(result, BaseException):
             attempts.ended(self._nodes.url, self)
             self._attempt_failed(result)
@@ -373,6 +380,15 @@ class Link:
         self._was_connected = True
         self._troubles = {}
         self._owner.opened(result)
+
+    def _give_up(self) -> None:
+        workflow, self._workflow = self._workflow, None
+        self._attempt += 1  # whatever is reported of it still
+        attempts.ended(self._nodes.url, self)
+        with contextlib.suppress(AssertionError):
+            if workflow is not None:
+                workflow.abort()
+        self._attempt_failed(TimeoutError("no answer, or its name cannot be looked up"))
 
     def _attempt_failed(self, error: BaseException) -> None:
         if self._closing:
