@@ -139,7 +139,18 @@ class RabbitConsuming:
         if gave_up:
             why = answer.trouble or self._link.trouble or f"{self._link.node}: no answer"
             raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
-        return answer.result()
+        error = answer.exception()
+        if error is None:
+            return answer.result()
+        # A fresh one. The other is still known to callbacks of pika's, and a traceback knows the
+        # callers: until a garbage collection, whoever they belong to could not be dropped.
+        fresh = type(error)(*error.args)
+        fresh.__cause__ = error.__cause__
+        del answer, entry, error
+        try:
+            raise fresh
+        finally:
+            del fresh
 
     def _drop(self, entry: tuple[Request, Answer]) -> None:
         """Keep nothing of a request for which nobody waits."""

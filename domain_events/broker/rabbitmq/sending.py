@@ -164,12 +164,16 @@ class Sender:
             tags = list(itertools.takewhile(tag.__ge__, in_flight))
         else:
             tags = [tag] if tag in in_flight else []
-        answered = []
+        answered = {}
         for each in tags:
-            publication = in_flight.pop(each)
+            publication = answered[each] = in_flight.pop(each)
             self.bytes -= publication.size
-            answered.append(publication)
-        self._owner.answered(self, answered, acked)
+        try:
+            self._owner.answered(self, list(answered.values()), acked)
+        except BaseException:
+            # The connection is given up: what nobody has learnt of is to be sent again.
+            self.in_flight = {**answered, **in_flight}
+            raise
 
     def _on_return(
         self,
