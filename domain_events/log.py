@@ -22,16 +22,20 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
 from domain_events.process import check_fork, on_fork
+from domain_events.text import printable
 
 # Lines that wait to be written; beyond that they are counted and dropped.
 _MOST_WAITING = 1000
 # Seconds without a line after which the writer's thread ends.
 _LINGER = 0.5
+# Characters of a line of a traceback.
+_LONGEST_LINE = 2000
 _FLUSH_TIMEOUT = 1.0
 
 ExcInfo: TypeAlias = (
@@ -198,16 +202,37 @@ class _Writer:
 
 
 def _write(line: _Line, stacklevel: int = 1) -> None:
+    logger, level, message, arguments, exc_info = line
     try:
-        line.logger.log(
-            line.level,
-            line.message,
-            *line.arguments,
-            exc_info=line.exc_info,
-            stacklevel=stacklevel,
+        if not logger.isEnabledFor(level):
+            return
+        error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
+        if error is None:
+            logger.log(level, message, *arguments, stacklevel=stacklevel)
+            return
+        # Until 3.11, two frames of logging's own are taken for granted.
+        own = 0 if sys.version_info >= (3, 11) else 2
+        file, number, function, _ = logger.findCaller(False, max(1, stacklevel - own))
+        exception = (type(error), error, error.__traceback__)
+        record = logger.makeRecord(
+            logger.name, level, file, number, message, arguments, exception, function
         )
-    except Exception as error:  # noqa: BLE001 - whatever the application's logging raises
-        _to_stderr(line, error)
+        # Formatters take it as it is; a message may have in it what others have written.
+        record.exc_text = _printable_traceback(error)
+        logger.handle(record)
+    except Exception as broken:  # noqa: BLE001 - whatever the application's logging raises
+        _to_stderr(line, broken)
+
+
+def _printable_traceback(error: BaseException) -> str:
+    """As Python shows it, but with each exception's text on one line, and without control codes."""
+    parts = []
+    for part in traceback.format_exception(type(error), error, error.__traceback__):
+        text = part.rstrip("\n")
+        # Frames and headings have lines of their own; they are indented, or begin a paragraph.
+        lines = text.split("\n") if part.startswith((" ", "\n", "Traceback ")) else [text]
+        parts += [printable(line, _LONGEST_LINE) for line in lines]
+    return "\n".join(parts)
 
 
 def _write_whatever(line: _Line) -> None:

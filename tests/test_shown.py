@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import subprocess
 import sys
@@ -277,3 +278,29 @@ def test_text_that_means_no_harm_is_shown_as_it_is() -> None:
     """In any language."""
     event = DomainEvent("user.registered", {}, "Ådne Über 日本", "id-1")
     assert repr(event) == "<DomainEvent 'user.registered' id-1, about 'Ådne Über 日本'>"
+
+
+def test_exceptions_text_makes_no_lines_of_its_own_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A handler's error may have in it what a publisher wrote; its traceback stays readable."""
+    subscriber = Subscriber("memory://shown")
+
+    def fail(event: DomainEvent) -> None:
+        try:
+            raise KeyError(event.data)
+        except KeyError as error:
+            raise ValueError(f"bad {event.data}") from error
+
+    subscriber.register(fail, "shown", ["#"])
+    with Publisher("memory://shown") as publisher:
+        publisher.publish(DomainEvent("a.b", "\x1b[2J\n2026-01-01 ERROR forged"))
+    subscriber.start_consuming(timeout=0.2)
+    (record,) = [each for each in caplog.records if each.exc_info]
+    shown = logging.Formatter("%(message)s").format(record)
+    assert "\x1b" not in shown
+    assert not any(line.startswith("2026") for line in shown.splitlines())
+    assert shown.splitlines()[-1] == r"ValueError: bad \x1b[2J\n2026-01-01 ERROR forged"
+    assert "in fail" in shown
+    assert "direct cause" in shown
+    assert record.funcName == "_call"
