@@ -17,10 +17,13 @@ from domain_events import settings, topology
 from domain_events.checks import refusal
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
+from domain_events.log import Log
 from domain_events.message import Delivery, Message
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.text import printable
 from domain_events.walks import Walks
+
+log = Log("domain_events")
 
 RETRY = "retry"
 LEAVE = "leave"
@@ -129,6 +132,14 @@ class DeadLetters(Walks):
         return number
 
     def _replay(self, delivery: Delivery) -> None:
+        if not delivery.is_verified:
+            log.warning(
+                "%s: the broker itself has moved the dead letter %s there. Before RabbitMQ 4.0 its "
+                "routing key, %s, may have been forged by its publisher.",
+                self.name,
+                printable(delivery.properties.message_id),
+                printable(delivery.original_routing_key),
+            )
         self._check_held(delivery)
         try:
             self._send(messages.replay(delivery, self.name))

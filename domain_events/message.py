@@ -121,6 +121,8 @@ class Delivery:
     #: Whether this library put it where it was found, so that the headers named
     #: ``domain-events-*`` are its own. None: see `is_ours`.
     ours: bool | None = None
+    #: The broker's release: what its own headers are worth depends on it.
+    release: tuple[int, int] = (0, 0)
 
     def __repr__(self) -> str:
         return _without_data(self, getattr(self.properties, "message_id", None))
@@ -133,16 +135,24 @@ class Delivery:
     def is_ours(self) -> bool:
         """Whether our own headers can be believed.
 
-        Retries, dead letters and replays come through the default exchange or the one for what is
-        due, to which only those may write who may write to the queues themselves. On any other
-        delivery the headers are the publisher's, whatever their names; also on one that the broker
-        then moved to the dead letters by itself, which its ``x-death`` shows.
+        Dead letters and replays come through the default exchange, to which only those may write
+        who may write to the queues themselves; so do retries through exchanges of ours, which a
+        subscriber knows (`Subscription.handle`). On any other delivery the headers are the
+        publisher's, whatever their names; also on one that the broker then moved to the dead
+        letters by itself, which its ``x-death`` shows.
         """
         if self.ours is None:
-            death = self.death if not self.exchange else None
-            exchange = death.get("exchange") if death else self.exchange
-            self.ours = isinstance(exchange, str) and topology.is_return_exchange(exchange)
+            self.ours = not self.exchange and self.death is None
         return self.ours
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the routing key is surely the one that it was published with.
+
+        Before RabbitMQ 4.0 a publisher may send an ``x-death`` of its own, which the broker then
+        goes on with when it moves the message to the dead letters.
+        """
+        return bool(self.exchange) or self.is_ours or self.release >= (4, 0)
 
     @property
     def death(self) -> Mapping[str, Any] | None:
@@ -170,8 +180,10 @@ class Delivery:
             key = None
             with contextlib.suppress(KeyError, IndexError, TypeError):
                 key = (self.death or {})["routing-keys"][0]
-        # Others may have put anything there; too long a key would not fit our own headers.
-        return key if isinstance(key, str) and key and topology.fits(key) else None
+        if not isinstance(key, str) or not key:
+            return None
+        # What is not UTF-8 grows when it is read; too long a key would not fit our own headers.
+        return key if topology.fits(key) else _cut(key, topology.LONGEST_NAME)
 
     @property
     def original_routing_key(self) -> str:
@@ -217,7 +229,7 @@ class Delivery:
     @property
     def counts_returns(self) -> bool:
         """Whether the queue counts what was given back apart from what failed."""
-        return "x-acquired-count" in self.headers  # since RabbitMQ 4.3
+        return self.release >= (4, 3)
 
     def _count_of_the_queue(self, header: str) -> int:
         # On a first delivery the headers are the publisher's, whatever their names.
@@ -584,7 +596,7 @@ def _error_type(error: BaseException) -> str:
 def _text(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         # A broken __str__ must not keep the event from its dead letters.
         return f"<{type_name(error)} that cannot be shown>"
 

@@ -101,13 +101,12 @@ class Run:
 
     def work(self, subscriptions: Sequence[Subscription]) -> None:
         """Receive and handle, until stopped."""
-        with _signals(self):
-            for subscription in subscriptions:
-                self.consume(subscription)
-            if self._workers == 1:
-                self._work(self._deadline)
-            else:
-                self._work_in_threads()
+        for subscription in subscriptions:
+            self.consume(subscription)
+        if self._workers == 1:
+            self._work(self._deadline)
+        else:
+            self._work_in_threads()
 
     def work_off(self, subscriptions: Sequence[Subscription]) -> None:
         """For `testing`: handle here what waits now, and what comes of it, then stop."""
@@ -309,7 +308,7 @@ def _fail(work: Work, _exists: bool) -> None:
 
 
 @contextmanager
-def _signals(run: Run) -> Iterator[None]:
+def signals(run: Run) -> Iterator[None]:
     """SIGTERM and SIGINT stop the run; a second SIGINT interrupts it."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:

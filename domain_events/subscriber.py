@@ -20,7 +20,7 @@ from domain_events.log import Log
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
-from domain_events.run import Run
+from domain_events.run import Run, signals
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.subscription import Delivered, Handler, Moves, Subscription
 from domain_events.topology import ExchangeType
@@ -181,7 +181,7 @@ class Subscriber:
             # One lock with `start_consuming`, or both would consume from the new queue.
             self._subscriptions.append(subscription)
             run = self._run
-            if run is not None:
+            if run is not None and not run.stopping:
                 run.consume(subscription)
 
     @overload
@@ -268,19 +268,23 @@ class Subscriber:
         if observe is not None:
             subscriptions = [each.observed(observe) for each in subscriptions]
         self._moves.begin()
-        try:
-            if self._stop_at_start:
-                run.stop()
-            work(subscriptions)
-        finally:
+        # Until the end: a second SIGTERM must not kill what the first one has begun to end.
+        with signals(run):
             try:
-                run.give_back()
-                if not self._moves.end(_MOVE_TIMEOUT):
-                    log.warning("Some retries or dead letters are not confirmed; they come again.")
+                if self._stop_at_start:
+                    run.stop()
+                work(subscriptions)
             finally:
-                self._run = None
-                self.close()
-                self._stop_at_start = False
+                try:
+                    run.give_back()
+                    if not self._moves.end(_MOVE_TIMEOUT):
+                        log.warning(
+                            "Some retries or dead letters are not confirmed; they come again."
+                        )
+                finally:
+                    self._run = None
+                    self.close()
+                    self._stop_at_start = False
         if run.failure is not None:
             raise run.failure
 
@@ -293,7 +297,7 @@ class Subscriber:
         run = self._run
         if run is not None:
             run.stop()
-        elif self._consuming is not None:
+        elif self._subscriptions:
             self._stop_at_start = True
 
     def close(self) -> None:

@@ -17,11 +17,12 @@ the broker's. State is changed first and logged afterwards.
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -30,6 +31,7 @@ from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 from domain_events import message as messages
+from domain_events import topology
 from domain_events.broker import Consumer, Publication, Publishing, Settlement
 from domain_events.errors import DomainEventsError, InvalidEvent
 from domain_events.events import DomainEvent
@@ -128,6 +130,7 @@ class Subscription:
         self._listed: dict[str, bool] = {}
         self._has_delays = bool(options.max_retries)
         self._no_delays_until = 0.0
+        self._ours = topology.return_exchanges(options.exchange)
         self._warned_of_claims = False
 
     def observed(self, observe: Callable[[Delivered], None]) -> Subscription:
@@ -142,8 +145,7 @@ class Subscription:
         """
         if not consumer.is_current(delivery):
             return
-        if delivery.exchange == self.options.exchange:
-            delivery.ours = False  # whatever the exchange is called
+        delivery.ours = delivery.exchange in self._ours
         outcome = self._handled(delivery, consumer)
         if self._observe is not None:
             self._observe(outcome)
@@ -195,10 +197,13 @@ class Subscription:
                 event, delivery, consumer, signal, partial(getattr, signal, "delay")
             )
         except Reject as signal:
+            reason = getattr(signal, "reason", signal)  # a subclass may have left it out
             outcome = self._give_up(delivery, consumer, signal)
-            log.warning("%s rejected %s: %s", name, _named(event), printable(signal.reason))
+            log.warning("%s rejected %s: %s", name, _named(event), printable(reason))
             return Delivered(name, event, outcome, signal)
         except self.options.retry_on as error:
+            if _ends_the_process(error):
+                return self._exited(event, delivery, consumer, error)
             delay_of = partial(self.options.backoff.delay, event.retries + 1)
             return self._try_again(event, delivery, consumer, error, delay_of)
         except BaseException as error:
@@ -311,8 +316,6 @@ class Subscription:
     # --- events that are not listed --------------------------------------------------------------
 
     def _is_listed(self, delivery: Delivery, event: DomainEvent) -> bool:
-        if not (delivery.exchange == self.options.exchange or delivery.is_ours):
-            return True  # by a binding to another exchange, which somebody else has made
         key = event.routing_key
         listed = self._listed.get(key)
         if listed is None:
@@ -404,7 +407,7 @@ class Moves:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._changed = threading.Condition(threading.RLock())
-        self._open = 0
+        self._open: set[Publication] = set()
         # Deliveries whose move is going to be tried, or tried again, after a pause.
         self._held: dict[Delivery, Consumer] = {}
         self._ending = False
@@ -434,14 +437,14 @@ class Moves:
 
         publication = Publication(message, done, awaited=False)
         with self._changed:
-            self._open += 1
+            self._open.add(publication)
         try:
             self._publishing().submit(publication)
         except DomainEventsError as error:
             publication.error = error
             done(publication)
         except BaseException:
-            self._close_one()
+            self._close_one(publication)
             raise
 
     def later(
@@ -494,10 +497,12 @@ class Moves:
         with self._changed:
             return self._held.pop(delivery, None) is not None
 
-    def _close_one(self) -> None:
+    def _close_one(self, publication: Publication) -> None:
         with self._changed:
-            self._open -= 1
-            self._changed.notify_all()
+            # Once for each: a signal handler may have raised in the middle of `move`.
+            if publication in self._open:
+                self._open.discard(publication)
+                self._changed.notify_all()
 
     def _done(
         self,
@@ -508,20 +513,22 @@ class Moves:
         failures: int,
     ) -> None:
         error, message = publication.error, publication.message
-        if error is None or self._ending:
-            consumer.settle(delivery, Settlement.GIVE_BACK if error else Settlement.DONE)
-            consumer.flush()
-        elif otherwise is not None:
-            otherwise()
-        else:
-            pause = min(_LONGEST_PAUSE, _PAUSE_AFTER_A_FAILED_MOVE * 2.0 ** min(failures, 10))
-            self.later(
-                pause,
-                delivery,
-                consumer,
-                lambda _: self.move(message, delivery, consumer, failures=failures + 1),
-            )
-        self._close_one()
+        try:
+            if error is None or self._ending:
+                consumer.settle(delivery, Settlement.GIVE_BACK if error else Settlement.DONE)
+                consumer.flush()
+            elif otherwise is not None:
+                otherwise()
+            else:
+                pause = min(_LONGEST_PAUSE, _PAUSE_AFTER_A_FAILED_MOVE * 2.0 ** min(failures, 10))
+                self.later(
+                    pause,
+                    delivery,
+                    consumer,
+                    lambda _: self.move(message, delivery, consumer, failures=failures + 1),
+                )
+        finally:
+            self._close_one(publication)
         if error is not None:
             log.error(
                 "%s could not be moved to %s: %s %s",
@@ -537,27 +544,54 @@ def _check_finished(result: object) -> None:
 
     :raises TypeError: says what was returned, and what to do.
     """
-    what = ""
-    if isinstance(result, BaseException) or _is_exception_class(result):
-        what = "an exception instead of raising it"
-    elif inspect.iscoroutine(result):
-        result.close()  # or Python warns that nobody has awaited it
-        what = "a coroutine, which nobody runs; call asyncio.run(...) in a plain function"
-    elif inspect.isgenerator(result) or isinstance(result, map | filter | zip):
-        what = "a generator or another lazy iterator, which nobody iterates over"
-    elif inspect.isasyncgen(result):
-        what = "an asynchronous generator, which nobody iterates over"
-    elif isinstance(result, Future):
-        if result.done():
-            result.result()
-        else:
-            what = "a future whose work is not done; wait for its result()"
-    elif inspect.isawaitable(result):
-        what = "an awaitable, which nobody awaits; call asyncio.run(...) in a plain function"
-    elif isinstance(result, FunctionType | MethodType | partial):
-        what = "a function, which nobody calls; register what it returns, perhaps"
+    if isinstance(result, Future) and result.done():
+        result.result()
+        return
+    what = _unfinished(result)
+    if not what and isinstance(result, list | tuple | set | frozenset | dict):
+        # As of [pool.submit(work, each) for each in ...]. No deeper: data may be large.
+        values = result.values() if isinstance(result, dict) else result
+        what = next(filter(None, map(_unfinished, values)), "")
     if what:
         raise TypeError(f"The handler returned {what}. The event counts as failed.")
+
+
+def _unfinished(result: object) -> str:
+    """What was returned instead of a result; empty if it may be one."""
+    if result is None or isinstance(result, str | bytes | int | float):
+        return ""
+    if isinstance(result, BaseException) or _is_exception_class(result):
+        return f"{printable(repr(result))} instead of raising it"
+    if inspect.iscoroutine(result):
+        result.close()  # or Python warns that nobody has awaited it
+        return "a coroutine, which nobody runs; call asyncio.run(...) in a plain function"
+    if type(result).__module__ == "contextlib":
+        return "a context manager that was not entered; a handler is a plain function"
+    if inspect.isasyncgen(result):
+        return "an asynchronous generator, which nobody iterates over"
+    if (
+        isinstance(result, Iterator)
+        and not isinstance(result, io.IOBase)
+        and iter(result) is result
+    ):
+        return "a generator or another lazy iterator, which nobody iterates over"
+    if isinstance(result, Future):
+        return "" if result.done() else "a future whose work is not done; wait for its result()"
+    if type(result).__module__ == "multiprocessing.pool":
+        return "the result of a pool, which nobody waits for; return what its get() returns"
+    if inspect.isawaitable(result):
+        return "an awaitable, which nobody awaits; call asyncio.run(...) in a plain function"
+    if isinstance(result, threading.Thread) and result.ident is None:
+        return "a thread that was not started"
+    if isinstance(result, FunctionType | MethodType | partial):
+        return "a function, which nobody calls; register what it returns, perhaps"
+    return ""
+
+
+def _is_lazy(result: object) -> bool:
+    # A file is no work that waits, and a mock only claims to be an iterator.
+    is_file = isinstance(result, io.IOBase)
+    return isinstance(result, Iterator) and not is_file and iter(result) is result
 
 
 def _is_exception_class(result: object) -> bool:

@@ -48,7 +48,6 @@ LONGEST_NAME = 255
 _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
-_RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 _CONFIRMED_DEAD_LETTERING = {
@@ -385,13 +384,16 @@ def matches(binding_key: str, routing_key: str) -> bool:
     return len(words) in ends
 
 
-def is_return_exchange(exchange: str) -> bool:
-    """Whether what comes through this exchange was sent on by this library.
+@lru_cache(maxsize=256)
+def return_exchanges(exchange: str) -> frozenset[str]:
+    """Through which exchanges this library sends on what was published to ``exchange``.
 
     Retries come back through ``<exchange>.due``, and from the last level in whose queue they have
-    waited through the next level's; replays and dead letters through the default one.
+    waited through the next level's; replays through the default one. Exactly these: anybody may
+    make an exchange that has a similar name.
     """
-    return not exchange or _RETURN_EXCHANGE.search(exchange) is not None
+    levels = (_level(exchange, level) for level in range(LEVELS))
+    return frozenset(("", due_name(exchange), *levels))
 
 
 def due_name(exchange: str) -> str:

@@ -549,7 +549,7 @@ def test_attempts_to_connect_leave_nothing(
 
         before = objects(200)
         after = objects(1200)
-        assert after - before < 1000  # of which each attempt takes some hundred
+        assert after - before < 20_000  # each attempt takes some hundred: it would be 100,000
 
 
 def test_abandoned_link_closes_in_order(bench: Bench) -> None:

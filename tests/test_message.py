@@ -46,9 +46,11 @@ def delivery(
     exchange: str = "domain-events",
     **properties: Any,
 ) -> Delivery:
-    return Delivery(
-        exchange, routing_key, False, pika.BasicProperties(headers=headers, **properties), body
-    )
+    received = pika.BasicProperties(headers=headers, **properties)
+    made = Delivery(exchange, routing_key, False, received, body)
+    if exchange.startswith(("x.", "domain-events.")):
+        made.ours = True  # as a subscriber of that exchange sees it
+    return made
 
 
 def header_frame(sent: Message) -> bytes:

@@ -16,7 +16,7 @@ from support import wait_until
 from domain_events import DomainEvent, Subscriber
 from domain_events.broker import Settlement
 from domain_events.message import Delivery, Message
-from domain_events.run import Lanes, Run, Work, _signals
+from domain_events.run import Lanes, Run, Work, signals
 
 EVENTLET = Path(__file__).parent / "programs" / "eventlet_subscriber.py"
 
@@ -103,7 +103,7 @@ def test_handler_that_c_code_has_installed_is_left_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(signal, "getsignal", by_python.get)
     installed: list[int] = []
     monkeypatch.setattr(signal, "signal", lambda number, _handler: installed.append(number))
-    with _signals(run):
+    with signals(run):
         assert installed == [signal.SIGINT]
     assert installed == [signal.SIGINT, signal.SIGINT]
 
@@ -115,7 +115,7 @@ def test_signals_are_left_alone_where_they_cannot_be_handled() -> None:
     inside: list[object] = []
 
     def use() -> None:
-        with _signals(run):
+        with signals(run):
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=use)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import itertools
+import multiprocessing.pool
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import onlooker
 import pytest
@@ -157,23 +161,29 @@ def test_retired_key_is_unbound_and_what_still_comes_by_it_is_acked(
     assert caplog.text.count("has retired old.thing") == 1
 
 
-def test_event_by_a_binding_of_another_exchange_is_handled(bench: Bench) -> None:
-    """Which binding keys that has is not known here."""
+def test_event_by_a_binding_of_another_exchange_is_handled_if_its_key_is_listed(
+    bench: Bench,
+) -> None:
+    """Of two services that use one name on two exchanges, neither may ack the other's events."""
     queue = bench.names.queue()
     seen: Events = []
     subscriber = bench.subscriber()
-    subscriber.register(stops_after(1, subscriber, seen), queue, ["user.*"])
+    subscriber.register(stops_after(1, subscriber, seen), queue, ["user.*", "legacy.*"])
     other = bench.names.exchange("other")
     onlooker.declare_exchange(bench.url, other, "topic")
     peer = Peer(bench.url)
     from domain_events.topology import Binding
 
     peer.declare(Binding(other, queue, "#"))
-    body = DomainEvent("legacy.thing", "x").to_json().encode()
-    peer.send(Message(other, "legacy.thing", body))
+    for key in ("payment.made", "legacy.thing"):
+        peer.send(Message(other, key, DomainEvent(key, "x").to_json().encode()))
     peer.close()
     subscriber.start_consuming(timeout=10)
     assert [event.routing_key for event in seen] == ["legacy.thing"]
+    other_service = bench.subscriber()
+    other_service.register(stops_after(1, other_service, seen), queue, ["payment.*"])
+    other_service.start_consuming(timeout=20)
+    assert [event.routing_key for event in seen] == ["legacy.thing", "payment.made"]
 
 
 # ------------------------------------------------------------------ handlers that did nothing
@@ -190,6 +200,11 @@ def generated() -> Iterator[int]:
     yield 1
 
 
+def pooled() -> object:
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        return pool.apply_async(print)
+
+
 UNFINISHED: dict[str, Callable[[], object]] = {
     "coroutine": nothing,
     "generator": generated,
@@ -200,6 +215,12 @@ UNFINISHED: dict[str, Callable[[], object]] = {
     "future not done": Future,
     "function returned": lambda: nothing,
     "partial returned": lambda: functools.partial(print),
+    "context manager": contextlib.contextmanager(generated),
+    "lazy iterator": lambda: itertools.starmap(print, [(1,)]),
+    "coroutines in a list": lambda: [nothing()],
+    "futures in a dict": lambda: {1: Future()},
+    "thread not started": lambda: threading.Thread(target=print),
+    "pool": pooled,
 }
 
 
@@ -220,7 +241,9 @@ def test_handler_whose_work_is_yet_to_be_done_has_failed(
     assert "The handler returned" in str(letter.error_message)
 
 
-@pytest.mark.parametrize("value", [7, "text", [1], {"a": 1}, False, object(), print])
+@pytest.mark.parametrize(
+    "value", [7, "text", [1, None], {"a": 1}, False, object(), print, Mock(), MagicMock()]
+)
 def test_handler_may_return_what_it_likes_otherwise(bench: Bench, value: object) -> None:
     """Its value is of no interest."""
     queue = bench.names.queue()
@@ -410,6 +433,62 @@ def test_event_that_was_given_back_often_does_not_come_nearer_to_the_limit(
     assert again.failures == 0
 
 
+def test_all_workers_are_busy_after_an_orderly_stop(bench: Bench) -> None:
+    """What was merely given back is not suspected of having killed anybody."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber(workers=4)
+    together: list[int] = []
+    running_now: set[int] = set()
+    gate = threading.Event()
+
+    def handle(event: DomainEvent) -> None:
+        running_now.add(event.data)
+        together.append(len(running_now))
+        gate.wait(20)
+        running_now.discard(event.data)
+
+    subscriber.register(handle, queue, ["#"])
+    for n in range(40):
+        bench.publish("n.n", n)
+    for _ in range(2):
+        gate.clear()
+        together.clear()
+        with running(subscriber):
+            try:
+                wait_until(lambda: max(together, default=0) == 4)
+                wait_until(is_empty(bench, queue), message="the rest is held")
+            finally:
+                subscriber.stop_consuming()
+                gate.set()
+
+
+def test_event_that_takes_long_after_crashes_does_not_hold_up_the_others(
+    bench: Bench, peer: Peer
+) -> None:
+    """It is suspected, and handled alone for a while; then the others go on beside it."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber(workers=2)
+    gate = threading.Event()
+    seen: Events = []
+
+    def handle(event: DomainEvent) -> None:
+        if event.data == "slow":
+            gate.wait(30)
+        seen.append(event)
+
+    subscriber.register(handle, queue, ["#"])
+    slow = bench.publish("n.n", "slow")
+    for _ in range(4):
+        process_that_dies_of(slow, peer, queue)
+        wait_until(lambda: onlooker.count(bench.url, queue) == 1)
+    events = [bench.publish("n.n", n) for n in range(20)]
+    with running(subscriber):
+        try:
+            wait_until(lambda: len(seen) == len(events), timeout=20)
+        finally:
+            gate.set()
+
+
 def test_what_is_held_is_never_more_than_the_prefetch_count(bench: Bench) -> None:
     """From the first delivery on, before and after it is settled."""
     queue = bench.names.queue()
@@ -434,6 +513,64 @@ def test_what_is_held_is_never_more_than_the_prefetch_count(bench: Bench) -> Non
         finally:
             for gate in gates.values():
                 gate.set()
+
+
+class NotPayable(Reject):
+    """A subclass that forgets its base, as many do."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+
+
+def test_reject_without_a_reason_settles_its_event_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twice would close the channel, under the events that are handled beside it."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber()
+    seen: Events = []
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        if event.data == 0:
+            raise NotPayable(7)
+
+    subscriber.register(handle, queue, ["#"])
+    with running(subscriber):
+        for n in range(2):
+            bench.publish("n.n", n)
+        wait_until(lambda: len(seen) == 2)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
+        wait_until(is_empty(bench, queue))
+    assert "Internal error" not in caplog.text
+    assert [event.data for event in seen] == [0, 1]
+
+
+def test_delivery_that_is_settled_twice_does_no_harm(bench: Bench, peer: Peer) -> None:
+    """The broker would close the channel over it."""
+    queue = bench.names.queue()
+    with bench.subscriber() as subscriber:
+        subscriber.register(print, queue, ["#"])
+    inbox = peer.consume(queue)
+    for n in range(3):
+        bench.publish("n.n", n)
+    for delivery in inbox.wait(3):
+        inbox.settle(delivery)
+        inbox.settle(delivery, requeue=True)
+        inbox.settle(delivery, delivery)
+    bench.publish("n.n", 3)
+    assert len(inbox.wait(4)) == 4
+
+
+def test_stop_before_any_start_is_not_lost(bench: Bench) -> None:
+    """Not only before the first one."""
+    subscriber = bench.subscriber()
+    subscriber.register(print, bench.names.queue(), ["#"])
+    for _ in range(3):
+        subscriber.stop_consuming()
+        begun = time.monotonic()
+        subscriber.start_consuming(timeout=30)
+        assert time.monotonic() - begun < 15
 
 
 # ------------------------------------------------------------------ what a dead letter says

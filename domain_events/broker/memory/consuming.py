@@ -30,6 +30,10 @@ log = Log("domain_events")
 # Before a consumer whose queue was deleted asks for it again.
 _PAUSE = SECOND // 10
 _LONGEST_PAUSE = 10 * SECOND
+# After which one more is taken beside a suspect that is still being handled.
+_LONG_ENOUGH = 3 * SECOND
+# Whose meaning the headers have that this broker adds.
+_RELEASE = (4, 3)
 
 
 class MemoryConsuming:
@@ -176,6 +180,8 @@ class MemoryConsumer:
         self._topology = topology
         self._prefetch_count = prefetch_count
         self._starts_carefully = self._careful = careful
+        # The numbers of suspects that take long.
+        self._lasting: list[int] = []
         self._deliver = deliver
         self.held = _Held(store)
         self._pause = _PAUSE
@@ -235,14 +241,24 @@ class MemoryConsumer:
         self._store.attach(queue, self)
 
     def has_room(self) -> bool:
-        return len(self.held) < (1 if self._careful else self._prefetch_count)
+        self._lasting = [number for number in self._lasting if number in self.held]
+        room = 1 + len(self._lasting) if self._careful else self._prefetch_count
+        return len(self.held) < min(room, self._prefetch_count)
 
     def take(self, entry: Entry) -> None:
-        self._careful = self._careful and entry.redelivered
+        self._careful = self._careful and entry.failures > 0
+        number = self.held.add(entry)
+        if self._careful:
+            self._store.later(_LONG_ENOUGH, partial(self._go_around, number))
         try:
-            self._deliver(_delivery(entry, self.held.add(entry)), self)
+            self._deliver(_delivery(entry, number), self)
         except Exception:
             log.exception("Internal error over a delivery.")
+
+    def _go_around(self, number: int) -> None:
+        if number in self.held and self.held.queue is not None:
+            self._lasting.append(number)
+            self._store.feed(self.held.queue)
 
     def cancelled(self) -> None:
         self.held.clear()
@@ -345,5 +361,11 @@ def _delivery(entry: Entry, number: int) -> Delivery:
     if headers is not message.headers:
         message = replace(message, headers=headers)
     return Delivery(
-        message.exchange, message.routing_key, entry.redelivered, message, message.body, number
+        message.exchange,
+        message.routing_key,
+        entry.redelivered,
+        message,
+        message.body,
+        number,
+        release=_RELEASE,
     )

@@ -27,6 +27,7 @@ from pika.spec import Basic
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.request import Answer, Call, fail, succeed
+from domain_events.broker.rabbitmq.stream import Connection
 from domain_events.broker.rabbitmq.wire import text
 from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
@@ -160,6 +161,9 @@ class RabbitBrowser:
     # --- the I/O thread --------------------------------------------------------------------------
 
     def _open(self, connection: pika.SelectConnection, answer: Answer) -> None:
+        assert isinstance(connection, Connection)
+        self._release = connection.release
+
         guarded = self._link.guarded
 
         def on_open(channel: Channel) -> None:
@@ -193,6 +197,7 @@ class RabbitBrowser:
                     body,
                     (channel, self._took(method, properties)),
                     method.message_count or 0,
+                    release=self._release,
                 )
             )
 

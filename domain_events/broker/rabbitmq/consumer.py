@@ -7,13 +7,14 @@ A tag dies with its channel: each channel that is opened here has a number (its 
 receipt names it, and what is settled under an old one is passed over, since the broker has put
 the delivery back in the queue.
 
-**The careful start.** A quorum queue counts a lost connection against everything that was unsettled
-on it. So on each channel it is first consumed with a prefetch of 1: what comes again may have
-killed the process that held it, and is handled alone. When a delivery arrives that was never
-delivered before, this consumer, which can have nothing else on its way, is cancelled. Once that
-delivery is settled, another one takes as many as the prefetch count allows. If its handler takes
-long, others must not wait for it: then the other one takes all but one, and a third the one when
-the first delivery is settled. So there are never more unsettled than the prefetch count says.
+**The careful start.** A quorum queue counts a lost connection against everything that was
+unsettled on it. So on each channel it is first consumed with a prefetch of 1: what has come back
+may have killed the process that held it, and is handled alone or, if that takes long, with one
+more beside it at a time. When a delivery arrives that is above suspicion, this consumer, which can
+have nothing else on its way, is cancelled. Once that delivery is settled, another one takes as many
+as the prefetch count allows. If its handler takes long, others must not wait for it: then the
+other one takes all but what is unsettled, and for each of these a further one when it is settled.
+So there are never more unsettled than the prefetch count says.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ _ACKS_TOGETHER = 25
 # the broker what is not acked is not handled.
 _LONGEST_WITHHELD = 0.1
 
+# Up to RabbitMQ 4.2 an orderly stop counts as a failure, too: so many are nobody's fault.
+_ABOVE_SUSPICION = 3
+# Seconds after which one more delivery is taken beside a suspect that is still being handled.
+_LONG_ENOUGH = 3.0
+
 # Bodies from this size on are counted, and a warning logged when so many bytes of them are held.
 _LARGE = 64 * 1024
 _MANY_BYTES = 256 * 2**20
@@ -85,6 +91,7 @@ class RabbitConsumer:
         self._epoch = 0
         # The I/O thread.
         self._channel: Channel | None = None
+        self._release = (0, 0)
         self._opening: Opening | None = None
         self._stopping = False
         self._stopped = threading.Event()
@@ -99,6 +106,7 @@ class RabbitConsumer:
         self._careful = self._starts_carefully  # while all that comes was delivered before
         self._first = 0  # the first that was not, as long as it is unsettled
         self._taking = False  # whether more are consumed, or going to be
+        self._owed: set[int] = set()  # unsettled deliveries, for each of which one more is taken
         self._consumer_tags: set[str] = set()
         self._cancelling: set[str] = set()  # of those, the ones that are being cancelled
         self._ack_floor = 1  # every delivery below it is settled
@@ -204,6 +212,7 @@ class RabbitConsumer:
         self._forget_channel()
         self._epoch += 1
         self._channel = channel
+        self._release = connection.release
         channel.add_on_cancel_callback(guarded(self._cancelled))
         # Deliveries may come before the reply to what is asked for below.
         connection.stream.hear_deliveries(
@@ -226,8 +235,23 @@ class RabbitConsumer:
         self._cancelling.add(tag)
         channel.basic_cancel(tag, callback=self._link.guarded(partial(self._cancel_ok, tag)))
 
+    def _is_suspect(self, delivery: Delivery) -> bool:
+        """Whether the delivery may have killed a process, or broken a connection."""
+        if not delivery.redelivered:
+            return False
+        return delivery.failures >= (1 if delivery.counts_returns else _ABOVE_SUSPICION)
+
+    def _is_unsettled(self, tag: int) -> bool:
+        return self._ack_floor <= tag <= self._last and tag not in self._settled_above
+
+    def _go_around(self, epoch: int, tag: int) -> None:
+        """A suspect has not killed anybody for a while: others must not wait for it."""
+        careful = epoch == self._epoch and self._careful and self._is_unsettled(tag)
+        if careful and len(self._consumer_tags) < self._prefetch_count:
+            self._take(1)
+
     def _begin_to_trust(self, tag: int) -> None:
-        """What comes is new."""
+        """What comes has killed nobody."""
         self._careful = False
         channel = self._channel
         if channel is None or self._stopping or not channel.is_open:
@@ -238,12 +262,16 @@ class RabbitConsumer:
         self._link.call_later(_LONGEST_WITHHELD, partial(self._do_not_wait, self._epoch))
 
     def _do_not_wait(self, epoch: int) -> None:
-        if epoch == self._epoch and self._first:
-            self._take(self._prefetch_count - 1)
+        if epoch == self._epoch and self._first and not self._taking:
+            self._take_all()
 
-    def _first_settled(self) -> None:
-        self._first = 0
-        self._take(1 if self._taking else self._prefetch_count)
+    def _take_all(self) -> None:
+        """Consume as many as the prefetch count leaves, and the rest as it is settled."""
+        self._taking = True
+        self._owed = set(filter(self._is_unsettled, range(self._ack_floor, self._last + 1)))
+        left = self._prefetch_count - len(self._owed)
+        if left > 0:
+            self._take(left)
 
     def _take(self, prefetch_count: int) -> None:
         """Consume so many at a time, besides what is consumed already."""
@@ -257,7 +285,6 @@ class RabbitConsumer:
             else:
                 opening.usable()
 
-        self._taking = True
         opening.busy()
         self._limit(channel, prefetch_count, consume)
 
@@ -359,10 +386,13 @@ class RabbitConsumer:
             self._warn_of_bytes()
         if not self._ticking:
             self._tick_later()
-        self._deliver(
-            Delivery(exchange, routing_key, redelivered, properties, body, (epoch, tag)), self
-        )
-        if self._careful and not redelivered:
+        receipt = (epoch, tag)
+        delivery = Delivery(exchange, routing_key, redelivered, properties, body, receipt)
+        delivery.release = self._release
+        self._deliver(delivery, self)
+        if self._careful and self._is_suspect(delivery):
+            self._call_later(_LONG_ENOUGH, partial(self._go_around, epoch, tag))
+        elif self._careful:
             self._begin_to_trust(tag)
 
     def _warn_of_bytes(self) -> None:
@@ -396,16 +426,23 @@ class RabbitConsumer:
         """Send what was settled: a run of acks that leaves no gap as one."""
         self._woken = False
         channel = self._channel
-        acks = []
-        first_settled = False
+        acks: dict[int, None] = {}
+        first_settled, freed = False, 0
         while self._settled:
             (epoch, tag), how = self._settled.popleft()
             if epoch != self._epoch or channel is None or not channel.is_open:
                 continue
+            if not self._is_unsettled(tag) or tag in acks:
+                continue  # twice: the broker would close the channel over it
             self._large.pop(tag, None)
-            first_settled = first_settled or tag == self._first
+            if tag in self._owed:
+                self._owed.discard(tag)
+                freed += 1
+            if tag == self._first:
+                self._first = 0
+                first_settled = not self._taking
             if how is Settlement.DONE:
-                acks.append(tag)
+                acks[tag] = None
                 continue
             self._settled_above.add(tag)
             if how is Settlement.GIVE_BACK:
@@ -414,9 +451,11 @@ class RabbitConsumer:
                 # Since RabbitMQ 4.3 only this counts towards the delivery limit.
                 channel.basic_reject(tag, requeue=True)
         if channel is not None:
-            self._ack(channel, acks)
+            self._ack(channel, list(acks))
             if first_settled:
-                self._first_settled()
+                self._take_all()
+            elif freed:
+                self._take(freed)
 
     def _ack(self, channel: Channel, tags: Sequence[int]) -> None:
         self._settled_above.update(tags)

@@ -12,6 +12,7 @@ the other's protocol. All on the I/O thread.
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -44,6 +45,14 @@ class Connection(pika.SelectConnection):
     bytes_sent: int
     bytes_received: int
     params: Parameters
+    server_properties: dict[str, Any] | None
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """The broker's release, such as (4, 3); (0, 0) if it does not say."""
+        version = (self.server_properties or {}).get("version")
+        found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @classmethod
     def create_connection(

@@ -37,6 +37,9 @@ _LARGEST_PLAIN_BODY = 4000
 # Addresses whose frames are remembered; a routing key may hold a user's number.
 _MOST_REMEMBERED = 1000
 
+# The broker adds headers of its own to a message (x-delivery-count, x-death), also where the
+# publisher's fill a frame already, and sends it all the same.
+_ADDED = {FRAME_HEADER: 64 * 1024}
 _KINDS = (FRAME_METHOD, FRAME_HEADER, FRAME_BODY, FRAME_HEARTBEAT)
 _BASIC = Basic.INDEX
 _PUBLISH, _DELIVER, _GET_OK, _ACK, _NACK = (
@@ -243,7 +246,7 @@ class Reader:
         most = self.largest_frame - _AROUND_PAYLOAD
         while len(data) - at >= _FRAME.size:
             kind, channel, size = _FRAME.unpack_from(data, at)
-            if kind not in _KINDS or size > most:
+            if kind not in _KINDS or size > most + _ADDED.get(kind, 0):
                 raise self._head_error(data[at : at + 40], kind, size)
             payload = at + _FRAME.size
             after = payload + size + 1
@@ -331,7 +334,8 @@ class Reader:
             return b"", b"", 0, at + _PROPERTIES.size
         kind, of, size, _class, _weight, length = _PROPERTIES.unpack_from(data, at)
         most = self.largest_frame - _AROUND_PAYLOAD
-        if kind != FRAME_HEADER or of != channel or not _BEFORE_FLAGS <= size <= most:
+        largest = most + _ADDED[FRAME_HEADER]
+        if kind != FRAME_HEADER or of != channel or not _BEFORE_FLAGS <= size <= largest:
             return _NOT_IN_ONE_PIECE
         begin = at + _FRAME.size
         at = begin + size + 1
