@@ -12,7 +12,6 @@ from domain_events import topology
 from domain_events.checks import flag, refusal, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.retry import Backoff
-from domain_events.text import plain
 from domain_events.topology import Declaration
 
 _MOST_RETRIES = 2**31 - 1
@@ -215,7 +214,7 @@ def check_handler(handler: Any, name: object) -> None:
         or a generator, which nobody runs.
     """
     # Its name may be a mistake as well.
-    what = f"{plain(name)}: the handler" if isinstance(name, str) else "The handler"
+    what = f"{shown(name)[1:-1]}: the handler" if isinstance(name, str) else "The handler"
     what += f" {shown(handler)}"
     if not callable(handler):
         if callable(name):
@@ -260,7 +259,7 @@ def _binding_keys(
     given: object, name: str, exchange_type: str, option: str = "binding_keys"
 ) -> tuple[str, ...]:
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        hint = f"; give [{plain(given)!r}]" if isinstance(given, str) else ""
+        hint = f"; give [{shown(given)}]" if isinstance(given, str) else ""
         right = "a list of binding keys, such as ['user.*'], or ['#'] for all events"
         raise refusal(given, f"{name}: {option}", right, hint)
     keys = tuple(given)

@@ -112,7 +112,7 @@ def configure(
     connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:
-        if not fits(app_id):
+        if not fits(app_id) or re.search("amqps?://", app_id, re.IGNORECASE):
             raise refusal(app_id, "app_id", f"a str of at most {LONGEST_NAME} bytes")
         app_id = plain(app_id)
     _configured, _app_id = urls or connection_settings, app_id

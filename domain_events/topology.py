@@ -49,7 +49,15 @@ _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
 _RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+# Where a name stands beside the URL that it may be mixed up with.
+_CALLS = {
+    "subscriber": "DeadLetters(name, connection_settings), Subscriber(connection_settings)",
+    "exchange": (
+        "Publisher(connection_settings, exchange), Undelivered(exchange, connection_settings)"
+    ),
+}
 
 _CONFIRMED_DEAD_LETTERING = {
     "x-dead-letter-strategy": "at-least-once",
@@ -261,9 +269,14 @@ def check_name(name: object, what: str) -> str:
         size = len(name.encode())
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"The {what}'s name {name[:40]!r} is not valid Unicode."
+            f"The {what}'s name {shown(name)} is not valid Unicode."
         ) from error
     text = shown(name)
+    if "://" in name:
+        calls = _CALLS[what]
+        raise ConfigurationError(
+            f"The {what}'s name {text} is a URL, which belongs into connection_settings: {calls}."
+        )
     if size > room:
         raise ConfigurationError(
             f"The {what}'s name {text} is longer than {room} bytes, which leave room for the "
@@ -324,6 +337,8 @@ def check_binding_key(key: object, exchange_type: str) -> str:
     if why := mistyped(key):
         raise ConfigurationError(f"The binding key {text} {why}, so it matches nothing meant.")
     if exchange_type == "topic" and (part := _half_wildcard(key)):
+        if "://" in key:  # of which a word may be the password
+            raise ConfigurationError(f"The binding key {text} is a URL.")
         stem = key.split(part)[0] + part.split("*")[0].split("#")[0]
         stem = stem.rstrip(".") or "user"
         raise ConfigurationError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from domain_events import message as messages
 from domain_events import settings, topology
+from domain_events.checks import refusal, shown
 from domain_events.errors import (
     ConfigurationError,
     EventRejected,
@@ -126,11 +127,11 @@ class Undelivered(Walks):
             to its queue.
         :raises BrokerUnavailable: no broker in time; the rest is left.
         """
-        if isinstance(subscribers, str):
-            raise ConfigurationError(
-                f"subscribers is a list of names: [{subscribers!r}], not {subscribers!r}."
-            )
-        names = set(subscribers)
+        if isinstance(subscribers, str | bytes) or not isinstance(subscribers, Iterable):
+            right = "a list of subscribers' names"
+            hint = f"; give [{shown(subscribers)}]" if isinstance(subscribers, str) else ""
+            raise refusal(subscribers, "subscribers", right, hint)
+        names = {topology.check_name(name, "subscriber") for name in subscribers}
         self._checked.clear()
         if self._connection() is not None:
             for name in names:

@@ -125,8 +125,9 @@ def _query_trouble(query: str) -> str:
             import difflib  # noqa: PLC0415 - for this mistake only
 
             close = difflib.get_close_matches(name, _OPTIONS, 1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
-            return f"it has an unknown option {name[:40]!r}{meant} There are {', '.join(_OPTIONS)}."
+            # Anything else may be the rest of a password with a '?' in it.
+            what = f"{name[:40]!r}; did you mean {close[0]!r}?" if close else "(or a bare '?')."
+            return f"it has an unknown option {what} There are {', '.join(_OPTIONS)}."
         if name in seen:
             return f"it has the option {name!r} twice."
         seen.add(name)

@@ -40,6 +40,7 @@ from domain_events import (
     Reject,
     Retry,
     Subscriber,
+    Undelivered,
     close_publishers,
     configure,
     publish_domain_event,
@@ -144,7 +145,8 @@ URLS: list[tuple[str, list[str]]] = [
     ("amqp://user@host", ["no password", "user:password@"]),
     ("amqp://host/?hearbeat=30", ["'hearbeat'", "did you mean 'heartbeat'?"]),
     ("amqp://host/?Heartbeat=30", ["'Heartbeat'", "did you mean 'heartbeat'?"]),
-    ("amqp://host/?timeout=30", ["'timeout'", "socket_timeout"]),
+    ("amqp://host/?timeout=30", ["unknown option", "socket_timeout"]),
+    (f"amqp://user:pw@host?{SECRET}", ["unknown option (or a bare '?'). There are "]),
     ("amqp://host/?heartbeat=thirty", ["'heartbeat'", "a number from 0 up"]),
     ("amqp://host/?heartbeat=-1", ["'heartbeat'", "a number from 0 up"]),
     ("amqp://host/?heartbeat=", ["'heartbeat'", "a number"]),
@@ -386,6 +388,88 @@ def test_wrong_option_of_a_constructor_is_told(
 def test_exchange_of_a_plug_ins_type_is_the_brokers_to_judge() -> None:
     """Its type begins with ``x-``; any number of them may be installed."""
     Publisher("amqp://host", exchange_type="x-consistent-hash")  # type: ignore[arg-type]
+
+
+def register_with(option: str, value: object) -> None:
+    arguments: Any = {"handler": nop, "name": "x", "binding_keys": ["#"], option: value}
+    Subscriber("memory://").register(**arguments)
+
+
+URL = f"amqp://guest:{SECRET}@localhost:5672/%2F"
+PLACES: dict[str, tuple[type[Exception], Callable[[Any], object]]] = {
+    "replay_all, callback": (ConfigurationError, lambda url: replay_all("x", url)),
+    "replay_event, callback": (ConfigurationError, lambda url: replay_event("x", url)),
+    "replay_all, name": (ConfigurationError, replay_all),
+    "DeadLetters": (ConfigurationError, lambda url: DeadLetters(url, url)),
+    "DeadLetters, timeout": (ConfigurationError, lambda url: DeadLetters("x", timeout=url)),
+    "Undelivered": (ConfigurationError, Undelivered),
+    "hand_back_all": (ConfigurationError, lambda url: Undelivered().hand_back_all(url)),
+    "hand_back_all, list": (ConfigurationError, lambda url: Undelivered().hand_back_all([url])),
+    "Publisher, timeout": (ConfigurationError, lambda url: Publisher("memory://", timeout=url)),
+    "Publisher, exchange": (ConfigurationError, lambda url: Publisher("memory://", url)),
+    "Publisher, type": (ConfigurationError, lambda url: Publisher("memory://", "x", url)),
+    "Publisher.close": (ConfigurationError, lambda url: Publisher("memory://").close(url)),
+    "publish, timeout": (
+        ConfigurationError,
+        lambda url: publish_domain_event("a.b", {}, connection_settings="memory://x", timeout=url),
+    ),
+    "publish, exchange": (
+        ConfigurationError,
+        lambda url: publish_domain_event("a.b", {}, connection_settings="memory://x", exchange=url),
+    ),
+    "Subscriber, workers": (ConfigurationError, lambda url: Subscriber("memory://", workers=url)),
+    "Subscriber, exchange": (ConfigurationError, lambda url: Subscriber("memory://", url)),
+    "start_consuming": (
+        ConfigurationError,
+        lambda url: Subscriber("memory://").start_consuming(url),
+    ),
+    "close_publishers": (ConfigurationError, close_publishers),
+    "configure": (ConfigurationError, lambda url: configure(app_id=url)),
+    "configure, long": (ConfigurationError, lambda url: configure(app_id=f"{url}" * 10)),
+    "Retry": (ValueError, Retry),
+    "Backoff.first": (ValueError, Backoff),
+    "Backoff.factor": (ValueError, lambda url: Backoff(factor=url)),
+    "Backoff.jitter": (ValueError, lambda url: Backoff(jitter=url)),
+    **{
+        f"register, {option}": (ConfigurationError, functools.partial(register_with, option))
+        for option in (
+            *("handler", "name", "binding_keys", "dead_letter", "durable", "max_retries"),
+            *("retry_on", "backoff", "queue_type", "prefetch_count", "ordered", "retired_keys"),
+        )
+    },
+    "register, a key": (
+        ConfigurationError,
+        lambda url: Subscriber("memory://").register(nop, "x", [f"a.{url}*"]),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "given", [URL, [URL], (f"{URL},{URL}",), {URL: 1}, "x" * 90 + URL], ids=repr
+)
+@pytest.mark.parametrize("place", PLACES)
+def test_url_in_another_place_is_told_without_its_password(place: str, given: Any) -> None:
+    """Alone, in something else, and behind what is shown at most."""
+    if not isinstance(given, str) and place in ("hand_back_all, list", "register, a key"):
+        given = given[0] if isinstance(given, list | tuple) else URL
+    kind, take = PLACES[place]
+    if place in ("register, binding_keys", "register, retired_keys", "hand_back_all"):
+        given = URL
+    with pytest.raises(kind) as caught:
+        take(given)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in repr(caught.value)
+    if given == URL:
+        assert "amqp://guest@localhost:5672/%2F" in str(caught.value) or place == "configure, long"
+
+
+def test_url_for_a_name_is_told_with_the_right_call() -> None:
+    """Arguments that are swapped."""
+    for make in (DeadLetters, replay_all, replay_event):
+        with pytest.raises(ConfigurationError, match=r"DeadLetters\(name, connection_settings\)"):
+            make(URL)
+    with pytest.raises(ConfigurationError, match=r"Undelivered\(exchange, connection_settings\)"):
+        Undelivered(URL)
 
 
 class Registered(NamedTuple):
