@@ -147,10 +147,59 @@ URLS: list[tuple[str, list[str]]] = [
     ("amqp://host/?Heartbeat=30", ["'Heartbeat'", "did you mean 'heartbeat'?"]),
     ("amqp://host/?timeout=30", ["unknown option", "socket_timeout"]),
     (f"amqp://user:pw@host?{SECRET}", ["unknown option (or a bare '?'). There are "]),
-    ("amqp://host/?heartbeat=thirty", ["'heartbeat'", "a number from 0 up"]),
-    ("amqp://host/?heartbeat=-1", ["'heartbeat'", "a number from 0 up"]),
-    ("amqp://host/?heartbeat=", ["'heartbeat'", "a number"]),
-    ("amqp://host/?channel_max=0", ["'channel_max'", "a number from 1 up"]),
+    *(
+        (
+            f"amqp://host/?heartbeat={value}",
+            ["'heartbeat' must be a whole number from 0 to 65,535."],
+        )
+        for value in ("thirty", "-1", "", "70000", "2.5", "1e400", SECRET)
+    ),
+    ("amqp://host/?channel_max=0", ["'channel_max' must be a whole number from 1 to 65,535."]),
+    ("amqp://host/?channel_max=65536", ["'channel_max'", "from 1 to 65,535."]),
+    ("amqp://host/?frame_max=1024", ["'frame_max'", "from 4,096 to 131,072."]),
+    ("amqp://host/?frame_max=131073", ["'frame_max'", "from 4,096 to 131,072."]),
+    ("amqp://host/?connection_attempts=0", ["'connection_attempts'", "from 1"]),
+    *(
+        (f"amqp://host/?socket_timeout={value}", ["'socket_timeout'", "seconds, more than 0."])
+        for value in ("0", "-1", "nan", "inf", "", "1e300", SECRET)
+    ),
+    ("amqp://host/?stack_timeout=0", ["'stack_timeout'", "more than 0."]),
+    ("amqp://host/?retry_delay=-1", ["'retry_delay'", "0 or more."]),
+    *(
+        (f"amqp://host/?{name}={value}", [f"'{name}' must be a dict"])
+        for name in ("client_properties", "tcp_options", "ssl_options")
+        for value in ("{", "5", "None", "[1]", "{1:2}", "'x'", SECRET)
+    ),
+    ("amqps://host/?ssl_options={}", ["'ssl_options' is an empty dict", "amqps://"]),
+    (
+        "amqps://host/?ssl_options={'ca_cert':'/x'}",
+        ["'ca_cert'; did you mean 'ca_certs'?", "There are ca_certs, "],
+    ),
+    (f"amqps://host/?ssl_options={{'{SECRET}':1}}", ["something unknown in it. There are ca"]),
+    *(
+        (f"amqps://host/?ssl_options={{'{name}':'/no/such'}}", [f"'{name}'", "file: /no/such."])
+        for name in ("ca_certs", "certfile", "keyfile")
+    ),
+    (f"amqps://host/?ssl_options={{'keyfile':'{__file__}'}}", ["'keyfile' and no 'certfile'"]),
+    ("amqps://host/?TLS_VERIFY=no", ["'TLS_VERIFY'; did you mean 'tls_verify'?"]),
+    ("amqps://host/?tls_verify=No", ["'tls_verify' must be 'yes' or 'no'"]),
+    ("amqp://host/?tls_verify=no", ["tls_verify=no is for amqps://", "does not use TLS"]),
+    ("amqp://host/?tls_verify=yes", ["tls_verify=yes is for amqps://", "does not use TLS"]),
+    ("amqp://host?ssl=true", ["unknown option", "There are"]),
+    (f"amqp://{'u' * 256}:{SECRET}@host", ["user is longer than 255 bytes"]),
+    (f"amqp://u:{SECRET}{'p' * 250}@host", ["password is longer than 255 bytes"]),
+    (f"amqp://host/{'%C3%A9' * 128}", ["vhost is longer than 255 bytes"]),
+    ("amqp://host/%ff", ["vhost cannot be read", "UTF-8"]),
+    (f"amqp://u%ff:{SECRET}@host", ["user cannot be read", "UTF-8"]),
+    (f"amqp://{'h' * 64}/", ["host is not a host's name", "63"]),
+    ("amqp://a..b/", ["host is not a host's name"]),
+    ("amqp://a$b/", ["host is not a host's name"]),
+    (f"amqp://u:{SECRET}@[h]", ["not an IPv6 address", "amqp://[::1]:5672"]),
+    (f"amqp://u:{SECRET}@a;amqp://b", ["','", "';'", "amqp://one,amqp://two"]),
+    (f"memory://u:{SECRET}@x", ["memory:// or memory://NAME"]),
+    (f"amqp://u:{SECRET}@a,amqps://b", ["only some of them use TLS"]),
+    (f"amqps://u:{SECRET}@a,memory://b", ["stands alone"]),
+    ("memory://a,memory://b", ["stands alone"]),
     ("amqp://host/?heartbeat=3&heartbeat=4", ["'heartbeat'", "twice"]),
     ("amqp://host/?locale=", ["'locale'", "no value"]),
     ("amqp://good,localhost", ["several hosts"]),
@@ -197,6 +246,13 @@ def test_wrong_url_is_told_where_it_is_given(
         "amqps://[::1]:5671/v.1?heartbeat=0&socket_timeout=2.5",
         "amqp://u:p@host/v?client_properties={'connection_name':'a@b'}",
         "amqp://a,amqp://b",
+        "memory://",
+        "memory://a.b-c/",
+        "amqp://rabbit_1.cluster-x.local.:5672",
+        "amqp://[fe80::1%25eth0]",
+        f"amqp://{'u' * 255}:{'p' * 255}@host/{'v' * 255}",
+        "amqps://host?tls_verify=yes&retry_delay=0&frame_max=131072&channel_max=65535",
+        "amqp://host?tcp_options={'TCP_KEEPIDLE':60}&locale=en_US&blocked_connection_timeout=0",
         " amqp://host\n",
     ],
 )
@@ -236,6 +292,26 @@ def test_wrong_app_id_is_told(app_id: Any) -> None:
     with pytest.raises(ConfigurationError, match="app_id must be a str of at most 255 bytes"):
         configure("memory://x", app_id=app_id)
     assert settings.resolve() == (settings.FALLBACK,)
+
+
+@pytest.mark.parametrize(
+    ("urls", "words"),
+    [
+        ([f"amqps://u:{SECRET}@a", "amqp://b"], "amqps://u@a, amqp://b: only some of them use TLS"),
+        (["amqp://a?ssl_options={'ciphers':'x'}", "amqp://b"], "only some of them use TLS"),
+        (["memory://a", "amqp://b"], "stands alone"),
+        ([], "is an empty sequence; give at least one"),
+    ],
+)
+def test_urls_that_do_not_go_together_are_told_where_they_are_given(
+    urls: list[str], words: str
+) -> None:
+    """Also by configure, and not at the first use."""
+    for take in (configure, Publisher, Subscriber, lambda urls: DeadLetters("mail", urls)):
+        with pytest.raises(ConfigurationError) as caught:
+            take(urls)
+        assert words in str(caught.value)
+        assert SECRET not in str(caught.value)
 
 
 # ------------------------------------------------------------------ switched off
