@@ -147,7 +147,7 @@ def make_options(
             f"name is {shown(name)} and binding_keys is {shown(binding_keys)}: they are swapped; "
             "it is register(handler, name, binding_keys)."
         )
-    name = topology.check_name(name, "subscriber")
+    name = topology.check_name(name, "subscriber", exchange)
     durable = flag(durable, f"{name}: durable")
     exclusive = flag(exclusive, f"{name}: exclusive")
     auto_delete = flag(auto_delete, f"{name}: auto_delete")

@@ -48,6 +48,8 @@ LONGEST_NAME = 255
 _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
+_OF_AN_EXCHANGE = re.compile(r"(\.due|\.undelivered|\.delay\.[0-9]{2})\Z")
+_OF_A_QUEUE = re.compile(r"(\.walk|\.undelivered|\.delay\.[0-9]{2})\Z")
 _RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -249,16 +251,24 @@ def subscriber_of(address: str) -> str | None:
     if len(bits) < LEVELS or not name or not set(bits) <= {"0", "1"}:
         return None
     try:
-        return check_name(name, "subscriber")
+        return _usable_name(name, "subscriber")
     except ConfigurationError:
         return None
 
 
-def check_name(name: object, what: str) -> str:
+def check_name(name: object, what: str, exchange: str = "") -> str:
     """The name of a subscriber or an exchange as plain text, if the topology can be built from it.
 
+    :param exchange: of a subscriber, the exchange that it is on.
     :raises ConfigurationError: when it is not a text, empty, too long, reserved or has wildcards.
     """
+    name = _usable_name(name, what)
+    if why := _reserved(name, what, exchange):
+        raise ConfigurationError(f"The {what}'s name {shown(name)} {why}")
+    return name
+
+
+def _usable_name(name: object, what: str) -> str:
     room = LONGEST_NAME - 2 * LEVELS
     if not isinstance(name, str) or not name:
         raise ConfigurationError(
@@ -293,10 +303,23 @@ def check_name(name: object, what: str) -> str:
         )
     if name != name.strip() or _CONTROL.search(name):
         raise ConfigurationError(
-            f"The {what}'s name {text} begins or ends with a space, or has a control character "
-            "in it; leave it out."
+            f"The {what}'s name {text} begins or ends with white space, or has a control "
+            "character in it; leave it out."
         )
     return name
+
+
+def _reserved(name: str, what: str, exchange: str) -> str:
+    """What is against a name that this library gives to queues or exchanges of its own."""
+    if what == "exchange":
+        if found := _OF_AN_EXCHANGE.search(name):
+            return f"ends in {found[0]!r}, as what retries need does; choose another one."
+    elif name.endswith("-dl"):
+        return f"is that of a queue of dead letters; give the subscriber's name, {name[:-3]!r}."
+    elif (found := _OF_A_QUEUE.search(name)) or name == due_name(exchange):
+        end = found[0] if found else _DUE
+        return f"ends in {end!r}, as queues and exchanges of this library do; choose another one."
+    return ""
 
 
 def check_exchange_type(exchange_type: object) -> ExchangeType:
@@ -355,7 +378,7 @@ def mistyped(key: str) -> str:
     The broker takes such keys, and compares them word by word, character by character.
     """
     if key != key.strip():
-        return "begins or ends with a space"
+        return "begins or ends with white space"
     if "" in key.split("."):
         return "has an empty word (a dot at its beginning or end, or two in a row)"
     return "has a control character" if _CONTROL.search(key) else ""

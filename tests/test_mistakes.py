@@ -449,7 +449,7 @@ def test_wrong_timeout_is_told(timeout: Any, broker_url: str) -> None:
         (Publisher, "exchange", b"x", "The exchange needs a name"),
         (Subscriber, "exchange", "amq.topic", "belong to the broker; choose another one"),
         (Subscriber, "exchange", "events.*", "wildcards belong into binding_keys"),
-        (Subscriber, "exchange", "events ", "begins or ends with a space"),
+        (Subscriber, "exchange", "events ", "begins or ends with white space"),
     ],
 )
 def test_wrong_option_of_a_constructor_is_told(
@@ -682,6 +682,51 @@ def test_mistake_in_register_is_told(mistake: Registered, bench: Bench) -> None:
         assert subscriber._consuming is None
         with pytest.raises(ConfigurationError, match=r"Nothing is registered.*call register\(\)"):
             subscriber.start_consuming()
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("events.delay.00", ".delay.00"),
+        ("others.delay.23", ".delay.23"),
+        ("events.undelivered", ".undelivered"),
+        ("events.due", ".due"),
+        ("mail-dl.walk", ".walk"),
+        ("mail-dl", "-dl"),
+    ],
+)
+def test_name_that_the_library_gives_itself_is_told(name: str, end: str) -> None:
+    """A subscriber would take what is on its way: retries, dead letters."""
+    subscriber = Subscriber("memory://mistakes", "events")
+    takers: list[Callable[[], object]] = [
+        lambda: subscriber.register(nop, name, ["#"]),
+        lambda: Undelivered("events", "memory://mistakes").hand_back_all([name]),
+    ]
+    if end != ".due":  # of an exchange, which it does not know
+        takers.append(lambda: DeadLetters(name, "memory://mistakes"))
+    for take in takers:
+        with pytest.raises(ConfigurationError) as caught:
+            take()
+        assert f"The subscriber's name {name!r}" in str(caught.value)
+        assert (end if end != "-dl" else "give the subscriber's name, 'mail'") in str(caught.value)
+    if end not in ("-dl", ".walk"):
+        makers: list[Callable[..., object]] = [
+            Publisher,
+            Subscriber,
+            lambda url, exchange: Undelivered(exchange, url),
+            lambda url, exchange: publish_domain_event(
+                "a.b", {}, connection_settings=url, exchange=exchange
+            ),
+        ]
+        for make in makers:
+            with pytest.raises(ConfigurationError, match=rf"ends in '{end}'"):
+                make("memory://mistakes", name)
+
+
+@pytest.mark.parametrize("name", ["invoice.due", "mail-dlx", "walk", "undelivered", "events.mail"])
+def test_name_that_only_looks_like_one_of_the_librarys_is_taken(name: str) -> None:
+    """Nothing of ours has it."""
+    Subscriber("memory://mistakes", "events").register(nop, name, ["#"])
 
 
 HANDLERS: list[Any] = [
