@@ -54,5 +54,6 @@ def shown(value: object) -> str:
         if isinstance(value, str):
             return repr(Address(plain(value)))
         return f"<a {type(value).__name__} with a URL in it>"
-    text = printable(value, 80)
-    return repr(text) if isinstance(value, str) else text
+    # An exception's text alone may be empty, or look like a name.
+    text = printable(repr(value) if isinstance(value, BaseException) else value, 80)
+    return f"'{text}'" if isinstance(value, str) else text

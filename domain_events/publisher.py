@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -18,7 +18,7 @@ from uuid import UUID
 from domain_events import message as messages
 from domain_events import settings, topology
 from domain_events.broker import Publication, Publishing, close_dropped, connect
-from domain_events.checks import seconds
+from domain_events.checks import flag, seconds
 from domain_events.errors import (
     BrokerUnavailable,
     DomainEventsError,
@@ -100,6 +100,7 @@ class Publisher:
         :raises TopologyError: the exchange exists with another type, or cannot be declared.
         """
         within = self._timeout if timeout is None else seconds(timeout)
+        flag(mandatory, "mandatory")
         try:
             message = self._message(event, mandatory)
             publishing = self._connection()
@@ -131,10 +132,18 @@ class Publisher:
         :param timeout: seconds without any confirm after which it is given up; however long all
             of it takes, as long as confirms come.
         :return: how many were published.
-        :raises TypeError: something in the iterable is not a `DomainEvent`.
+        :raises TypeError: it is not an iterable, or something in it is not a `DomainEvent`.
         :raises DomainEventsError: as `publish` does, for the first event that failed.
         """
         within = self._timeout if timeout is None else seconds(timeout)
+        flag(mandatory, "mandatory")
+        if isinstance(events, DomainEvent | str | bytes | Mapping) or not isinstance(
+            events, Iterable
+        ):
+            raise TypeError(
+                f"publish_many() takes an iterable of DomainEvents, not a {type(events).__name__}; "
+                "publish() takes one event."
+            )
         batch = _Batch(self._connection(), within)
         try:
             try:

@@ -48,6 +48,8 @@ LONGEST_NAME = 255
 _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
+# Of shells, SQL and regular expressions; %2F is none.
+_FOREIGN_WILDCARD = re.compile(r"\?|%(?![0-9A-Fa-f]{2})|\{[^}]*\}|\[[^\]]*\]")
 _OF_AN_EXCHANGE = re.compile(r"(\.due|\.undelivered|\.delay\.[0-9]{2})\Z")
 _OF_A_QUEUE = re.compile(r"(\.walk|\.undelivered|\.delay\.[0-9]{2})\Z")
 _RETURN_EXCHANGE = re.compile(r"\.(due|delay\.[0-9]{2})\Z")
@@ -357,8 +359,14 @@ def check_binding_key(key: object, exchange_type: str) -> str:
         raise ConfigurationError(
             "A binding key is empty; give one such as 'user.*', or '#' for all."
         )
-    if why := mistyped(key):
+    if why := _odd(key) or (exchange_type == "topic" and _spaced(key)):
         raise ConfigurationError(f"The binding key {text} {why}, so it matches nothing meant.")
+    if exchange_type == "topic" and (found := _FOREIGN_WILDCARD.search(key)):
+        raise ConfigurationError(
+            f"The binding key {text} has {found[0]!r} in it, which is not a wildcard here and so "
+            "matches nothing meant: '*' stands for one word between dots, '#' for any number of "
+            "them, and a choice takes several binding keys."
+        )
     if exchange_type == "topic" and (part := _half_wildcard(key)):
         if "://" in key:  # of which a word may be the password
             raise ConfigurationError(f"The binding key {text} is a URL.")
@@ -372,16 +380,27 @@ def check_binding_key(key: object, exchange_type: str) -> str:
     return key
 
 
-def mistyped(key: str) -> str:
-    """What is odd about a key, in words; empty if nothing is.
+def mistyped(routing_key: str) -> str:
+    """What is odd about a routing key, in words; empty if nothing is.
 
     The broker takes such keys, and compares them word by word, character by character.
     """
+    if why := _odd(routing_key) or _spaced(routing_key):
+        return why
+    part = _half_wildcard(routing_key)
+    return f"has a wildcard within the word {shown(part)}, where it is a letter" if part else ""
+
+
+def _odd(key: str) -> str:
     if key != key.strip():
         return "begins or ends with white space"
     if "" in key.split("."):
         return "has an empty word (a dot at its beginning or end, or two in a row)"
     return "has a control character" if _CONTROL.search(key) else ""
+
+
+def _spaced(key: str) -> str:
+    return "has white space in it" if re.search(r"\s", key) else ""
 
 
 def _half_wildcard(key: str) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -582,6 +583,19 @@ REGISTERED: dict[str, Registered] = {
     ".a": Registered({"binding_keys": [".a"]}, ["'.a'", "empty word"]),
     "user.": Registered({"binding_keys": ["user."]}, ["'user.'", "empty word"]),
     "a space before": Registered({"binding_keys": [" user.x"]}, ["' user.x'", "space"]),
+    **{
+        key: Registered({"binding_keys": [key]}, [f"{found!r} in it", "'*' stands for one word"])
+        for key, found in {
+            "user.?": "?",
+            "user.%": "%",
+            "user.{a,b}": "{a,b}",
+            "user.[ab]": "[ab]",
+        }.items()
+    },
+    "a space inside": Registered({"binding_keys": ["user x"]}, ["'user x'", "white space in it"]),
+    "keys in a dict": Registered(
+        {"binding_keys": {"user.*": nop}}, ["binding_keys must be a list", "type dict"]
+    ),
     "a newline behind": Registered({"binding_keys": ["user.x\n"]}, ["space"]),
     "forgot the name": Registered({"name": ["user.*"]}, ["needs a name", "not ['user.*']"]),
     "name None": Registered({"name": None}, ["needs a name", "not None"]),
@@ -624,6 +638,9 @@ REGISTERED: dict[str, Registered] = {
         {"handler": functools.partial(CalledAsync())}, ["async function", "asyncio.run"]
     ),
     "async __call__": Registered({"handler": CalledAsync()}, ["async function", "asyncio.run"]),
+    "async staticmethod": Registered(
+        {"handler": staticmethod(coroutine)}, ["async function", "asyncio.run"]
+    ),
     "wrapped async": Registered({"handler": decorated(nop)}, ["async function", "asyncio.run"]),
     "AsyncMock": Registered({"handler": AsyncMock()}, ["async function", "asyncio.run"]),
     "generator handler": Registered({"handler": generator}, ["generator", "yield"]),
@@ -637,6 +654,16 @@ REGISTERED: dict[str, Registered] = {
     ),
     "retry_on an instance": Registered(
         {"retry_on": ValueError(), "max_retries": 1}, ["retry_on", "exception classes"]
+    ),
+    "retry_on an instance with a text": Registered(
+        {"retry_on": ValueError("x"), "max_retries": 1},
+        ["retry_on", "not ValueError('x') (of type ValueError); give ValueError."],
+    ),
+    "backoff without retry_on": Registered(
+        {"backoff": Backoff(), "max_retries": 3}, ["backoff has no effect without retry_on"]
+    ),
+    "backoff without max_retries": Registered(
+        {"backoff": Backoff()}, ["backoff has no effect without retry_on", "max_retries=3"]
     ),
     "retry_on a name": Registered(
         {"retry_on": "ValueError", "max_retries": 1}, ["retry_on", "exception classes"]
@@ -749,7 +776,9 @@ def test_handler_that_takes_an_event_is_taken(handler: Any) -> None:
     Subscriber("memory://mistakes").register(handler, "mail", ["#"])
 
 
-@pytest.mark.parametrize(("kind", "key"), [("direct", "user*"), ("fanout", "a..b"), ("fanout", "")])
+@pytest.mark.parametrize(
+    ("kind", "key"), [("direct", "user*"), ("fanout", "a..b"), ("direct", "a b"), ("fanout", "")]
+)
 def test_key_is_literal_where_there_are_no_wildcards(kind: Any, key: str) -> None:
     """Only a topic exchange has them."""
     Subscriber("memory://mistakes", f"of-{kind}", kind).register(nop, f"{kind}{key}", [key])
@@ -757,8 +786,12 @@ def test_key_is_literal_where_there_are_no_wildcards(kind: Any, key: str) -> Non
 
 def test_wildcard_on_a_direct_exchange_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """It is a letter there; an event with that key is possible, and hardly meant."""
-    Subscriber("memory://mistakes", "of-direct", "direct").register(nop, "wild", ["user.*"])
+    subscriber = Subscriber("memory://mistakes", "of-direct", "direct")
+    subscriber.register(nop, "wild", ["user.*"])
     assert "not wildcards: user.*" in caplog.text
+    keys: Any = (key for key in ["order.*"])  # which can be gone through once
+    subscriber.register(nop, "wild too", keys)
+    assert "not wildcards: order.*" in caplog.text
 
 
 def test_decorator_without_its_call_is_told() -> None:
@@ -842,6 +875,17 @@ EVENTS: dict[str, tuple[tuple[Any, ...], list[str]]] = {
         ("a.b", {}, None, None, datetime(2024, 5, 6, tzinfo=timezone.utc)),
         ["timestamp", "Unix seconds", "give its timestamp()"],
     ),
+    **{
+        f"timestamp {name}": (("a.b", {}, None, None, value), ["timestamp", "Unix seconds"])
+        for name, value in {
+            "10**400": 10**400,
+            "-10**400": -(10**400),
+            "inf": float("inf"),
+            "nan": float("nan"),
+            "10**5000": 10**5000,
+            "True": True,
+        }.items()
+    },
     "text as timestamp": (("a.b", {}, None, None, "now"), ["timestamp", "Unix seconds", "now"]),
 }
 
@@ -858,7 +902,9 @@ def test_event_that_cannot_be_one_is_told(arguments: tuple[Any, ...], words: lis
     assert isinstance(caught.value.event, DomainEvent)
 
 
-@pytest.mark.parametrize("key", ["a..b", ".a", "user.", " user.x", "user.x ", "a\nb"])
+@pytest.mark.parametrize(
+    "key", ["a..b", ".a", "user.", " user.x", "user.x ", "a\nb", "a b", "user*", "x.#y"]
+)
 def test_odd_routing_key_is_warned_of(key: str, caplog: pytest.LogCaptureFixture) -> None:
     """The broker takes it, and so do we; once for each."""
     domain_events.message._warn_of_mistyped.cache_clear()
@@ -868,6 +914,58 @@ def test_odd_routing_key_is_warned_of(key: str, caplog: pytest.LogCaptureFixture
     assert "user.registered" not in caplog.text
     publish_domain_event("user.registered", {}, connection_settings="memory://mistakes")
     assert caplog.text.count("The routing key") == 1
+
+
+def test_timestamp_in_milliseconds_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and it is published all the same."""
+    domain_events.message._warn_of_milliseconds.cache_clear()
+    publish_domain_event("a.b", {}, timestamp=time.time(), connection_settings="memory://mistakes")
+    assert not caplog.text
+    for _ in range(3):
+        publish_domain_event(
+            "a.b", {}, timestamp=time.time() * 1000, connection_settings="memory://mistakes"
+        )
+    assert caplog.text.count("milliseconds") == 1
+
+
+@pytest.mark.parametrize("retries", [-1, True, None, "1", 1.5])
+def test_wrong_retries_of_an_event_are_told(retries: Any) -> None:
+    """They are what a test of a handler gives it."""
+    with pytest.raises(InvalidEvent, match=f"retries must be an int from 0, not {retries!r}"):
+        DomainEvent("a.b", retries=retries)
+    assert DomainEvent("a.b", retries=Count.TWO).retries == 2
+
+
+@pytest.mark.parametrize("given", [{"routing_key": "a.b", "data": {}}, None, 5])
+def test_something_else_than_json_is_told(given: Any) -> None:
+    """With the way from a dict."""
+    with pytest.raises(InvalidEvent, match=rf"{type(given).__name__};.*DomainEvent\(\*\*fields"):
+        DomainEvent.from_json(given)
+
+
+@pytest.mark.parametrize("given", ["no", 1, None])
+def test_wrong_mandatory_is_told(given: Any) -> None:
+    """'no' would be true."""
+    event = DomainEvent("a.b", {})
+    with Publisher("memory://mistakes") as publisher:
+        for publish in (
+            lambda: publisher.publish(event, mandatory=given),
+            lambda: publisher.publish_many([event], mandatory=given),
+            lambda: publish_domain_event(
+                "a.b", {}, mandatory=given, connection_settings="memory://mistakes"
+            ),
+        ):
+            with pytest.raises(ConfigurationError, match="mandatory must be True or False"):
+                publish()
+
+
+@pytest.mark.parametrize("given", [None, 5, "a.b", {"a": 1}, DomainEvent("a.b", {})])
+def test_something_else_than_events_is_told(given: Any) -> None:
+    """publish_many takes them from an iterable."""
+    with Publisher("memory://mistakes") as publisher:
+        with pytest.raises(TypeError, match=r"takes an iterable of DomainEvents.*publish"):
+            publisher.publish_many(given)
+        assert publisher.publish_many(iter([DomainEvent("a.b", {})])) == 1
 
 
 def test_attribute_of_the_data_is_named() -> None:
@@ -937,6 +1035,19 @@ def test_wrong_factor_or_jitter_is_told(value: Any) -> None:
 
 
 # ------------------------------------------------------------------ dead letters
+
+
+@pytest.mark.parametrize("given", [None, "mail", b"mail", 5, [None]])
+def test_wrong_names_to_hand_back_to_are_told(given: Any) -> None:
+    """Before anything is connected."""
+    with pytest.raises(ConfigurationError, match=r"list of names|needs a name"):
+        Undelivered(connection_settings="amqp://nowhere.invalid").hand_back_all(given)
+
+
+def test_text_for_a_delay_is_shown_as_a_text() -> None:
+    """In quotes: 5 would be right."""
+    with pytest.raises(ValueError, match=r"not '5'\."):
+        Backoff("5")  # type: ignore[arg-type]
 
 
 def test_wrong_use_of_dead_letters_is_told(broker_url: str) -> None:
