@@ -6,10 +6,11 @@ or raises a `ConfigurationError` that names the option, the value, and what is r
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from domain_events.errors import ConfigurationError
-from domain_events.text import printable
+from domain_events.text import plain, printable
 
 
 def whole_number(value: object, option: str, least: int, most: int) -> int:
@@ -45,6 +46,14 @@ def refusal(value: object, option: str, right: str, hint: str = "") -> Configura
 
 
 def shown(value: object) -> str:
-    """The value in an error: on one line, short, a text in quotes."""
-    text = printable(value, 80)
-    return repr(text) if isinstance(value, str) else text
+    """The value in an error: on one line, short, a text in quotes; a URL without its password."""
+    if "://" in printable(value, sys.maxsize):
+        # A broker's URL in the place of another argument.
+        from domain_events.settings import Address  # noqa: PLC0415 - it imports this module
+
+        if isinstance(value, str):
+            return repr(Address(plain(value)))
+        return f"<a {type(value).__name__} with a URL in it>"
+    # An exception's text alone may be empty, or look like a name.
+    text = printable(repr(value) if isinstance(value, BaseException) else value, 80)
+    return f"'{text}'" if isinstance(value, str) else text

@@ -14,7 +14,7 @@ from typing import Any
 
 from domain_events import message as messages
 from domain_events import settings, topology
-from domain_events.checks import refusal
+from domain_events.checks import refusal, shown
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
 from domain_events.log import Log
@@ -255,4 +255,4 @@ def _decide(
     elif answer == DISCARD:
         dead_letters._settle(delivery)
     elif answer != LEAVE:
-        raise ValueError(f"Answer RETRY, LEAVE or DISCARD to a dead letter, not {answer!r}.")
+        raise ValueError(f"Answer RETRY, LEAVE or DISCARD to a dead letter, not {shown(answer)}.")

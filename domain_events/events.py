@@ -21,6 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypedDict
 from uuid import UUID
 
+from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.text import plain, printable
 
@@ -41,6 +42,7 @@ class DomainEvent:
         seen the event before. A new one if left out.
     :param timestamp: when it happened, in Unix seconds (UTC). Now if left out.
     :param retries: how often a handler has asked to try again; 0 on the first delivery.
+    :raises InvalidEvent: when ``retries`` is not a whole number from 0 up.
     """
 
     routing_key: str
@@ -68,6 +70,12 @@ class DomainEvent:
             timestamp=time.time() if timestamp is None else _exact(timestamp),
             retries=retries,
         )
+        if type(retries) is not int or retries < 0:
+            if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+                raise InvalidEvent(
+                    f"An event's retries must be an int from 0, not {shown(retries)}."
+                )
+            self.__dict__["retries"] = int.__int__(retries)
 
     if not TYPE_CHECKING:  # for a type checker, every attribute would exist
 
@@ -122,6 +130,8 @@ class DomainEvent:
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, RecursionError):
                 why = "its data is nested too deeply, or contains itself"
+            elif isinstance(self.timestamp, int | float) and not is_timestamp(self.timestamp):
+                why = f"its timestamp must be Unix seconds, not {printable(self.timestamp, 80)}"
             else:
                 why = f"{error}{_where(data)}"
             raise self._invalid(f"it is not JSON: {why}") from error
@@ -196,6 +206,11 @@ def read_envelope(json_data: bytes | str) -> Envelope:
 
     :raises InvalidEvent: when it is not a JSON object with a routing key and data.
     """
+    if not isinstance(json_data, bytes | str):
+        raise InvalidEvent(
+            f"Not an event: JSON is a str or bytes, not of type {type(json_data).__name__}; of a "
+            "dict of the five fields make one with DomainEvent(**fields)."
+        )
     try:
         text = json_data.decode() if isinstance(json_data, bytes) else json_data
         envelope = _decode(text)
@@ -210,7 +225,7 @@ def read_envelope(json_data: bytes | str) -> Envelope:
     if uuid_string is not None and not isinstance(uuid_string, str):
         raise InvalidEvent("Not an event: its uuid_string must be a string.")
     timestamp = envelope.get("timestamp")
-    if not _is_timestamp(timestamp):
+    if not is_timestamp(timestamp):
         raise InvalidEvent("Not an event: its timestamp must be a number.")
     return {
         "routing_key": routing_key,
@@ -276,7 +291,8 @@ def _is_id(value: object) -> bool:
     return isinstance(value, str | int | UUID) and not isinstance(value, bool)
 
 
-def _is_timestamp(value: object) -> bool:
+def is_timestamp(value: object) -> bool:
+    """Whether an envelope may have it as its timestamp."""
     if value is None:
         return True
     if isinstance(value, bool) or not isinstance(value, int | float):

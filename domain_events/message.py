@@ -21,7 +21,7 @@ from uuid import UUID
 
 from domain_events import topology
 from domain_events.errors import InvalidEvent
-from domain_events.events import DomainEvent, from_envelope, read_envelope
+from domain_events.events import DomainEvent, from_envelope, is_timestamp, read_envelope
 from domain_events.log import Log
 from domain_events.retry import Retry
 from domain_events.text import printable
@@ -561,12 +561,25 @@ def _short(value: object, what: str) -> str:
 
 def _seconds(timestamp: object) -> int | None:
     """The timestamp as AMQP has it, where it can: whole seconds since 1970."""
-    if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
+    if not isinstance(timestamp, int | float) or not is_timestamp(timestamp):
         hint = "; give its timestamp()" if hasattr(timestamp, "timestamp") else ""
         raise InvalidEvent(
-            f"An event's timestamp is Unix seconds, a float, not {printable(timestamp)}{hint}."
+            f"An event's timestamp is Unix seconds, a float, not {printable(timestamp, 80)}{hint}."
         )
+    if timestamp > _MILLISECONDS:
+        _warn_of_milliseconds()
     return int(timestamp) if 0 <= timestamp < 2**63 else None
+
+
+_MILLISECONDS = 1e11  # in the year 5138, or in 1973
+
+
+@lru_cache(maxsize=1)
+def _warn_of_milliseconds() -> None:
+    log.warning(
+        "An event's timestamp is far in the future; perhaps it is in milliseconds, and not in "
+        "Unix seconds. This is logged once."
+    )
 
 
 def _sendable(value: object, depth: int = 0) -> object:

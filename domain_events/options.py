@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -12,7 +12,6 @@ from domain_events import topology
 from domain_events.checks import flag, refusal, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.retry import Backoff
-from domain_events.text import plain
 from domain_events.topology import Declaration
 
 _MOST_RETRIES = 2**31 - 1
@@ -148,7 +147,7 @@ def make_options(
             f"name is {shown(name)} and binding_keys is {shown(binding_keys)}: they are swapped; "
             "it is register(handler, name, binding_keys)."
         )
-    name = topology.check_name(name, "subscriber")
+    name = topology.check_name(name, "subscriber", exchange)
     durable = flag(durable, f"{name}: durable")
     exclusive = flag(exclusive, f"{name}: exclusive")
     auto_delete = flag(auto_delete, f"{name}: auto_delete")
@@ -162,6 +161,12 @@ def make_options(
         )
     if backoff is not None and not isinstance(backoff, Backoff):
         raise refusal(backoff, f"{name}: backoff", "a Backoff, such as Backoff(first=5)")
+    if backoff is not None and not kinds:
+        raise ConfigurationError(
+            f"{name}: backoff has no effect without retry_on; give the exceptions on which an "
+            "event is tried again, such as retry_on=(ConnectionError, TimeoutError), and "
+            "max_retries=3."
+        )
     if prefetch_count is not None:
         option = f"{name}: prefetch_count"
         prefetch_count = whole_number(prefetch_count, option, 1, _MOST_PREFETCHED)
@@ -215,7 +220,7 @@ def check_handler(handler: Any, name: object) -> None:
         or a generator, which nobody runs.
     """
     # Its name may be a mistake as well.
-    what = f"{plain(name)}: the handler" if isinstance(name, str) else "The handler"
+    what = f"{shown(name)[1:-1]}: the handler" if isinstance(name, str) else "The handler"
     what += f" {shown(handler)}"
     if not callable(handler):
         if callable(name):
@@ -233,8 +238,8 @@ def check_handler(handler: Any, name: object) -> None:
             f"{handler.__name__}()."
         )
     called = handler
-    while isinstance(called, functools.partial):
-        called = called.func
+    while isinstance(called, functools.partial | staticmethod | classmethod):
+        called = called.func if isinstance(called, functools.partial) else called.__func__
     for each in (called, getattr(called, "__call__", None)):  # noqa: B004 - to look into it
         if inspect.iscoroutinefunction(each):
             raise ConfigurationError(
@@ -259,8 +264,8 @@ def check_handler(handler: Any, name: object) -> None:
 def _binding_keys(
     given: object, name: str, exchange_type: str, option: str = "binding_keys"
 ) -> tuple[str, ...]:
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        hint = f"; give [{plain(given)!r}]" if isinstance(given, str) else ""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        hint = f"; give [{shown(given)}]" if isinstance(given, str) else ""
         right = "a list of binding keys, such as ['user.*'], or ['#'] for all events"
         raise refusal(given, f"{name}: {option}", right, hint)
     keys = tuple(given)
@@ -284,9 +289,9 @@ def _exceptions(given: object, option: str) -> tuple[type[BaseException], ...]:
         # Also those of gevent and asyncio, but not what ends the process.
         right = isinstance(kind, type) and issubclass(kind, BaseException)
         if not right or issubclass(kind, SystemExit | KeyboardInterrupt):
-            raise refusal(
-                kind, option, "exception classes, such as (ConnectionError, TimeoutError)"
-            )
+            right_ones = "exception classes, such as (ConnectionError, TimeoutError)"
+            hint = f"; give {type(kind).__name__}" if isinstance(kind, BaseException) else ""
+            raise refusal(kind, option, right_ones, hint)
     return kinds
 
 

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -18,10 +18,9 @@ from uuid import UUID
 from domain_events import message as messages
 from domain_events import settings, topology
 from domain_events.broker import Publication, Publishing, close_dropped, connect
-from domain_events.checks import seconds
+from domain_events.checks import flag, seconds
 from domain_events.errors import (
     BrokerUnavailable,
-    ConfigurationError,
     DomainEventsError,
     EventNotConfirmed,
     EventRejected,
@@ -76,7 +75,7 @@ class Publisher:
         self._urls = settings.resolve(connection_settings)
         self._exchange = topology.check_name(exchange, "exchange")
         self._exchange_type = topology.check_exchange_type(exchange_type)
-        self._timeout = _checked_timeout(timeout)
+        self._timeout = seconds(timeout)
         self._closed = False
         self._publishing = self._connect(self._urls)
         # In a test that has replaced the broker: by what, and the connection to it.
@@ -100,12 +99,13 @@ class Publisher:
         :raises ConfigurationError: wrong password, host, vhost or permissions.
         :raises TopologyError: the exchange exists with another type, or cannot be declared.
         """
-        seconds = self._timeout if timeout is None else _checked_timeout(timeout)
+        within = self._timeout if timeout is None else seconds(timeout)
+        flag(mandatory, "mandatory")
         try:
             message = self._message(event, mandatory)
             publishing = self._connection()
             if publishing is not None:
-                confirmed(publishing, message, seconds)
+                confirmed(publishing, message, within)
         except DomainEventsError as error:
             error.event, error.taken = event, 1
             error.unconfirmed = (event,)
@@ -132,11 +132,19 @@ class Publisher:
         :param timeout: seconds without any confirm after which it is given up; however long all
             of it takes, as long as confirms come.
         :return: how many were published.
-        :raises TypeError: something in the iterable is not a `DomainEvent`.
+        :raises TypeError: it is not an iterable, or something in it is not a `DomainEvent`.
         :raises DomainEventsError: as `publish` does, for the first event that failed.
         """
-        seconds = self._timeout if timeout is None else _checked_timeout(timeout)
-        batch = _Batch(self._connection(), seconds)
+        within = self._timeout if timeout is None else seconds(timeout)
+        flag(mandatory, "mandatory")
+        if isinstance(events, DomainEvent | str | bytes | Mapping) or not isinstance(
+            events, Iterable
+        ):
+            raise TypeError(
+                f"publish_many() takes an iterable of DomainEvents, not a {type(events).__name__}; "
+                "publish() takes one event."
+            )
+        batch = _Batch(self._connection(), within)
         try:
             try:
                 for event in events:
@@ -166,7 +174,9 @@ class Publisher:
         What is published from now on is refused. When nothing is under way it takes no time.
 
         :param timeout: seconds after which what is not confirmed is an error.
+        :raises ConfigurationError: when ``timeout`` is not such a number; nothing is closed.
         """
+        timeout = seconds(timeout, zero=True)
         self._closed = True
         if self._publishing is not None:
             self._publishing.close(timeout)
@@ -439,13 +449,6 @@ def _chain(error: BaseException, earlier: BaseException) -> None:
         error = error.__context__
     if id(error) not in seen:
         error.__context__ = earlier
-
-
-def _checked_timeout(timeout: float) -> float:
-    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if not number or not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ConfigurationError(f"timeout is a positive number of seconds, not {timeout!r}.")
-    return timeout
 
 
 # --- the process's own publishers, for `publish_domain_event` ------------------------------------

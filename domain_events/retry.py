@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from domain_events.text import printable
+from domain_events.checks import shown
 
 #: Delays are counted in units of a tenth of a second, by 24 binary levels (`topology`).
 SHORTEST_DELAY = 0.1
@@ -61,11 +61,9 @@ class Backoff:
         checked_delay(self.maximum, "Backoff.maximum")
         # A NaN compares false.
         if not _is_number(self.factor) or not self.factor >= 1:
-            raise ValueError(f"Backoff.factor must be 1 or more, not {printable(self.factor, 80)}.")
+            raise ValueError(f"Backoff.factor must be 1 or more, not {shown(self.factor)}.")
         if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
-            raise ValueError(
-                f"Backoff.jitter is a share from 0 to 1, not {printable(self.jitter, 80)}."
-            )
+            raise ValueError(f"Backoff.jitter is a share from 0 to 1, not {shown(self.jitter)}.")
 
     def delay(self, retry: int) -> float:
         """Seconds to wait before the ``retry``-th retry, counted from 1."""
@@ -86,11 +84,11 @@ def checked_delay(delay: float, name: str) -> float:
     """The delay, if the delay levels can keep it; else a `ValueError` that says the bounds."""
     # A NaN compares false.
     if not _is_number(delay) or not 0 <= delay <= LONGEST_DELAY:
-        shown = printable(delay, 80)
+        what = shown(delay)
         if hasattr(delay, "total_seconds"):
-            shown += "; give its total_seconds()"
+            what += "; give its total_seconds()"
         raise ValueError(
-            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {shown}."
+            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {what}."
         )
     return delay
 

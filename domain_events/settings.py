@@ -21,7 +21,7 @@ from domain_events.errors import ConfigurationError
 from domain_events.log import Log
 from domain_events.text import plain, printable
 from domain_events.topology import LONGEST_NAME, fits
-from domain_events.urls import trouble
+from domain_events.urls import trouble, trouble_together
 
 log = Log("domain_events")
 
@@ -112,7 +112,7 @@ def configure(
     connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:
-        if not fits(app_id):
+        if not fits(app_id) or re.search("amqps?://", app_id, re.IGNORECASE):
             raise refusal(app_id, "app_id", f"a str of at most {LONGEST_NAME} bytes")
         app_id = plain(app_id)
     _configured, _app_id = urls or connection_settings, app_id
@@ -231,14 +231,18 @@ def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
         return _addresses(Address(plain(connection_settings)))
     if isinstance(connection_settings, _Addresses) and connection_settings:
         if all(connection_settings):
-            return _Addresses(
-                address
-                for url in connection_settings
-                for address in _addresses(Address(plain(url)))
+            return _together(
+                _Addresses(
+                    address
+                    for url in connection_settings
+                    for address in _addresses(Address(plain(url)))
+                )
             )
         _refuse("connection_settings: one of the URLs is empty.")
     # Not shown themselves: there may be a password in them.
-    kind = getattr(connection_settings, "type", "an empty sequence")
+    kind = getattr(connection_settings, "type", "")
+    if not kind:
+        _refuse("connection_settings is an empty sequence; give at least one AMQP URL, or None.")
     return _refuse(
         "connection_settings must be an AMQP URL (a str, such as "
         "amqp://user:password@host:5672/vhost), a list of such URLs, or None, not of type "
@@ -253,6 +257,12 @@ def _addresses(text: Address) -> _Addresses:
     for url in addresses:
         if why := trouble(url):
             _refuse(f"connection_settings: {shown(url)} cannot be a broker's URL: {why}")
+    return _together(addresses)
+
+
+def _together(addresses: _Addresses) -> _Addresses:
+    if why := trouble_together(addresses):
+        _refuse(f"connection_settings: {', '.join(map(shown, addresses))}: {why}")
     return addresses
 
 

@@ -171,7 +171,9 @@ class Subscriber:
             self._consuming_connection().declare(options.topology(), self._timeout)
         subscription = Subscription(handler, options, self._moves)
         self._warn_of_sharing(subscription)
-        if options.exchange_type == "direct" and any(map(topology.has_wildcards, binding_keys)):
+        if options.exchange_type == "direct" and any(
+            map(topology.has_wildcards, options.binding_keys)
+        ):
             log.warning(
                 "%s: '*' and '#' are letters on a direct exchange, and not wildcards: %s",
                 options.name,

@@ -48,7 +48,19 @@ LONGEST_NAME = 255
 _AS_GOOD_AS_UNLIMITED = 10**9
 
 _DUE = ".due"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Of shells, SQL and regular expressions; %2F is none.
+_FOREIGN_WILDCARD = re.compile(r"\?|%(?![0-9A-Fa-f]{2})|\{[^}]*\}|\[[^\]]*\]")
+_OF_AN_EXCHANGE = re.compile(r"(\.due|\.undelivered|\.delay\.[0-9]{2})\Z")
+_OF_A_QUEUE = re.compile(r"(\.walk|\.undelivered|\.delay\.[0-9]{2})\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+# Where a name stands beside the URL that it may be mixed up with.
+_CALLS = {
+    "subscriber": "DeadLetters(name, connection_settings), Subscriber(connection_settings)",
+    "exchange": (
+        "Publisher(connection_settings, exchange), Undelivered(exchange, connection_settings)"
+    ),
+}
 
 _CONFIRMED_DEAD_LETTERING = {
     "x-dead-letter-strategy": "at-least-once",
@@ -240,16 +252,24 @@ def subscriber_of(address: str) -> str | None:
     if len(bits) < LEVELS or not name or not set(bits) <= {"0", "1"}:
         return None
     try:
-        return check_name(name, "subscriber")
+        return _usable_name(name, "subscriber")
     except ConfigurationError:
         return None
 
 
-def check_name(name: object, what: str) -> str:
+def check_name(name: object, what: str, exchange: str = "") -> str:
     """The name of a subscriber or an exchange as plain text, if the topology can be built from it.
 
+    :param exchange: of a subscriber, the exchange that it is on.
     :raises ConfigurationError: when it is not a text, empty, too long, reserved or has wildcards.
     """
+    name = _usable_name(name, what)
+    if why := _reserved(name, what, exchange):
+        raise ConfigurationError(f"The {what}'s name {shown(name)} {why}")
+    return name
+
+
+def _usable_name(name: object, what: str) -> str:
     room = LONGEST_NAME - 2 * LEVELS
     if not isinstance(name, str) or not name:
         raise ConfigurationError(
@@ -260,9 +280,14 @@ def check_name(name: object, what: str) -> str:
         size = len(name.encode())
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"The {what}'s name {name[:40]!r} is not valid Unicode."
+            f"The {what}'s name {shown(name)} is not valid Unicode."
         ) from error
     text = shown(name)
+    if "://" in name:
+        calls = _CALLS[what]
+        raise ConfigurationError(
+            f"The {what}'s name {text} is a URL, which belongs into connection_settings: {calls}."
+        )
     if size > room:
         raise ConfigurationError(
             f"The {what}'s name {text} is longer than {room} bytes, which leave room for the "
@@ -279,10 +304,23 @@ def check_name(name: object, what: str) -> str:
         )
     if name != name.strip() or _CONTROL.search(name):
         raise ConfigurationError(
-            f"The {what}'s name {text} begins or ends with a space, or has a control character "
-            "in it; leave it out."
+            f"The {what}'s name {text} begins or ends with white space, or has a control "
+            "character in it; leave it out."
         )
     return name
+
+
+def _reserved(name: str, what: str, exchange: str) -> str:
+    """What is against a name that this library gives to queues or exchanges of its own."""
+    if what == "exchange":
+        if found := _OF_AN_EXCHANGE.search(name):
+            return f"ends in {found[0]!r}, as what retries need does; choose another one."
+    elif name.endswith("-dl"):
+        return f"is that of a queue of dead letters; give the subscriber's name, {name[:-3]!r}."
+    elif (found := _OF_A_QUEUE.search(name)) or name == due_name(exchange):
+        end = found[0] if found else _DUE
+        return f"ends in {end!r}, as queues and exchanges of this library do; choose another one."
+    return ""
 
 
 def check_exchange_type(exchange_type: object) -> ExchangeType:
@@ -320,9 +358,17 @@ def check_binding_key(key: object, exchange_type: str) -> str:
         raise ConfigurationError(
             "A binding key is empty; give one such as 'user.*', or '#' for all."
         )
-    if why := mistyped(key):
+    if why := _odd(key) or (exchange_type == "topic" and _spaced(key)):
         raise ConfigurationError(f"The binding key {text} {why}, so it matches nothing meant.")
+    if exchange_type == "topic" and (found := _FOREIGN_WILDCARD.search(key)):
+        raise ConfigurationError(
+            f"The binding key {text} has {found[0]!r} in it, which is not a wildcard here and so "
+            "matches nothing meant: '*' stands for one word between dots, '#' for any number of "
+            "them, and a choice takes several binding keys."
+        )
     if exchange_type == "topic" and (part := _half_wildcard(key)):
+        if "://" in key:  # of which a word may be the password
+            raise ConfigurationError(f"The binding key {text} is a URL.")
         stem = key.split(part)[0] + part.split("*")[0].split("#")[0]
         stem = stem.rstrip(".") or "user"
         raise ConfigurationError(
@@ -333,16 +379,27 @@ def check_binding_key(key: object, exchange_type: str) -> str:
     return key
 
 
-def mistyped(key: str) -> str:
-    """What is odd about a key, in words; empty if nothing is.
+def mistyped(routing_key: str) -> str:
+    """What is odd about a routing key, in words; empty if nothing is.
 
     The broker takes such keys, and compares them word by word, character by character.
     """
+    if why := _odd(routing_key) or _spaced(routing_key):
+        return why
+    part = _half_wildcard(routing_key)
+    return f"has a wildcard within the word {shown(part)}, where it is a letter" if part else ""
+
+
+def _odd(key: str) -> str:
     if key != key.strip():
-        return "begins or ends with a space"
+        return "begins or ends with white space"
     if "" in key.split("."):
         return "has an empty word (a dot at its beginning or end, or two in a row)"
     return "has a control character" if _CONTROL.search(key) else ""
+
+
+def _spaced(key: str) -> str:
+    return "has white space in it" if re.search(r"\s", key) else ""
 
 
 def _half_wildcard(key: str) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from domain_events import message as messages
 from domain_events import settings, topology
+from domain_events.checks import refusal, shown
 from domain_events.errors import (
-    ConfigurationError,
     EventRejected,
     EventUnroutable,
     InvalidEvent,
@@ -126,11 +126,11 @@ class Undelivered(Walks):
             to its queue.
         :raises BrokerUnavailable: no broker in time; the rest is left.
         """
-        if isinstance(subscribers, str):
-            raise ConfigurationError(
-                f"subscribers is a list of names: [{subscribers!r}], not {subscribers!r}."
-            )
-        names = set(subscribers)
+        if isinstance(subscribers, str | bytes) or not isinstance(subscribers, Iterable):
+            right = "a list of names of subscribers"
+            hint = f"; give [{shown(subscribers)}]" if isinstance(subscribers, str) else ""
+            raise refusal(subscribers, "subscribers", right, hint)
+        names = {topology.check_name(name, "subscriber", self.exchange) for name in subscribers}
         self._checked.clear()
         if self._connection() is not None:
             for name in names:
@@ -190,11 +190,9 @@ class Undelivered(Walks):
         :param named: whether the caller has named it. If it stands in an address only, the queue
             must also have arguments that no other program's would have by chance.
         """
-        topology.check_name(name, "subscriber")
+        topology.check_name(name, "subscriber", self.exchange)
         if (name, named) in self._checked:
             return
-        if name.endswith(("-dl", ".walk")) or name.startswith(f"{self.exchange}."):
-            raise ConfigurationError(f"{name!r} is not the name of a subscriber.")
         connection = self._connected()
         try:
             # To declare what is missing would make it.

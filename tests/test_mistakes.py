@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -40,6 +41,7 @@ from domain_events import (
     Reject,
     Retry,
     Subscriber,
+    Undelivered,
     close_publishers,
     configure,
     publish_domain_event,
@@ -144,11 +146,61 @@ URLS: list[tuple[str, list[str]]] = [
     ("amqp://user@host", ["no password", "user:password@"]),
     ("amqp://host/?hearbeat=30", ["'hearbeat'", "did you mean 'heartbeat'?"]),
     ("amqp://host/?Heartbeat=30", ["'Heartbeat'", "did you mean 'heartbeat'?"]),
-    ("amqp://host/?timeout=30", ["'timeout'", "socket_timeout"]),
-    ("amqp://host/?heartbeat=thirty", ["'heartbeat'", "a number from 0 up"]),
-    ("amqp://host/?heartbeat=-1", ["'heartbeat'", "a number from 0 up"]),
-    ("amqp://host/?heartbeat=", ["'heartbeat'", "a number"]),
-    ("amqp://host/?channel_max=0", ["'channel_max'", "a number from 1 up"]),
+    ("amqp://host/?timeout=30", ["unknown option", "socket_timeout"]),
+    (f"amqp://user:pw@host?{SECRET}", ["unknown option (or a bare '?'). There are "]),
+    *(
+        (
+            f"amqp://host/?heartbeat={value}",
+            ["'heartbeat' must be a whole number from 0 to 65,535."],
+        )
+        for value in ("thirty", "-1", "", "70000", "2.5", "1e400", SECRET)
+    ),
+    ("amqp://host/?channel_max=0", ["'channel_max' must be a whole number from 1 to 65,535."]),
+    ("amqp://host/?channel_max=65536", ["'channel_max'", "from 1 to 65,535."]),
+    ("amqp://host/?frame_max=1024", ["'frame_max'", "from 4,096 to 131,072."]),
+    ("amqp://host/?frame_max=131073", ["'frame_max'", "from 4,096 to 131,072."]),
+    ("amqp://host/?connection_attempts=0", ["'connection_attempts'", "from 1"]),
+    *(
+        (f"amqp://host/?socket_timeout={value}", ["'socket_timeout'", "seconds, more than 0."])
+        for value in ("0", "-1", "nan", "inf", "", "1e300", SECRET)
+    ),
+    ("amqp://host/?stack_timeout=0", ["'stack_timeout'", "more than 0."]),
+    ("amqp://host/?retry_delay=-1", ["'retry_delay'", "0 or more."]),
+    *(
+        (f"amqp://host/?{name}={value}", [f"'{name}' must be a dict"])
+        for name in ("client_properties", "tcp_options", "ssl_options")
+        for value in ("{", "5", "None", "[1]", "{1:2}", "'x'", SECRET)
+    ),
+    ("amqps://host/?ssl_options={}", ["'ssl_options' is an empty dict", "amqps://"]),
+    (
+        "amqps://host/?ssl_options={'ca_cert':'/x'}",
+        ["'ca_cert'; did you mean 'ca_certs'?", "There are ca_certs, "],
+    ),
+    (f"amqps://host/?ssl_options={{'{SECRET}':1}}", ["something unknown in it. There are ca"]),
+    *(
+        (f"amqps://host/?ssl_options={{'{name}':'/no/such'}}", [f"'{name}'", "file: /no/such."])
+        for name in ("ca_certs", "certfile", "keyfile")
+    ),
+    (f"amqps://host/?ssl_options={{'keyfile':'{__file__}'}}", ["'keyfile' and no 'certfile'"]),
+    ("amqps://host/?TLS_VERIFY=no", ["'TLS_VERIFY'; did you mean 'tls_verify'?"]),
+    ("amqps://host/?tls_verify=No", ["'tls_verify' must be 'yes' or 'no'"]),
+    ("amqp://host/?tls_verify=no", ["tls_verify=no is for amqps://", "does not use TLS"]),
+    ("amqp://host/?tls_verify=yes", ["tls_verify=yes is for amqps://", "does not use TLS"]),
+    ("amqp://host?ssl=true", ["unknown option", "There are"]),
+    (f"amqp://{'u' * 256}:{SECRET}@host", ["user is longer than 255 bytes"]),
+    (f"amqp://u:{SECRET}{'p' * 250}@host", ["password is longer than 255 bytes"]),
+    (f"amqp://host/{'%C3%A9' * 128}", ["vhost is longer than 255 bytes"]),
+    ("amqp://host/%ff", ["vhost cannot be read", "UTF-8"]),
+    (f"amqp://u%ff:{SECRET}@host", ["user cannot be read", "UTF-8"]),
+    (f"amqp://{'h' * 64}/", ["host is not a host's name", "63"]),
+    ("amqp://a..b/", ["host is not a host's name"]),
+    ("amqp://a$b/", ["host is not a host's name"]),
+    (f"amqp://u:{SECRET}@[h]", ["not an IPv6 address", "amqp://[::1]:5672"]),
+    (f"amqp://u:{SECRET}@a;amqp://b", ["','", "';'", "amqp://one,amqp://two"]),
+    (f"memory://u:{SECRET}@x", ["memory:// or memory://NAME"]),
+    (f"amqp://u:{SECRET}@a,amqps://b", ["only some of them use TLS"]),
+    (f"amqps://u:{SECRET}@a,memory://b", ["stands alone"]),
+    ("memory://a,memory://b", ["stands alone"]),
     ("amqp://host/?heartbeat=3&heartbeat=4", ["'heartbeat'", "twice"]),
     ("amqp://host/?locale=", ["'locale'", "no value"]),
     ("amqp://good,localhost", ["several hosts"]),
@@ -195,6 +247,13 @@ def test_wrong_url_is_told_where_it_is_given(
         "amqps://[::1]:5671/v.1?heartbeat=0&socket_timeout=2.5",
         "amqp://u:p@host/v?client_properties={'connection_name':'a@b'}",
         "amqp://a,amqp://b",
+        "memory://",
+        "memory://a.b-c/",
+        "amqp://rabbit_1.cluster-x.local.:5672",
+        "amqp://[fe80::1%25eth0]",
+        f"amqp://{'u' * 255}:{'p' * 255}@host/{'v' * 255}",
+        "amqps://host?tls_verify=yes&retry_delay=0&frame_max=131072&channel_max=65535",
+        "amqp://host?tcp_options={'TCP_KEEPIDLE':60}&locale=en_US&blocked_connection_timeout=0",
         " amqp://host\n",
     ],
 )
@@ -234,6 +293,26 @@ def test_wrong_app_id_is_told(app_id: Any) -> None:
     with pytest.raises(ConfigurationError, match="app_id must be a str of at most 255 bytes"):
         configure("memory://x", app_id=app_id)
     assert settings.resolve() == (settings.FALLBACK,)
+
+
+@pytest.mark.parametrize(
+    ("urls", "words"),
+    [
+        ([f"amqps://u:{SECRET}@a", "amqp://b"], "amqps://u@a, amqp://b: only some of them use TLS"),
+        (["amqp://a?ssl_options={'ciphers':'x'}", "amqp://b"], "only some of them use TLS"),
+        (["memory://a", "amqp://b"], "stands alone"),
+        ([], "is an empty sequence; give at least one"),
+    ],
+)
+def test_urls_that_do_not_go_together_are_told_where_they_are_given(
+    urls: list[str], words: str
+) -> None:
+    """Also by configure, and not at the first use."""
+    for take in (configure, Publisher, Subscriber, lambda urls: DeadLetters("mail", urls)):
+        with pytest.raises(ConfigurationError) as caught:
+            take(urls)
+        assert words in str(caught.value)
+        assert SECRET not in str(caught.value)
 
 
 # ------------------------------------------------------------------ switched off
@@ -371,7 +450,7 @@ def test_wrong_timeout_is_told(timeout: Any, broker_url: str) -> None:
         (Publisher, "exchange", b"x", "The exchange needs a name"),
         (Subscriber, "exchange", "amq.topic", "belong to the broker; choose another one"),
         (Subscriber, "exchange", "events.*", "wildcards belong into binding_keys"),
-        (Subscriber, "exchange", "events ", "begins or ends with a space"),
+        (Subscriber, "exchange", "events ", "begins or ends with white space"),
     ],
 )
 def test_wrong_option_of_a_constructor_is_told(
@@ -386,6 +465,88 @@ def test_wrong_option_of_a_constructor_is_told(
 def test_exchange_of_a_plug_ins_type_is_the_brokers_to_judge() -> None:
     """Its type begins with ``x-``; any number of them may be installed."""
     Publisher("amqp://host", exchange_type="x-consistent-hash")  # type: ignore[arg-type]
+
+
+def register_with(option: str, value: object) -> None:
+    arguments: Any = {"handler": nop, "name": "x", "binding_keys": ["#"], option: value}
+    Subscriber("memory://").register(**arguments)
+
+
+URL = f"amqp://guest:{SECRET}@localhost:5672/%2F"
+PLACES: dict[str, tuple[type[Exception], Callable[[Any], object]]] = {
+    "replay_all, callback": (ConfigurationError, lambda url: replay_all("x", url)),
+    "replay_event, callback": (ConfigurationError, lambda url: replay_event("x", url)),
+    "replay_all, name": (ConfigurationError, replay_all),
+    "DeadLetters": (ConfigurationError, lambda url: DeadLetters(url, url)),
+    "DeadLetters, timeout": (ConfigurationError, lambda url: DeadLetters("x", timeout=url)),
+    "Undelivered": (ConfigurationError, Undelivered),
+    "hand_back_all": (ConfigurationError, lambda url: Undelivered().hand_back_all(url)),
+    "hand_back_all, list": (ConfigurationError, lambda url: Undelivered().hand_back_all([url])),
+    "Publisher, timeout": (ConfigurationError, lambda url: Publisher("memory://", timeout=url)),
+    "Publisher, exchange": (ConfigurationError, lambda url: Publisher("memory://", url)),
+    "Publisher, type": (ConfigurationError, lambda url: Publisher("memory://", "x", url)),
+    "Publisher.close": (ConfigurationError, lambda url: Publisher("memory://").close(url)),
+    "publish, timeout": (
+        ConfigurationError,
+        lambda url: publish_domain_event("a.b", {}, connection_settings="memory://x", timeout=url),
+    ),
+    "publish, exchange": (
+        ConfigurationError,
+        lambda url: publish_domain_event("a.b", {}, connection_settings="memory://x", exchange=url),
+    ),
+    "Subscriber, workers": (ConfigurationError, lambda url: Subscriber("memory://", workers=url)),
+    "Subscriber, exchange": (ConfigurationError, lambda url: Subscriber("memory://", url)),
+    "start_consuming": (
+        ConfigurationError,
+        lambda url: Subscriber("memory://").start_consuming(url),
+    ),
+    "close_publishers": (ConfigurationError, close_publishers),
+    "configure": (ConfigurationError, lambda url: configure(app_id=url)),
+    "configure, long": (ConfigurationError, lambda url: configure(app_id=f"{url}" * 10)),
+    "Retry": (ValueError, Retry),
+    "Backoff.first": (ValueError, Backoff),
+    "Backoff.factor": (ValueError, lambda url: Backoff(factor=url)),
+    "Backoff.jitter": (ValueError, lambda url: Backoff(jitter=url)),
+    **{
+        f"register, {option}": (ConfigurationError, functools.partial(register_with, option))
+        for option in (
+            *("handler", "name", "binding_keys", "dead_letter", "durable", "max_retries"),
+            *("retry_on", "backoff", "queue_type", "prefetch_count", "ordered", "retired_keys"),
+        )
+    },
+    "register, a key": (
+        ConfigurationError,
+        lambda url: Subscriber("memory://").register(nop, "x", [f"a.{url}*"]),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "given", [URL, [URL], (f"{URL},{URL}",), {URL: 1}, "x" * 90 + URL], ids=repr
+)
+@pytest.mark.parametrize("place", PLACES)
+def test_url_in_another_place_is_told_without_its_password(place: str, given: Any) -> None:
+    """Alone, in something else, and behind what is shown at most."""
+    if not isinstance(given, str) and place in ("hand_back_all, list", "register, a key"):
+        given = given[0] if isinstance(given, list | tuple) else URL
+    kind, take = PLACES[place]
+    if place in ("register, binding_keys", "register, retired_keys", "hand_back_all"):
+        given = URL
+    with pytest.raises(kind) as caught:
+        take(given)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in repr(caught.value)
+    if given == URL:
+        assert "amqp://guest@localhost:5672/%2F" in str(caught.value) or place == "configure, long"
+
+
+def test_url_for_a_name_is_told_with_the_right_call() -> None:
+    """Arguments that are swapped."""
+    for make in (DeadLetters, replay_all, replay_event):
+        with pytest.raises(ConfigurationError, match=r"DeadLetters\(name, connection_settings\)"):
+            make(URL)
+    with pytest.raises(ConfigurationError, match=r"Undelivered\(exchange, connection_settings\)"):
+        Undelivered(URL)
 
 
 class Registered(NamedTuple):
@@ -422,6 +583,19 @@ REGISTERED: dict[str, Registered] = {
     ".a": Registered({"binding_keys": [".a"]}, ["'.a'", "empty word"]),
     "user.": Registered({"binding_keys": ["user."]}, ["'user.'", "empty word"]),
     "a space before": Registered({"binding_keys": [" user.x"]}, ["' user.x'", "space"]),
+    **{
+        key: Registered({"binding_keys": [key]}, [f"{found!r} in it", "'*' stands for one word"])
+        for key, found in {
+            "user.?": "?",
+            "user.%": "%",
+            "user.{a,b}": "{a,b}",
+            "user.[ab]": "[ab]",
+        }.items()
+    },
+    "a space inside": Registered({"binding_keys": ["user x"]}, ["'user x'", "white space in it"]),
+    "keys in a dict": Registered(
+        {"binding_keys": {"user.*": nop}}, ["binding_keys must be a list", "type dict"]
+    ),
     "a newline behind": Registered({"binding_keys": ["user.x\n"]}, ["space"]),
     "forgot the name": Registered({"name": ["user.*"]}, ["needs a name", "not ['user.*']"]),
     "name None": Registered({"name": None}, ["needs a name", "not None"]),
@@ -464,6 +638,9 @@ REGISTERED: dict[str, Registered] = {
         {"handler": functools.partial(CalledAsync())}, ["async function", "asyncio.run"]
     ),
     "async __call__": Registered({"handler": CalledAsync()}, ["async function", "asyncio.run"]),
+    "async staticmethod": Registered(
+        {"handler": staticmethod(coroutine)}, ["async function", "asyncio.run"]
+    ),
     "wrapped async": Registered({"handler": decorated(nop)}, ["async function", "asyncio.run"]),
     "AsyncMock": Registered({"handler": AsyncMock()}, ["async function", "asyncio.run"]),
     "generator handler": Registered({"handler": generator}, ["generator", "yield"]),
@@ -477,6 +654,16 @@ REGISTERED: dict[str, Registered] = {
     ),
     "retry_on an instance": Registered(
         {"retry_on": ValueError(), "max_retries": 1}, ["retry_on", "exception classes"]
+    ),
+    "retry_on an instance with a text": Registered(
+        {"retry_on": ValueError("x"), "max_retries": 1},
+        ["retry_on", "not ValueError('x') (of type ValueError); give ValueError."],
+    ),
+    "backoff without retry_on": Registered(
+        {"backoff": Backoff(), "max_retries": 3}, ["backoff has no effect without retry_on"]
+    ),
+    "backoff without max_retries": Registered(
+        {"backoff": Backoff()}, ["backoff has no effect without retry_on", "max_retries=3"]
     ),
     "retry_on a name": Registered(
         {"retry_on": "ValueError", "max_retries": 1}, ["retry_on", "exception classes"]
@@ -524,6 +711,51 @@ def test_mistake_in_register_is_told(mistake: Registered, bench: Bench) -> None:
             subscriber.start_consuming()
 
 
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("events.delay.00", ".delay.00"),
+        ("others.delay.23", ".delay.23"),
+        ("events.undelivered", ".undelivered"),
+        ("events.due", ".due"),
+        ("mail-dl.walk", ".walk"),
+        ("mail-dl", "-dl"),
+    ],
+)
+def test_name_that_the_library_gives_itself_is_told(name: str, end: str) -> None:
+    """A subscriber would take what is on its way: retries, dead letters."""
+    subscriber = Subscriber("memory://mistakes", "events")
+    takers: list[Callable[[], object]] = [
+        lambda: subscriber.register(nop, name, ["#"]),
+        lambda: Undelivered("events", "memory://mistakes").hand_back_all([name]),
+    ]
+    if end != ".due":  # of an exchange, which it does not know
+        takers.append(lambda: DeadLetters(name, "memory://mistakes"))
+    for take in takers:
+        with pytest.raises(ConfigurationError) as caught:
+            take()
+        assert f"The subscriber's name {name!r}" in str(caught.value)
+        assert (end if end != "-dl" else "give the subscriber's name, 'mail'") in str(caught.value)
+    if end not in ("-dl", ".walk"):
+        makers: list[Callable[..., object]] = [
+            Publisher,
+            Subscriber,
+            lambda url, exchange: Undelivered(exchange, url),
+            lambda url, exchange: publish_domain_event(
+                "a.b", {}, connection_settings=url, exchange=exchange
+            ),
+        ]
+        for make in makers:
+            with pytest.raises(ConfigurationError, match=rf"ends in '{end}'"):
+                make("memory://mistakes", name)
+
+
+@pytest.mark.parametrize("name", ["invoice.due", "mail-dlx", "walk", "undelivered", "events.mail"])
+def test_name_that_only_looks_like_one_of_the_librarys_is_taken(name: str) -> None:
+    """Nothing of ours has it."""
+    Subscriber("memory://mistakes", "events").register(nop, name, ["#"])
+
+
 HANDLERS: list[Any] = [
     nop,
     print,
@@ -544,7 +776,9 @@ def test_handler_that_takes_an_event_is_taken(handler: Any) -> None:
     Subscriber("memory://mistakes").register(handler, "mail", ["#"])
 
 
-@pytest.mark.parametrize(("kind", "key"), [("direct", "user*"), ("fanout", "a..b"), ("fanout", "")])
+@pytest.mark.parametrize(
+    ("kind", "key"), [("direct", "user*"), ("fanout", "a..b"), ("direct", "a b"), ("fanout", "")]
+)
 def test_key_is_literal_where_there_are_no_wildcards(kind: Any, key: str) -> None:
     """Only a topic exchange has them."""
     Subscriber("memory://mistakes", f"of-{kind}", kind).register(nop, f"{kind}{key}", [key])
@@ -552,8 +786,12 @@ def test_key_is_literal_where_there_are_no_wildcards(kind: Any, key: str) -> Non
 
 def test_wildcard_on_a_direct_exchange_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """It is a letter there; an event with that key is possible, and hardly meant."""
-    Subscriber("memory://mistakes", "of-direct", "direct").register(nop, "wild", ["user.*"])
+    subscriber = Subscriber("memory://mistakes", "of-direct", "direct")
+    subscriber.register(nop, "wild", ["user.*"])
     assert "not wildcards: user.*" in caplog.text
+    keys: Any = (key for key in ["order.*"])  # which can be gone through once
+    subscriber.register(nop, "wild too", keys)
+    assert "not wildcards: order.*" in caplog.text
 
 
 def test_decorator_without_its_call_is_told() -> None:
@@ -637,6 +875,17 @@ EVENTS: dict[str, tuple[tuple[Any, ...], list[str]]] = {
         ("a.b", {}, None, None, datetime(2024, 5, 6, tzinfo=timezone.utc)),
         ["timestamp", "Unix seconds", "give its timestamp()"],
     ),
+    **{
+        f"timestamp {name}": (("a.b", {}, None, None, value), ["timestamp", "Unix seconds"])
+        for name, value in {
+            "10**400": 10**400,
+            "-10**400": -(10**400),
+            "inf": float("inf"),
+            "nan": float("nan"),
+            "10**5000": 10**5000,
+            "True": True,
+        }.items()
+    },
     "text as timestamp": (("a.b", {}, None, None, "now"), ["timestamp", "Unix seconds", "now"]),
 }
 
@@ -653,7 +902,9 @@ def test_event_that_cannot_be_one_is_told(arguments: tuple[Any, ...], words: lis
     assert isinstance(caught.value.event, DomainEvent)
 
 
-@pytest.mark.parametrize("key", ["a..b", ".a", "user.", " user.x", "user.x ", "a\nb"])
+@pytest.mark.parametrize(
+    "key", ["a..b", ".a", "user.", " user.x", "user.x ", "a\nb", "a b", "user*", "x.#y"]
+)
 def test_odd_routing_key_is_warned_of(key: str, caplog: pytest.LogCaptureFixture) -> None:
     """The broker takes it, and so do we; once for each."""
     domain_events.message._warn_of_mistyped.cache_clear()
@@ -663,6 +914,58 @@ def test_odd_routing_key_is_warned_of(key: str, caplog: pytest.LogCaptureFixture
     assert "user.registered" not in caplog.text
     publish_domain_event("user.registered", {}, connection_settings="memory://mistakes")
     assert caplog.text.count("The routing key") == 1
+
+
+def test_timestamp_in_milliseconds_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and it is published all the same."""
+    domain_events.message._warn_of_milliseconds.cache_clear()
+    publish_domain_event("a.b", {}, timestamp=time.time(), connection_settings="memory://mistakes")
+    assert not caplog.text
+    for _ in range(3):
+        publish_domain_event(
+            "a.b", {}, timestamp=time.time() * 1000, connection_settings="memory://mistakes"
+        )
+    assert caplog.text.count("milliseconds") == 1
+
+
+@pytest.mark.parametrize("retries", [-1, True, None, "1", 1.5])
+def test_wrong_retries_of_an_event_are_told(retries: Any) -> None:
+    """They are what a test of a handler gives it."""
+    with pytest.raises(InvalidEvent, match=f"retries must be an int from 0, not {retries!r}"):
+        DomainEvent("a.b", retries=retries)
+    assert DomainEvent("a.b", retries=Count.TWO).retries == 2
+
+
+@pytest.mark.parametrize("given", [{"routing_key": "a.b", "data": {}}, None, 5])
+def test_something_else_than_json_is_told(given: Any) -> None:
+    """With the way from a dict."""
+    with pytest.raises(InvalidEvent, match=rf"{type(given).__name__};.*DomainEvent\(\*\*fields"):
+        DomainEvent.from_json(given)
+
+
+@pytest.mark.parametrize("given", ["no", 1, None])
+def test_wrong_mandatory_is_told(given: Any) -> None:
+    """'no' would be true."""
+    event = DomainEvent("a.b", {})
+    with Publisher("memory://mistakes") as publisher:
+        for publish in (
+            lambda: publisher.publish(event, mandatory=given),
+            lambda: publisher.publish_many([event], mandatory=given),
+            lambda: publish_domain_event(
+                "a.b", {}, mandatory=given, connection_settings="memory://mistakes"
+            ),
+        ):
+            with pytest.raises(ConfigurationError, match="mandatory must be True or False"):
+                publish()
+
+
+@pytest.mark.parametrize("given", [None, 5, "a.b", {"a": 1}, DomainEvent("a.b", {})])
+def test_something_else_than_events_is_told(given: Any) -> None:
+    """publish_many takes them from an iterable."""
+    with Publisher("memory://mistakes") as publisher:
+        with pytest.raises(TypeError, match=r"takes an iterable of DomainEvents.*publish"):
+            publisher.publish_many(given)
+        assert publisher.publish_many(iter([DomainEvent("a.b", {})])) == 1
 
 
 def test_attribute_of_the_data_is_named() -> None:
@@ -732,6 +1035,19 @@ def test_wrong_factor_or_jitter_is_told(value: Any) -> None:
 
 
 # ------------------------------------------------------------------ dead letters
+
+
+@pytest.mark.parametrize("given", [None, "mail", b"mail", 5, [None]])
+def test_wrong_names_to_hand_back_to_are_told(given: Any) -> None:
+    """Before anything is connected."""
+    with pytest.raises(ConfigurationError, match=r"list of names|needs a name"):
+        Undelivered(connection_settings="amqp://nowhere.invalid").hand_back_all(given)
+
+
+def test_text_for_a_delay_is_shown_as_a_text() -> None:
+    """In quotes: 5 would be right."""
+    with pytest.raises(ValueError, match=r"not '5'\."):
+        Backoff("5")  # type: ignore[arg-type]
 
 
 def test_wrong_use_of_dead_letters_is_told(broker_url: str) -> None:

@@ -151,14 +151,14 @@ def test_the_nodes_of_a_cluster_may_be_named(
 
 def test_urls_of_any_spelling_may_be_separated_by_commas() -> None:
     """A scheme may be written in capitals: `connect` takes it so."""
-    assert resolve("amqp://a,AMQPS://b") == ("amqp://a", "AMQPS://b")
+    assert resolve("amqp://a,AMQP://b") == ("amqp://a", "AMQP://b")
 
 
 def test_a_comma_inside_a_url_separates_nothing() -> None:
     """Only one with a scheme behind it does."""
-    url = "amqp://a/v?ssl_options={'ciphers': 'x', 'y': 1}"
+    url = "amqp://a/v?ssl_options={'ciphers': 'x', 'password': 1}"
     assert resolve(url) == (url,)
-    assert resolve(f"{url},amqp://b") == (url, "amqp://b")
+    assert resolve(f"{url},amqps://b") == (url, "amqps://b")
 
 
 NO_SETTINGS = [17, b"amqp://a", [], (), [""], ["amqp://a", ""], ["amqp://a", None], " ", object()]

@@ -74,14 +74,10 @@ class Nodes:
 def check(urls: tuple[str, ...]) -> None:
     """See whether connections can be made with these URLs.
 
-    :raises ConfigurationError: one is malformed, has an unknown option, or uses TLS without
-        verification; or only some of them use TLS.
+    :raises ConfigurationError: one is malformed, or uses TLS without verification.
     """
-    if len({_parameters(url).ssl_options is None for url in urls}) > 1:
-        raise ConfigurationError(
-            f"Only some of {', '.join(map(shown, urls))} use TLS; to the others the password would "
-            "go unprotected. Give amqps:// to all of them, or to none."
-        )
+    for url in urls:
+        _parameters(url)
 
 
 def _parameters(url: str) -> pika.URLParameters:
@@ -89,11 +85,8 @@ def _parameters(url: str) -> pika.URLParameters:
     parameters = _read_by_pika(Address(_TLS_VERIFY.sub(_nothing, url)))
     _mask(parameters)
     if parameters.ssl_options is None:
-        if not verified:
-            raise ConfigurationError(
-                f"{shown(url)}: tls_verify=no is for amqps:// URLs; this one does not use TLS."
-            )
-    elif verified:
+        return parameters
+    if verified:
         _check_verification(url, parameters.ssl_options.context)
     else:
         parameters.ssl_options.context.check_hostname = False
