@@ -167,7 +167,7 @@ class Undelivered(Walks):
 
     def _as_retry(self, delivery: Delivery) -> Delivery:
         """Through whichever exchange it came here, it is a retry, or pretends to be one."""
-        return replace(delivery, exchange=topology.due_name(self.exchange), ours=None)
+        return replace(delivery, exchange=topology.due_name(self.exchange), ours=True)
 
     def _hand_back(self, entry: UndeliveredEvent) -> None:
         self._check_held(entry._delivery)
