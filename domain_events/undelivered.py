@@ -68,8 +68,8 @@ class UndeliveredEvent:
 
     def __repr__(self) -> str:
         return (
-            f"<UndeliveredEvent {printable(self.routing_key)!r} "
-            f"for {printable(self.subscriber)!r}, {len(self.body)} bytes>"
+            f"<UndeliveredEvent '{printable(self.routing_key)}' "
+            f"for '{printable(self.subscriber)}', {len(self.body)} bytes>"
         )
 
 
@@ -174,7 +174,7 @@ class Undelivered(Walks):
         name, event = entry.subscriber, entry.event
         if name is None:
             raise InvalidEvent(
-                f"The address {printable(entry._delivery.routing_key)!r} is not that of a retry."
+                f"The address '{printable(entry._delivery.routing_key)}' is not that of a retry."
             )
         if event is None:
             raise InvalidEvent(f"A message of {len(entry.body):,} bytes for {name!r} is no event.")

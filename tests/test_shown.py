@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import traceback
@@ -33,6 +34,7 @@ from domain_events import (
 )
 from domain_events.broker.rabbitmq.nodes import Nodes, explain
 from domain_events.message import Delivery, Message
+from domain_events.undelivered import UndeliveredEvent
 
 # Not in one piece: pytest shows the lines of the test.
 SECRET = "s3cr3t-" + "hunter2"
@@ -259,6 +261,7 @@ def a_dead_letter(**changed: Any) -> DeadLetter:
         lambda: repr(Message(EVIL, EVIL, b"", message_id=EVIL)),
         lambda: repr(Delivery(EVIL, EVIL, False, pika.BasicProperties(message_id=EVIL), b"")),
         lambda: repr(Delivery("x", "a.b", False, pika.BasicProperties(message_id=b"\x1b"), b"")),  # type: ignore[arg-type]
+        lambda: repr(UndeliveredEvent(EVIL, None, EVIL, b"", *(None, None))),  # type: ignore[arg-type]
         lambda: settings.shown(f"amqp://{EVIL}@localhost/{EVIL}"),
         lambda: explain(pika.exceptions.ConnectionClosedByBroker(320, EVIL)),
         lambda: explain(pika.exceptions.ChannelClosedByBroker(404, EVIL)),
@@ -272,6 +275,54 @@ def test_text_of_others_is_shown_on_one_short_line(shown: Callable[[], str]) -> 
     text = shown()
     assert text.isprintable()
     assert len(text) < 2000
+
+
+ROOT = Path(__file__).parents[1]
+PRINTED = sorted(
+    {
+        line.strip()
+        for path in [ROOT / "README.rst", *(ROOT / "docs").glob("*.rst")]
+        for line in path.read_text().splitlines()
+        if re.match(r"\s+print\(.*(?<!-)\b(event|letter|entry|line)\b", line)
+    }
+    # Of an event of one's own.
+    - {"print(event.uuid_string, event.timestamp)"}
+)
+
+
+@pytest.mark.parametrize("line", PRINTED)
+def test_what_the_documentation_prints_moves_no_cursor(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its recipes are copied, and what they print is others'."""
+    evil = "\x1b[2J\x9b2J\n"
+    event = DomainEvent(evil, {"user_id": evil}, evil, evil)
+    shown: dict[str, Any] = {
+        "printable": printable,
+        "event": event,
+        "letter": a_dead_letter(event=event, error_type=evil, error_message=evil, traceback=evil),
+        "entry": UndeliveredEvent(evil, event, evil, b"", *(None, None)),  # type: ignore[arg-type]
+        "line": evil,
+    }
+    exec(line, shown)
+    out = capsys.readouterr().out
+    assert out.endswith("\n")
+    assert out[:-1].isprintable()
+
+
+def test_recipes_that_print_are_found() -> None:
+    """Or the test before would see nothing."""
+    assert len(PRINTED) >= 5
+
+
+def test_text_is_escaped_once() -> None:
+    """Where it stands in quotes."""
+    entry = UndeliveredEvent("mail", None, "a\nb", b"", *(None, None))  # type: ignore[arg-type]
+    assert repr(entry) == r"<UndeliveredEvent 'a\nb' for 'mail', 0 bytes>"
+    with pytest.raises(ConfigurationError, match=r"^The subscriber's name 'a\\x9bb' begins or"):
+        DeadLetters("a\x9bb")
+    with pytest.raises(ConfigurationError, match=r"not 'a\\nb' \(of type str\)"):
+        Subscriber(workers="a\nb")  # type: ignore[arg-type]
 
 
 def test_text_that_means_no_harm_is_shown_as_it_is() -> None:
