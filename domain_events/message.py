@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from domain_events import topology
+from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent, from_envelope, is_timestamp, read_envelope
 from domain_events.log import Log
@@ -519,8 +520,8 @@ def _with_kept_headers(
 def _check_routing_key(key: object) -> None:
     if _short(key, "routing key") and topology.has_wildcards(str(key)):
         raise InvalidEvent(
-            f"The routing key {key!r} has a wildcard for a word; '*' and '#' are for the binding "
-            "keys of subscribers."
+            f"The routing key {shown(key)} has a wildcard for a word; '*' and '#' are for the "
+            "binding keys of subscribers."
         )
     if isinstance(key, str):
         _warn_of_mistyped(key)
@@ -530,8 +531,8 @@ def _check_routing_key(key: object) -> None:
 def _warn_of_mistyped(key: str) -> None:
     if why := topology.mistyped(key):
         log.warning(
-            "The routing key %r %s; binding keys match it word by word, and perhaps none does.",
-            printable(key),
+            "The routing key %s %s; binding keys match it word by word, and perhaps none does.",
+            shown(key),
             why,
         )
 
