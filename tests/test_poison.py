@@ -12,6 +12,10 @@ from bench import Bench
 
 from domain_events import DeadLetters
 
+# Handled, and not yet acked when the culprit ended the process. Up to RabbitMQ 4.2, which counts
+# orderly stops too, what failed less than three times is no suspect, and not handled alone.
+MOST_TIMES = 4
+
 PROGRAM = Path(__file__).parent / "programs" / "poisoned.py"
 
 
@@ -37,7 +41,7 @@ def test_neighbours_are_handled_and_the_culprit_is_a_dead_letter(
         assert starts < 40
     lines = Counter(handled.read_text().split())
     assert set(lines) == {*events} - {"poison"}
-    assert max(lines.values()) <= 2, "at most what was under way comes twice"
+    assert max(lines.values()) <= MOST_TIMES
     with DeadLetters(queue, bench.url) as dead_letters:
         (letter,) = dead_letters
     assert letter.event == published[1]
