@@ -30,8 +30,10 @@ log = Log("domain_events")
 # Before a consumer whose queue was deleted asks for it again.
 _PAUSE = SECOND // 10
 _LONGEST_PAUSE = 10 * SECOND
-# After which one more is taken beside a suspect that is still being handled.
+# After which one more is taken beside a suspect that is still being handled: doubled with each
+# failure, up to the longest.
 _LONG_ENOUGH = 3 * SECOND
+_LONGEST_ALONE = 3600 * SECOND
 # Whose meaning the headers have that this broker adds.
 _RELEASE = (4, 3)
 
@@ -249,7 +251,8 @@ class MemoryConsumer:
         self._careful = self._careful and entry.failures > 0
         number = self.held.add(entry)
         if self._careful:
-            self._store.later(_LONG_ENOUGH, partial(self._go_around, number))
+            alone = min(_LONG_ENOUGH * 2 ** min(entry.failures - 1, 20), _LONGEST_ALONE)
+            self._store.later(alone, partial(self._go_around, number))
         try:
             self._deliver(_delivery(entry, number), self)
         except Exception:

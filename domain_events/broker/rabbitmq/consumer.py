@@ -10,11 +10,12 @@ the delivery back in the queue.
 **The careful start.** A quorum queue counts a lost connection against everything that was
 unsettled on it. So on each channel it is first consumed with a prefetch of 1: what has come back
 may have killed the process that held it, and is handled alone or, if that takes long, with one
-more beside it at a time. When a delivery arrives that is above suspicion, this consumer, which can
-have nothing else on its way, is cancelled. Once that delivery is settled, another one takes as many
-as the prefetch count allows. If its handler takes long, others must not wait for it: then the
-other one takes all but what is unsettled, and for each of these a further one when it is settled.
-So there are never more unsettled than the prefetch count says.
+more beside it at a time; the longer alone, the more often it has failed. When a delivery arrives
+that is above suspicion, this consumer, which can have nothing else on its way, is cancelled. Once
+that delivery is settled, another one takes as many as the prefetch count allows. If its handler
+takes long, others must not wait for it: then the other one takes all but what is unsettled, and
+for each of these a further one when it is settled. So there are never more unsettled than the
+prefetch count says.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ _LONGEST_WITHHELD = 0.1
 
 # Up to RabbitMQ 4.2 an orderly stop counts as a failure, too: so many are nobody's fault.
 _ABOVE_SUSPICION = 3
-# Seconds after which one more delivery is taken beside a suspect that is still being handled.
+# Seconds after which one more delivery is taken beside a suspect that is still being handled, and
+# the longest. Doubled with each failure: what is slow and innocent, but held beside a culprit again
+# and again, is left alone for long enough before it has failed too often.
 _LONG_ENOUGH = 3.0
+_LONGEST_ALONE = 3600.0
 
 # Bodies from this size on are counted, and a warning logged when so many bytes of them are held.
 _LARGE = 64 * 1024
@@ -239,7 +243,15 @@ class RabbitConsumer:
         """Whether the delivery may have killed a process, or broken a connection."""
         if not delivery.redelivered:
             return False
-        return delivery.failures >= (1 if delivery.counts_returns else _ABOVE_SUSPICION)
+        return delivery.failures >= self._least_failures(delivery)
+
+    def _least_failures(self, delivery: Delivery) -> int:
+        return 1 if delivery.counts_returns else _ABOVE_SUSPICION
+
+    def _patience(self, delivery: Delivery) -> float:
+        """Seconds for which a suspect is handled with nothing beside it."""
+        doubled = min(delivery.failures - self._least_failures(delivery), 20)
+        return float(min(_LONG_ENOUGH * 2**doubled, _LONGEST_ALONE))
 
     def _is_unsettled(self, tag: int) -> bool:
         return self._ack_floor <= tag <= self._last and tag not in self._settled_above
@@ -391,7 +403,7 @@ class RabbitConsumer:
         delivery.release = self._release
         self._deliver(delivery, self)
         if self._careful and self._is_suspect(delivery):
-            self._call_later(_LONG_ENOUGH, partial(self._go_around, epoch, tag))
+            self._call_later(self._patience(delivery), partial(self._go_around, epoch, tag))
         elif self._careful:
             self._begin_to_trust(tag)
 
