@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pika
-from pika.adapters.blocking_connection import BlockingChannel
+import pyamqp
+from pyamqp import Channel
 
 from benchmarks.peers.driver import EXCHANGE, ROUTING_KEY, data_of, envelope
 
@@ -20,9 +20,11 @@ _COMPANIONS = ("", "-dl", ".DQ", ".XQ", ".dlq", ".retry.1", "-delay-1000", "-del
 _FILL_SECONDS = 300.0
 # A count that has not changed for so many seconds will not.
 _STALLED = 3.0
-_PERSISTENT = pika.BasicProperties(
-    content_type="application/json", delivery_mode=pika.DeliveryMode.Persistent
-)
+_PERSISTENT = pyamqp.Properties(content_type="application/json", delivery_mode=2)
+
+
+class ConnectionFailed(Exception):
+    """The broker has refused or closed the runner's own connection, or does not answer on it."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ def event_template() -> str:
 
 
 @contextlib.contextmanager
-def channel(url: str) -> Iterator[BlockingChannel]:
-    connection = pika.BlockingConnection(pika.URLParameters(url))
+def channel(url: str) -> Iterator[Channel]:
+    """A channel on a connection of its own.
+
+    :raises ConnectionFailed: also within the block.
+    """
     try:
-        yield connection.channel()
-    finally:
-        if connection.is_open:
-            connection.close()
+        with pyamqp.Connection(url) as connection:
+            yield connection.channel()
+    except pyamqp.ERRORS as error:
+        raise ConnectionFailed(f"the runner's own connection: {error!r}") from error
 
 
 def declare(url: str, queue: str | None, queue_type: str) -> None:
@@ -139,6 +144,5 @@ def feed(url: str, letter: Letter, count: int, rate: float) -> None:
             on.basic_publish(letter.exchange, key, letter.body(number), _PERSISTENT)
 
 
-def _ready(on: BlockingChannel, queues: Iterable[str]) -> int:
-    # A passive declaration asks only.
-    return sum(on.queue_declare(queue, passive=True).method.message_count for queue in queues)
+def _ready(on: Channel, queues: Iterable[str]) -> int:
+    return sum(on.queue_declare(queue, passive=True).messages for queue in queues)

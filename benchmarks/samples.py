@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import pika.exceptions
 from rabbitmq_node import Node
 
 from benchmarks import brokerside, environments
@@ -56,10 +55,8 @@ def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node 
         )
         with _Driver(peer, scenario.does, options) as driver:
             return _CONDUCTORS.get(scenario.does, _conduct)(driver, options, node)
-    except (environments.Unavailable, TimeoutError) as error:
+    except (environments.Unavailable, brokerside.ConnectionFailed, TimeoutError) as error:
         raise SampleFailed(str(error)) from error
-    except pika.exceptions.AMQPError as error:
-        raise SampleFailed(f"the runner's own connection: {error!r}") from error
     finally:
         with contextlib.suppress(Exception):  # the next sample has a queue of its own
             brokerside.delete(url, options["queue"], options.get("handlers", 0))

@@ -1,6 +1,6 @@
-"""A look at the broker that does not go through the library: plain pika, blocking.
+"""A look at the broker that goes neither through the library nor through pika: see `pyamqp`.
 
-The embedded broker has no other door than the library's: there, see `embedded`.
+The embedded broker can only be reached through the library: there, see `embedded`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import embedded
-import pika
-from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import ChannelClosedByBroker
+import pyamqp
+from pyamqp import Channel
 
 from domain_events.message import Properties
 
 
 @contextmanager
-def channel(url: str) -> Iterator[BlockingChannel]:
+def channel(url: str) -> Iterator[Channel]:
     """A channel on a connection of its own."""
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    try:
+    with pyamqp.Connection(url) as connection:
         yield connection.channel()
-    finally:
-        if connection.is_open:
-            connection.close()
 
 
 def count(url: str, queue: str) -> int:
@@ -34,24 +29,26 @@ def count(url: str, queue: str) -> int:
     if embedded.is_embedded(url):
         return embedded.count(url, queue)
     with channel(url) as onlooker:
-        return int(onlooker.queue_declare(queue, passive=True).method.message_count)
+        return onlooker.queue_declare(queue, passive=True).messages
 
 
 def consumers(url: str, queue: str) -> int:
     """How many consumers a queue has (on RabbitMQ only)."""
     with channel(url) as onlooker:
-        return int(onlooker.queue_declare(queue, passive=True).method.consumer_count)
+        return onlooker.queue_declare(queue, passive=True).consumers
 
 
 def exists(url: str, queue: str) -> bool:
-    """Whether there is such a queue."""
+    """Whether the queue exists."""
     if embedded.is_embedded(url):
         return embedded.exists(url, queue)
     with channel(url) as onlooker:
         try:
             onlooker.queue_declare(queue, passive=True)
-        except ChannelClosedByBroker as error:
-            return bool(error.reply_code != 404)
+        except pyamqp.NotFound:
+            return False
+        except pyamqp.ResourceLocked:
+            pass  # it exists, and is exclusive to another connection
         return True
 
 
@@ -62,11 +59,9 @@ def take(url: str, queue: str) -> tuple[Properties, bytes]:
         assert taken, f"{queue} is empty"
         return taken[0]
     with channel(url) as onlooker:
-        method, properties, body = onlooker.basic_get(queue, auto_ack=True)
-        assert method is not None, f"{queue} is empty"
-        assert properties is not None
-        assert body is not None
-        return properties, body
+        received = onlooker.basic_get(queue, auto_ack=True)
+        assert received is not None, f"{queue} is empty"
+        return received.properties, received.body
 
 
 def take_all(url: str, queue: str) -> list[bytes]:
@@ -75,11 +70,9 @@ def take_all(url: str, queue: str) -> list[bytes]:
         return [body for _, body in embedded.take(url, queue, sys.maxsize)]
     bodies: list[bytes] = []
     with channel(url) as onlooker:
-        while True:
-            method, _, body = onlooker.basic_get(queue, auto_ack=True)
-            if method is None or body is None:
-                return bodies
-            bodies.append(body)
+        while (received := onlooker.basic_get(queue, auto_ack=True)) is not None:
+            bodies.append(received.body)
+    return bodies
 
 
 def publish(
@@ -96,7 +89,7 @@ def publish(
     with channel(url) as onlooker:
         onlooker.confirm_delivery()
         onlooker.basic_publish(
-            exchange, routing_key, body, pika.BasicProperties(**properties), mandatory=True
+            exchange, routing_key, body, pyamqp.Properties(**properties), mandatory=True
         )
 
 
@@ -107,12 +100,12 @@ def bind_queue(url: str, queue: str, exchange: str, binding_key: str, **options:
         return
     with channel(url) as onlooker:
         onlooker.exchange_declare(exchange, "topic", durable=True)
-        onlooker.queue_declare(queue, durable=True, arguments=options or None)
+        onlooker.queue_declare(queue, durable=True, arguments=options)
         onlooker.queue_bind(queue, exchange, binding_key)
 
 
 def declare_exchange(url: str, exchange: str, exchange_type: str) -> None:
-    """Declare an exchange; an error if it is there with another type."""
+    """Declare an exchange; an error if it exists with another type."""
     if embedded.is_embedded(url):
         embedded.declare_exchange(url, exchange, exchange_type)
         return
@@ -121,7 +114,7 @@ def declare_exchange(url: str, exchange: str, exchange_type: str) -> None:
 
 
 def delete(url: str, *, queues: Iterable[str] = (), exchanges: Iterable[str] = ()) -> None:
-    """Delete them; to delete what is not there is no error."""
+    """Delete them, as far as they exist."""
     if embedded.is_embedded(url):
         embedded.delete(url, list(queues), list(exchanges))
         return

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 
 import onlooker
-import pika
 import pytest
 from bench import Bench
+from pyamqp import Properties
 from rabbitmq_node import Node
 from support import Names, wait_until
 
@@ -70,15 +70,15 @@ def make_letters(bench: Bench, queue: str, number: int = MANY) -> None:
     bench.publish("user.moved", "moved by the broker")
     with onlooker.channel(bench.url) as channel:
         wait_until(lambda: onlooker.count(bench.url, queue) == 1)
-        method, _, _ = channel.basic_get(queue)
-        assert method is not None
-        channel.basic_reject(method.delivery_tag or 0, requeue=False)
+        received = channel.basic_get(queue)
+        assert received is not None
+        channel.basic_reject(received.delivery_tag, requeue=False)
         dead = f"{queue}-dl"
         wait_until(lambda: onlooker.count(bench.url, dead) == 2)
         channel.confirm_delivery()
         for n in range(number - 2):
             body = DomainEvent("a.b", n).to_json().encode()
-            channel.basic_publish("", dead, body, pika.BasicProperties(message_id=str(n)))
+            channel.basic_publish("", dead, body, Properties(message_id=str(n)))
     wait_until(lambda: onlooker.count(bench.url, dead) == number)
 
 

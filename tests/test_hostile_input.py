@@ -69,7 +69,7 @@ def publish(bench: Bench, *messages: hostile.Hostile, queue: str = "") -> None:
         for each in messages:
             channel.basic_publish(
                 "" if queue else bench.exchange,
-                queue or each.routing_key,  # type: ignore[arg-type]
+                queue or each.routing_key,
                 each.body,
                 each.properties,
                 mandatory=True,
@@ -355,21 +355,20 @@ class Target:
             for each in messages:
                 channel.basic_publish(
                     self.bench.exchange,
-                    each.routing_key,  # type: ignore[arg-type]
+                    each.routing_key,
                     each.body,
                     each.properties,
                 )
             dead: Counter[bytes] = Counter()
             deadline = time.monotonic() + 60
             # A consumer of its own for each batch; what it was given and did not ack goes back.
-            for method, _, body in channel.consume(f"{self.queue}-dl", inactivity_timeout=0.05):
-                if method is not None and method.delivery_tag and body is not None:
-                    dead[body] += 1
-                    channel.basic_ack(method.delivery_tag)
+            for received in channel.consume(f"{self.queue}-dl", inactivity_timeout=0.05):
+                if received is not None:
+                    dead[received.body] += 1
+                    channel.basic_ack(received.delivery_tag)
                 if self.finished - before + dead.total() >= len(messages):
                     break
                 assert time.monotonic() < deadline, self.missing(messages, batch, dead)
-            channel.cancel()
         self.check(messages, batch, dead)
 
     def check(self, messages: list[hostile.Hostile], batch: int, dead: Counter[bytes]) -> None:

@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+import onlooker
 import pika
 import pika.data
 import pika.frame
@@ -762,9 +763,7 @@ def test_a_retry_and_a_replay_fit_where_the_event_did() -> None:
 def test_the_largest_dead_letter_passes_a_broker(broker_url: str, names: Names) -> None:
     """The room that is left in a frame is enough in practice too."""
     queue = names.queue()
-    connection = pika.BlockingConnection(pika.URLParameters(broker_url))
-    try:
-        channel = connection.channel()
+    with onlooker.channel(broker_url) as channel:
         channel.confirm_delivery()
         channel.queue_declare(queue, durable=True)
         room = 124 * 1024
@@ -774,11 +773,9 @@ def test_the_largest_dead_letter_passes_a_broker(broker_url: str, names: Names) 
         sent = message.dead_letter(received, "q", failure("x" * 500))
         assert "h" in sent.headers
         channel.basic_publish("", queue, sent.body, properties(sent))
-        _method, received_properties, _body = channel.basic_get(queue, auto_ack=True)
-        assert received_properties is not None
-        assert received_properties.headers == sent.headers
-    finally:
-        connection.close()
+        passed = channel.basic_get(queue, auto_ack=True)
+        assert passed is not None
+        assert passed.properties.headers == sent.headers
 
 
 def test_a_traceback_tells_causes() -> None:

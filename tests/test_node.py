@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import pika
-import pika.exceptions
+import onlooker
+import pyamqp
 import pytest
 import rabbitmq_node
 from rabbitmq_node import Node, NodeError
@@ -41,12 +41,9 @@ def processes_with(text: str) -> list[int]:
 
 def test_data_survives_a_kill_and_the_port_stays(killable_node: Node, unique: str) -> None:
     url = killable_node.url
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    channel = connection.channel()
-    channel.confirm_delivery()
-    channel.queue_declare(unique, durable=True, arguments={"x-queue-type": "quorum"})
-    channel.basic_publish("", unique, b"kept", pika.BasicProperties(delivery_mode=2))
-    connection.close()
+    with onlooker.channel(url) as channel:
+        channel.queue_declare(unique, durable=True, arguments={"x-queue-type": "quorum"})
+    onlooker.publish(url, "", unique, b"kept", delivery_mode=2)
     killable_node.sync()
 
     killable_node.kill()
@@ -58,12 +55,11 @@ def test_data_survives_a_kill_and_the_port_stays(killable_node: Node, unique: st
     thread.join()
 
     assert killable_node.url == url
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    channel = connection.channel()
-    body = wait_until(lambda: channel.basic_get(unique, auto_ack=True)[2])
-    assert body == b"kept"
-    channel.queue_delete(unique)
-    connection.close()
+    with onlooker.channel(url) as channel:
+        received = wait_until(lambda: channel.basic_get(unique, auto_ack=True))
+        assert received is not None
+        assert received.body == b"kept"
+        channel.queue_delete(unique)
 
 
 def test_a_failing_rabbitmqctl_says_why(killable_node: Node) -> None:
@@ -84,12 +80,14 @@ def test_tls_shows_a_certificate_of_the_nodes_own_authority(
 ) -> None:
     node = node_factory(tls=True)
     node.start()
-    context = ssl.create_default_context(cafile=str(node.ca_file))
-    context.load_cert_chain(node.certificate_file, node.key_file)
-    parameters = pika.URLParameters(node.tls_url)
+    tls = {
+        "cert_reqs": ssl.CERT_REQUIRED,
+        "ca_certs": str(node.ca_file),
+        "certfile": str(node.certificate_file),
+        "keyfile": str(node.key_file),
+    }
     for host in ("127.0.0.1", "localhost"):
-        parameters.ssl_options = pika.SSLOptions(context, host)
-        pika.BlockingConnection(parameters).close()
+        pyamqp.Connection(node.tls_url, tls={**tls, "server_hostname": host}).close()
 
     stranger = ssl.create_default_context()
     with (
@@ -248,16 +246,14 @@ os._exit(0)
 
 def test_names_are_deleted_with_all_that_belongs_to_them(names: Names) -> None:
     queue, exchange = names.queue(), names.exchange()
-    connection = pika.BlockingConnection(pika.URLParameters(names.url))
-    channel = connection.channel()
-    channel.exchange_declare(exchange, "topic", durable=True)
     quorum = {"x-queue-type": "quorum"}
-    for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
-        channel.queue_declare(name, durable=True, arguments=quorum)
+    with onlooker.channel(names.url) as channel:
+        channel.exchange_declare(exchange, "topic", durable=True)
+        for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
+            channel.queue_declare(name, durable=True, arguments=quorum)
 
-    names.delete()
+        names.delete()
 
-    for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
-        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="404"):
-            connection.channel().queue_declare(name, passive=True)
-    connection.close()
+        for name in (queue, f"{queue}-dl", f"{exchange}.delay.23"):
+            with pytest.raises(pyamqp.NotFound):
+                channel.queue_declare(name, passive=True)

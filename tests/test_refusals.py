@@ -14,7 +14,7 @@ import onlooker
 import pytest
 from bench import Events
 from live import consuming
-from pika.adapters.blocking_connection import BlockingChannel
+from pyamqp import Channel
 from rabbitmq_node import Node
 from support import wait_until
 
@@ -79,7 +79,7 @@ def browse(url: str) -> None:
         next(iter(dead_letters))
 
 
-Prepare = Callable[[BlockingChannel], object]
+Prepare = Callable[[Channel], object]
 
 
 def limit_queues(vhost: Vhost) -> None:
@@ -226,7 +226,7 @@ def test_queue_that_another_consumer_has_for_itself_is_told_as_that(
     subscriber = Subscriber(vhost.url, "x")
     subscriber.register(seen.append, "q", ["#"], queue_type="classic")
     with onlooker.channel(vhost.url) as channel:
-        channel.basic_consume("q", lambda *_: None, exclusive=True)
+        channel.basic_consume("q", lambda _: None, exclusive=True)
         with consuming(subscriber, vhost.url, "q"):
             wait_until(lambda: "in exclusive use" in caplog.text)
             assert "permission" not in caplog.text

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
-import pika
-import pika.exceptions
+import onlooker
+import pyamqp
 import pytest
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
-from pika.adapters.blocking_connection import BlockingChannel
+from pyamqp import Channel
 from support import DELAY_LEVELS, Names
 
 from domain_events import ConfigurationError
@@ -45,18 +45,14 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @contextmanager
-def channel_to(url: str) -> Iterator[BlockingChannel]:
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    try:
-        channel = connection.channel()
+def channel_to(url: str) -> Iterator[Channel]:
+    with onlooker.channel(url) as channel:
         channel.confirm_delivery()
         yield channel
-    finally:
-        connection.close()
 
 
 def routed(
-    channel: BlockingChannel,
+    channel: Channel,
     exchange: str,
     binding_keys: Sequence[str],
     routing_keys: Sequence[str],
@@ -64,30 +60,26 @@ def routed(
     """The pairs of a binding key and a routing key that the broker's topic exchange matches."""
     queues = {}
     for binding_key in binding_keys:
-        queue = channel.queue_declare("", exclusive=True).method.queue
+        queue = channel.queue_declare("", exclusive=True).queue
         channel.queue_bind(queue, exchange, binding_key)
         queues[queue] = binding_key
     for number, routing_key in enumerate(routing_keys):
         channel.basic_publish(exchange, routing_key, str(number).encode())
     found = set()
     for queue, binding_key in queues.items():
-        body = channel.basic_get(queue, auto_ack=True)[2]
-        while body is not None:
-            found.add((binding_key, routing_keys[int(body)]))
-            body = channel.basic_get(queue, auto_ack=True)[2]
+        while (received := channel.basic_get(queue, auto_ack=True)) is not None:
+            found.add((binding_key, routing_keys[int(received.body)]))
         channel.queue_delete(queue)
     return found
 
 
-def most_hashes(channel: BlockingChannel, exchange: str) -> int:
+def most_hashes(channel: Channel, exchange: str) -> int:
     """How many ``#`` the broker takes in one binding key: two, from RabbitMQ 4.3 on."""
     attempt = channel.connection.channel()
-    queue = attempt.queue_declare("", exclusive=True).method.queue
+    queue = attempt.queue_declare("", exclusive=True).queue
     try:
         attempt.queue_bind(queue, exchange, "#.#.#")
-    except pika.exceptions.ChannelClosedByBroker as error:
-        if error.reply_code != 406:
-            raise
+    except pyamqp.PreconditionFailed:
         return 2
     attempt.close()
     return 100
@@ -420,7 +412,7 @@ def test_a_temporary_queue_can_be_declared(broker_url: str, names: Names) -> Non
                 auto_delete=queue.auto_delete,
                 arguments=dict(queue.arguments),
             )
-            assert declared.method.queue == queue.name
+            assert declared.queue == queue.name
             # Here: an exclusive one is locked for others until its connection is quite gone.
             channel.queue_delete(queue.name)
 

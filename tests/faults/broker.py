@@ -1,6 +1,6 @@
 """The broker under test: nodes of our own or a given one, and proxies before them.
 
-Programs connect through the proxies; the harness itself looks past them, with plain pika.
+Programs connect through the proxies; the harness itself looks past them, with `pyamqp`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
-import pika
-import pika.exceptions
-from pika.adapters.blocking_connection import BlockingChannel
+import pyamqp
+from pyamqp import Channel
 from rabbitmq_node import Node
 
 from faults.proxy import Proxy
@@ -48,8 +48,10 @@ class Broker:
                     for _ in range(3 if cluster else 1):
                         self.nodes.append(Node(release))
                 self._start(self.nodes)
-            for parameters in map(pika.URLParameters, self._direct()):
-                self.proxies.append(Proxy(str(parameters.host), int(parameters.port)))
+            for direct in map(urlsplit, self._direct()):
+                if not (direct.username and direct.hostname and direct.port):
+                    raise ValueError("the URL of a broker needs a user, a host and a port here")
+                self.proxies.append(Proxy(direct.hostname, direct.port))
         except BaseException:
             self.close()
             raise
@@ -68,20 +70,17 @@ class Broker:
         """Where programs connect: through the proxies."""
         urls = []
         for direct, proxy in zip(self._direct(), self.proxies, strict=True):
-            parameters = pika.URLParameters(direct)
-            netloc = f"{parameters.host}:{parameters.port}"
-            before, _, after = direct.partition("@")
-            assert after.startswith(netloc), "a URL for the harness has a user, a host and a port"
-            url = f"{before}@127.0.0.1:{proxy.port}{after.removeprefix(netloc)}"
+            parts = urlsplit(direct)
+            user, _, _ = parts.netloc.rpartition("@")
+            url = parts._replace(netloc=f"{user}@127.0.0.1:{proxy.port}").geturl()
             urls.append(f"{url}{'&' if '?' in url else '?'}heartbeat={_HEARTBEAT}")
         return urls
 
     @property
     def version(self) -> str:
-        """RabbitMQ's own word for it."""
+        """As RabbitMQ gives it when a client connects."""
         with self.channel() as channel:
-            properties = channel.connection._impl.server_properties  # type: ignore[attr-defined]
-        return str(properties["version"])
+            return str(channel.connection.server_properties["version"])
 
     @property
     def old(self) -> bool:
@@ -111,22 +110,17 @@ class Broker:
     # --- a look past the proxies -----------------------------------------------------------------
 
     @contextmanager
-    def channel(self) -> Iterator[BlockingChannel]:
+    def channel(self) -> Iterator[Channel]:
         """A channel of its own on a node that answers; waits a minute for one."""
-        connection = self._connection()
-        try:
+        with self._connection() as connection:
             yield connection.channel()
-        finally:
-            with contextlib.suppress(pika.exceptions.AMQPError):
-                connection.close()
 
     def counts(self, queues: Sequence[str]) -> dict[str, int]:
         """How many messages are ready in each queue that exists."""
         counts: dict[str, int] = {}
 
-        def count(channel: BlockingChannel, queue: str) -> None:
-            declared = channel.queue_declare(queue, passive=True)
-            counts[queue] = int(declared.method.message_count)
+        def count(channel: Channel, queue: str) -> None:
+            counts[queue] = channel.queue_declare(queue, passive=True).messages
 
         self._each(queues, count)
         return counts
@@ -151,15 +145,12 @@ class Broker:
         """
         ids: Counter[str] = Counter()
 
-        def take(channel: BlockingChannel, queue: str) -> None:
-            while True:
-                method, properties, body = channel.basic_get(queue, auto_ack=True)
-                if method is None or body is None:
-                    return
-                event = json.loads(body)["uuid_string"]
+        def take(channel: Channel, queue: str) -> None:
+            while (received := channel.basic_get(queue, auto_ack=True)) is not None:
+                event = json.loads(received.body)["uuid_string"]
                 ids[event] += 1
                 if reasons is not None:
-                    headers = getattr(properties, "headers", None) or {}
+                    headers = received.properties.headers or {}
                     words = ("domain-events-error-type", "domain-events-error-message")
                     reasons[event] = ": ".join(str(headers.get(word, "")) for word in words)
 
@@ -174,9 +165,7 @@ class Broker:
             if exchange:
                 channel.exchange_delete(exchange)
 
-    def _each(
-        self, queues: Sequence[str], function: Callable[[BlockingChannel, str], None]
-    ) -> None:
+    def _each(self, queues: Sequence[str], function: Callable[[Channel, str], None]) -> None:
         """Call it with each queue that exists; again when the broker is not ready for it."""
         left = list(queues)
         deadline = time.monotonic() + _PATIENCE
@@ -186,14 +175,10 @@ class Broker:
                     while left:
                         function(channel, left[0])
                         left.pop(0)
-            except pika.exceptions.ChannelClosedByBroker as error:
-                if error.reply_code == 404 and "no queue" in error.reply_text:
+            except pyamqp.ERRORS as error:
+                if isinstance(error, pyamqp.NotFound) and "no queue" in error.reply_text:
                     left.pop(0)
                     continue
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_BETWEEN_ATTEMPTS)
-            except pika.exceptions.AMQPError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_BETWEEN_ATTEMPTS)
@@ -201,15 +186,12 @@ class Broker:
     def _direct(self) -> list[str]:
         return [node.url for node in self.nodes] or [self._given]
 
-    def _connection(self) -> pika.BlockingConnection:
+    def _connection(self) -> pyamqp.Connection:
         deadline = time.monotonic() + _PATIENCE
         while True:
             for url in self._direct():
-                parameters = pika.URLParameters(url)
-                parameters.socket_timeout = 5
-                parameters.blocked_connection_timeout = 60
-                with contextlib.suppress(pika.exceptions.AMQPError, OSError):
-                    return pika.BlockingConnection(parameters)
+                with contextlib.suppress(*pyamqp.ERRORS):
+                    return pyamqp.Connection(url, connect_timeout=5, timeout=60)
             if time.monotonic() > deadline:
                 raise ConnectionError(f"no broker answered within {_PATIENCE:.0f} s")
             time.sleep(_BETWEEN_ATTEMPTS)

@@ -12,7 +12,6 @@ restart has found in the middle of a dead-lettering; three minutes unless `broke
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import subprocess
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pika
+import pyamqp
 from rabbitmq_node import Node
 
 from domain_events import DomainEvent, Publisher, Retry, Subscriber
@@ -166,7 +165,7 @@ def _measure(
 
 
 def _declare_others(node: Node) -> None:
-    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(node.url))) as connection:
+    with pyamqp.Connection(node.url) as connection:
         channel = connection.channel()
         for number in range(_OTHERS):
             name = f"other-{number}"
