@@ -1,4 +1,4 @@
-"""What the runner does on the broker: queues for those who declare none, and events in them."""
+"""What the runner does on the broker: it declares queues, and fills them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pyamqp import Channel
 
 from benchmarks.peers.driver import EXCHANGE, ROUTING_KEY, data_of, envelope
 
-# What the clients make beside a queue, by their names for it.
+# Suffixes of the queues that the clients declare beside a subscriber's queue.
 _COMPANIONS = ("", "-dl", ".DQ", ".XQ", ".dlq", ".retry.1", "-delay-1000", "-delay-6000")
 
 _FILL_SECONDS = 300.0
-# A count that has not changed for so many seconds will not.
+# Seconds after which an unchanged count is taken to be final.
 _STALLED = 3.0
 _PERSISTENT = pyamqp.Properties(content_type="application/json", delivery_mode=2)
 
@@ -40,7 +40,7 @@ class Letter:
 
     @classmethod
     def asked_for(cls, told: dict[str, Any], options: dict[str, Any]) -> Letter:
-        """As a driver wants it, by what it said when it was ready."""
+        """As a driver needs it, according to its report that it is ready."""
         if "body" in told:
             return cls(told["body"], told["exchange"], (told["routing_key"],))
         spread = options.get("handlers") or options.get("bindings") or 0
@@ -82,7 +82,7 @@ def channel(url: str) -> Iterator[Channel]:
 
 
 def declare(url: str, queue: str | None, queue_type: str) -> None:
-    """The exchange, and a queue that gets every event, for who does not declare its own."""
+    """The exchange, and a queue for every event unless the client declares its own."""
     with channel(url) as on:
         on.exchange_declare(EXCHANGE, "topic", durable=True)
         if queue is not None:
@@ -91,7 +91,7 @@ def declare(url: str, queue: str | None, queue_type: str) -> None:
 
 
 def delete(url: str, queue: str, handlers: int = 0) -> None:
-    """The queue and what stands beside it."""
+    """Delete the queue and those that clients declare beside it."""
     with channel(url) as on:
         for name in [queue + each for each in _COMPANIONS]:
             on.queue_delete(name)
@@ -100,9 +100,9 @@ def delete(url: str, queue: str, handlers: int = 0) -> None:
 
 
 def fill(url: str, queues: list[str], letter: Letter, count: int, taken: int = 0) -> None:
-    """Put so many events into the queues, and wait until they are there.
+    """Put ``count`` events into the queues, and wait until they are ready.
 
-    :param taken: so many of them a client takes at once.
+    :param taken: how many of them a consumer takes at once.
     """
     sent = _send(url, letter, range(count))
     deadline = time.monotonic() + _FILL_SECONDS
@@ -114,11 +114,13 @@ def fill(url: str, queues: list[str], letter: Letter, count: int, taken: int = 0
             return
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"{there} of {count} events in {queues[0]} after a long wait")
+            raise TimeoutError(
+                f"only {there} of {count} events in {queues[0]} after {_FILL_SECONDS:g} s"
+            )
         if there != before:
             before, changed_at = there, now
         elif now - changed_at > _STALLED:
-            # They are sent without confirms, for speed; what is missing is sent again.
+            # Published without confirms, for speed; the missing ones are published again.
             sent += _send(url, letter, range(sent, sent + count - taken - there))
             changed_at = now
         time.sleep(0.02)
@@ -133,7 +135,7 @@ def _send(url: str, letter: Letter, numbers: range) -> int:
 
 
 def feed(url: str, letter: Letter, count: int, rate: float) -> None:
-    """Publish so many events at a steady rate."""
+    """Publish ``count`` events at a steady rate, in events a second."""
     with channel(url) as on:
         begun = time.monotonic()
         for number in range(count):

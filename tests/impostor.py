@@ -1,4 +1,4 @@
-"""A broker that is none: it accepts connections, and does what no broker should."""
+"""A fake broker, which accepts connections and then misbehaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Behaviour = Callable[[socket.socket], None]
 
 
 class Impostor:
-    """Listens on a port of its own, and does with each connection as it is told."""
+    """Listens on a port of its own, and runs the behaviour on each connection, in a thread."""
 
     def __init__(self, behaviour: Behaviour) -> None:
         self._behaviour = behaviour
@@ -93,7 +93,7 @@ ANSWERS: dict[type[Method], Callable[[], Method]] = {
 
 
 def converse(connection: socket.socket, bad: type[Method], answer: bytes) -> None:
-    """Answer as a broker does, but for one method."""
+    """Answer as a broker does, except to one method."""
     connection.recv(8, socket.MSG_WAITALL)
     connection.sendall(START)
     received = b""

@@ -1,4 +1,4 @@
-"""A subscriber that runs in a thread of its own, for as long as a block lasts."""
+"""Run a subscriber in a thread of its own for the duration of a block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from domain_events import Subscriber
 
 @contextmanager
 def consuming(subscriber: Subscriber, url: str, queue: str) -> Iterator[threading.Thread]:
-    """Run the subscriber, from when it consumes from the queue until the block ends."""
+    """Run the subscriber. The block begins when it consumes from the queue, and ends it."""
     thread = threading.Thread(target=subscriber.start_consuming)
     thread.start()
     try:

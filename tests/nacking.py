@@ -1,4 +1,4 @@
-"""A TCP proxy that turns confirms into nacks, as a broker sends them whose queue refuses."""
+"""A TCP proxy that turns acks of published messages into nacks, as if a queue had refused them."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from collections.abc import Callable
 
 _FRAME = struct.Struct(">BHI")
 _METHOD = 1
-# The class and the number of the methods; their arguments have the same length.
+# Class and method number. Basic.Ack and Basic.Nack have arguments of the same length.
 _ACK = struct.pack(">HH", 60, 80)
 _NACK = struct.pack(">HH", 60, 120)
 _CHANNEL_OPEN_OK = struct.pack(">HH", 20, 11)
 
 
 class NackingProxy:
-    """Listens on a port of 127.0.0.1 and passes everything on to another.
+    """Listens on a port of 127.0.0.1 and forwards everything to another port.
 
-    :param refuses: whether a confirm becomes a nack, by which channel it is for: the first one
-        that was opened on its connection, the second one, and so on.
+    :param refuses: called for each ack with the number of its channel, counted from 1 in the order
+        in which the channels of its connection were opened; true turns the ack into a nack.
     """
 
     def __init__(self, port: int, refuses: Callable[[int], bool]) -> None:
         self._target = ("127.0.0.1", port)
         self._refuses = refuses
         self._sockets: list[socket.socket] = []
-        #: How many nacks were made.
+        #: How many acks were turned into nacks.
         self.nacks = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._listen, daemon=True).start()
 
     def close(self) -> None:
-        """Cut all connections and listen no more."""
+        """Stop listening, and cut all connections."""
         for each in [self._listener, *self._sockets]:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -57,7 +57,7 @@ class NackingProxy:
 
     def _to_client(self, client: socket.socket, broker: socket.socket) -> None:
         opened = 0
-        # Numbers are used again; which of all channels has this one now.
+        # Channel numbers are reused: the ordinal of the channel that has this number now.
         which: dict[int, int] = {}
         with contextlib.suppress(OSError, EOFError):
             while True:

@@ -1,6 +1,6 @@
-"""AMQP properties and header tables byte by byte, also such as pika would not write.
+"""AMQP properties and header tables byte by byte, including some that no client would write.
 
-A value of a header is a pair of its type, as AMQP and RabbitMQ name it with one letter
+The value of a header is a pair: its type, a letter defined by AMQP and RabbitMQ
 (https://www.rabbitmq.com/amqp-0-9-1-errata#section_3), and its bytes.
 """
 
@@ -23,7 +23,7 @@ class Value(NamedTuple):
         return self.kind + self.data
 
 
-#: Types that are a number of fixed size, as `struct` has them.
+#: Numbers of a fixed size, and their formats for `struct`.
 NUMBERS = {
     b"t": ">?",
     b"b": ">b",
@@ -52,7 +52,7 @@ def decimal(places: int, digits: int) -> Value:
 
 
 def text(value: str | bytes, kind: bytes = b"S") -> Value:
-    """A long string, or with the kind ``x`` bytes; need not be UTF-8."""
+    """A long string, or bytes with the kind ``x``; it need not be UTF-8."""
     data = value.encode() if isinstance(value, str) else value
     return Value(kind, struct.pack(">I", len(data)) + data)
 
@@ -68,7 +68,7 @@ def table(entries: Mapping[bytes, Value]) -> Value:
 
 
 def nested(depth: int) -> Value:
-    """An array in an array in an array, so many deep; ten bytes would do for two."""
+    """Arrays within arrays, to this depth; two levels take ten bytes."""
     # Not through `array`, which would copy the inside at each level.
     sizes = (struct.pack(">cI", b"A", 5 * inner) for inner in range(depth - 1, -1, -1))
     return Value(b"A", b"".join(sizes)[1:])
@@ -79,7 +79,7 @@ def short(value: bytes) -> bytes:
     return bytes([len(value)]) + value
 
 
-# In the order in which they stand in a frame, with their flags.
+# In their order in a frame, with the numbers of their flags.
 _PROPERTIES = {
     "content_type": 15,
     "content_encoding": 14,
@@ -100,7 +100,7 @@ _FIXED = {"delivery_mode": ">B", "priority": ">B", "timestamp": ">Q"}
 
 
 class Properties(pika.BasicProperties):
-    """Properties as given, to publish with pika; short strings need not be UTF-8."""
+    """Properties as given, for `pyamqp` and pika; short strings need not be UTF-8."""
 
     def __init__(
         self, headers: Mapping[bytes, Value] | None = None, **others: bytes | int | None

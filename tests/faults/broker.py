@@ -26,11 +26,11 @@ from faults.proxy import Proxy
 #: minutes, which `lateness` measures.
 HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
 
-# Short, so that a connection whose other end is gone without a word is found out within seconds.
+# Short, so that a connection whose other end has silently gone is noticed within seconds.
 _HEARTBEAT = 6
 
 _PATIENCE = 60.0
-# A broker that is down is asked again until it answers, or patience ends.
+# Seconds between attempts to reach a broker that is down.
 _BETWEEN_ATTEMPTS = 0.3
 
 
@@ -97,7 +97,7 @@ class Broker:
         for node in self.nodes:
             node.sync()
         if not self.nodes:
-            # The table is written about a second later, and a broker elsewhere tells nobody when.
+            # The table is written about a second later; a broker elsewhere does not show when.
             time.sleep(2)
 
     def close(self) -> None:
@@ -126,11 +126,11 @@ class Broker:
         return counts
 
     def held(self, queues: Sequence[str]) -> int:
-        """How many messages these queues hold, those too that nobody else can see.
+        """How many messages these queues hold, including those that clients cannot see.
 
-        A quorum queue that dead-letters at least once still holds what it is handing on, and
-        counts it as neither ready nor unacknowledged. Only the node itself tells; of a given
-        broker it is not known, and 0.
+        A quorum queue with at-least-once dead-lettering holds a message until its target has
+        confirmed it, and counts it as neither ready nor unacknowledged. Only rabbitmqctl shows
+        them; for a broker given by its URL the number is unknown, and 0 is returned.
         """
         if not self.nodes:
             return 0
@@ -166,7 +166,7 @@ class Broker:
                 channel.exchange_delete(exchange)
 
     def _each(self, queues: Sequence[str], function: Callable[[Channel, str], None]) -> None:
-        """Call it with each queue that exists; again when the broker is not ready for it."""
+        """Call the function for each queue that exists; again after an error, for a minute."""
         left = list(queues)
         deadline = time.monotonic() + _PATIENCE
         while left:
