@@ -59,6 +59,10 @@ READABLE = {
 }
 
 
+# Whether pika reads a double as a float, which is not a count: from 1.5 on. Before, as an int.
+READS_DOUBLES = isinstance(pika.data.decode_value(raw.number(b"d", 1.5).encoded(), 0)[0], float)
+
+
 def publish(bench: Bench, *messages: hostile.Hostile, queue: str = "") -> None:
     """As any other program might; returns when the broker has them.
 
@@ -118,11 +122,11 @@ def test_event_with_strange_headers_is_handled_retried_kept_and_replayed(
     [
         (raw.number(b"t", True), 0),
         (raw.number(b"l", -(2**63)), 0),
-        (raw.number(b"d", 1.5), 1),  # pika reads it as a whole number
+        (raw.number(b"d", 1.5), 0 if READS_DOUBLES else 1),
         (raw.text("1"), 0),
         (raw.number(b"I", 2), 2),
         (raw.number(b"l", 2**63 - 1), 2**31 - 1),
-        (raw.number(b"d", 1e30), 2**31 - 1),
+        (raw.number(b"d", 1e30), 0 if READS_DOUBLES else 2**31 - 1),
     ],
 )
 @pytest.mark.parametrize("through", ["the exchange", "the default exchange"])

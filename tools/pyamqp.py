@@ -28,6 +28,10 @@ PreconditionFailed = amqp.PreconditionFailed
 #: Whatever a refused, closed or lost connection raises.
 ERRORS = (amqp.AMQPError, OSError)
 
+_CONTENT_HEADER = 2  # a type of frame
+_PROPERTIES = 12  # where they begin in it, after class, weight and the size of the body
+_NO_PROPERTIES = b"\0\0"
+
 
 @dataclass
 class Properties:
@@ -58,9 +62,17 @@ class Encoded(Protocol):
 class Received(NamedTuple):
     """A message taken from a queue."""
 
-    properties: Properties
+    encoded: bytes
     body: bytes
     delivery_tag: int
+
+    @property
+    def properties(self) -> Properties:
+        """Decoded only here: py-amqp raises an error for those of a hostile message."""
+        decoded, _ = amqp.serialization.decode_properties_basic(self.encoded, 0)
+        if "application_headers" in decoded:
+            decoded["headers"] = decoded.pop("application_headers")
+        return Properties(**decoded)
 
 
 class Declared(NamedTuple):
@@ -96,6 +108,7 @@ class Connection:
             virtual_host=unquote(parts.path[1:]) or "/",
             ssl=tls or False,
             connect_timeout=connect_timeout,
+            frame_handler=_frame_handler,
         )
         try:
             self._connection.connect()
@@ -266,8 +279,26 @@ class Channel:
 
 
 def _received(message: Any) -> Received:
-    properties = dict(message.properties)
-    if "application_headers" in properties:
-        properties["headers"] = properties.pop("application_headers")
     # Of an empty message, py-amqp's body is an empty str.
-    return Received(Properties(**properties), message.body or b"", message.delivery_tag)
+    return Received(message.encoded, message.body or b"", message.delivery_tag)
+
+
+def _frame_handler(connection: Any, callback: Callable[..., object]) -> Callable[..., object]:
+    """py-amqp's, except that it sees no properties: see `Received.properties`."""
+    encoded: dict[int, bytes] = {}
+
+    def on_method(channel: int, method: Any, arguments: bytes, message: Any) -> None:
+        if message is not None:
+            message.encoded = encoded.pop(channel)
+        callback(channel, method, arguments, message)
+
+    handle = amqp.method_framing.frame_handler(connection, on_method)
+
+    def on_frame(frame: tuple[int, int, bytes]) -> object:
+        kind, channel, payload = frame
+        if kind == _CONTENT_HEADER:
+            encoded[channel] = payload[_PROPERTIES:]
+            frame = kind, channel, payload[:_PROPERTIES] + _NO_PROPERTIES
+        return handle(frame)
+
+    return on_frame
