@@ -61,6 +61,8 @@ READABLE = {
 
 # Whether pika reads a double as a float, which is not a count: from 1.5 on. Before, as an int.
 READS_DOUBLES = isinstance(pika.data.decode_value(raw.number(b"d", 1.5).encoded(), 0)[0], float)
+# Whether it reads the sign of a 64-bit integer: pika 1.3.2 does not (pika/data.py, decode_value).
+READS_SIGN = pika.data.decode_value(raw.number(b"l", -1).encoded(), 0)[0] == -1
 
 
 def publish(bench: Bench, *messages: hostile.Hostile, queue: str = "") -> None:
@@ -121,7 +123,7 @@ def test_event_with_strange_headers_is_handled_retried_kept_and_replayed(
     ("value", "retries"),
     [
         (raw.number(b"t", True), 0),
-        (raw.number(b"l", -(2**63)), 0),
+        (raw.number(b"l", -(2**63)), 0 if READS_SIGN else 2**31 - 1),
         (raw.number(b"d", 1.5), 0 if READS_DOUBLES else 1),
         (raw.text("1"), 0),
         (raw.number(b"I", 2), 2),
