@@ -17,7 +17,7 @@ FAULTS_ARGS ?=
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo test matrix bench faults lint types docs build broker clean
+.PHONY: help demo check test matrix bench faults lint types docs build broker clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -28,6 +28,9 @@ demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an 
 
 test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+check: lint types ## while you work, needs no RabbitMQ, within a minute: lint, types and most tests
+	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q -m 'not rabbitmq and not slow' $(PYTEST_ARGS)
 
 matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
@@ -44,8 +47,9 @@ lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: .venv/.ready ## mypy --strict
+types: .venv/.ready ## mypy --strict, and pyright as strict on what users import
 	$(BIN)/mypy
+	$(BIN)/pyright
 
 docs: .venv/.ready ## the documentation, to docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -50,6 +50,8 @@ from types import TracebackType
 # Release of RabbitMQ -> the Debian suite that has it.
 SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 RELEASES = ("host", *SUITES)
+# DOMAIN_EVENTS_TEST_RELEASE, where no node may be started.
+NO_NODES = "none"
 
 START_SECONDS = 90.0
 STOP_SECONDS = 30.0
@@ -316,6 +318,8 @@ class Node:
                 f"RabbitMQ ({release}) is not installed; try: "
                 f"python tools/rabbitmq_node.py install {release}"
             )
+        if os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") == NO_NODES:
+            raise NodeError("DOMAIN_EVENTS_TEST_RELEASE=none allows no RabbitMQ to be started")
         if installation.root is not None and os.geteuid() != 0:
             raise NodeError(f"RabbitMQ {release} is unpacked in a folder: to run it takes root")
         self._installation = installation
