@@ -4,6 +4,8 @@
 BIN := .venv/bin
 # Two workers: tests wait for brokers more than they compute. PYTEST_ARGS= runs them in one.
 PYTEST_ARGS ?= -n 2
+# Of `check`, whose tests wait for timeouts.
+CHECK_ARGS ?= -n 4
 # More of them: python -m benchmarks --help
 BENCH_ARGS ?=
 # For `faults`: how long, which schedule, which RabbitMQ, where to write a report, and whatever
@@ -29,8 +31,9 @@ demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an 
 test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
-check: lint types ## while you work, needs no RabbitMQ, within a minute: lint, types and most tests
-	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q -m 'not rabbitmq and not slow' $(PYTEST_ARGS)
+check: lint types ## while you work, in a minute, without RabbitMQ: lint, types, the tests that need none
+	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q $(CHECK_ARGS) \
+		-m 'not rabbitmq and not slow'
 
 matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
