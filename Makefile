@@ -4,6 +4,8 @@
 BIN := .venv/bin
 # Two workers: tests wait for brokers more than they compute. PYTEST_ARGS= runs them in one.
 PYTEST_ARGS ?= -n 2
+# Of `check`, whose tests wait for timeouts.
+CHECK_ARGS ?= -n 4
 # More of them: python -m benchmarks --help
 BENCH_ARGS ?=
 # For `faults`: how long, which schedule, which RabbitMQ, where to write a report, and whatever
@@ -17,7 +19,7 @@ FAULTS_ARGS ?=
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo test matrix bench faults lint types docs build broker clean
+.PHONY: help demo check test matrix bench faults lint types docs build broker clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -28,6 +30,10 @@ demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an 
 
 test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+check: lint types ## while you work, in a minute, without RabbitMQ: lint, types, the tests that need none
+	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q $(CHECK_ARGS) \
+		-m 'not rabbitmq and not slow'
 
 matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
@@ -44,8 +50,9 @@ lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: .venv/.ready ## mypy --strict
+types: .venv/.ready ## mypy --strict, and pyright as strict on what users import
 	$(BIN)/mypy
+	$(BIN)/pyright
 
 docs: .venv/.ready ## the documentation, to docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -3,10 +3,14 @@
 Every test run has one private RabbitMQ node, shared by its tests and by all workers of
 pytest-xdist: fixture `broker_url`. Tests that kill, stop or configure a broker take a node of their
 own: `killable_node` (one per worker, running again at the start of each test), `own_node` (new for
-the test), or `node_factory`.
+the test), or `node_factory`. All of them stand on `rabbitmq_release`, which gives their tests the
+marker `rabbitmq`; a test that starts a node in some other way has it too, by
+`pytest.mark.usefixtures`.
 
 Environment: DOMAIN_EVENTS_TEST_URL names a broker to use instead of the shared node;
-DOMAIN_EVENTS_TEST_RELEASE the RabbitMQ release of the nodes started here (tools/rabbitmq_node.py).
+DOMAIN_EVENTS_TEST_RELEASE the RabbitMQ release of the nodes started here (tools/rabbitmq_node.py),
+or `none`: then a test that takes a RabbitMQ fails. `make check` sets that, and runs those without
+the marker.
 """
 
 from __future__ import annotations
@@ -46,15 +50,19 @@ def _release() -> str:
     return os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host"
 
 
+def _no_nodes() -> bool:
+    return _release() == rabbitmq_node.NO_NODES
+
+
 def _given_url() -> str | None:
     return os.environ.get("DOMAIN_EVENTS_TEST_URL") or None
 
 
-def _start_shared_node() -> Node:
+def _start_shared_node(release: str) -> Node:
     """Start the run's node without waiting for it: it boots while tests are collected."""
     global _shared
     if _shared is None:
-        _shared = Node(_release())
+        _shared = Node(release)
         _shared.start(wait=False)
     return _shared
 
@@ -65,8 +73,10 @@ def _start_shared_node() -> Node:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """In the controller of pytest-xdist, for each worker: tell it where the shared node is."""
-    if _given_url() is None and rabbitmq_node.find(_release()) is not None:
-        node.workerinput["broker_port"] = _start_shared_node().port
+    if _no_nodes() or _given_url() is not None:
+        return
+    if rabbitmq_node.find(_release()) is not None:
+        node.workerinput["broker_port"] = _start_shared_node(_release()).port
 
 
 def pytest_configure() -> None:
@@ -82,11 +92,25 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if OWN_NODE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        fixtures = _fixtures_of(item)
+        if OWN_NODE_FIXTURES & fixtures:
             item.add_marker("own_node")
+        if {"rabbitmq_release", "rabbitmq_url"} & fixtures:
+            item.add_marker("rabbitmq")
+
+
+def _fixtures_of(item: pytest.Item) -> set[str]:
+    """The fixtures that a test has, or has by its parameter `broker_url` (conformance/)."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "broker_url" in parameters:
+        fixtures.add(f"{parameters['broker_url']}_url")
+    return fixtures
 
 
 def pytest_report_header() -> str:
+    if _no_nodes():
+        return "broker: no RabbitMQ (DOMAIN_EVENTS_TEST_RELEASE=none)"
     if _given_url() is not None:
         return "broker: DOMAIN_EVENTS_TEST_URL"
     found = rabbitmq_node.find(_release())
@@ -115,7 +139,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def rabbitmq_url(request: pytest.FixtureRequest) -> str:
+def rabbitmq_release() -> str:
+    """The release of the nodes that this run starts."""
+    if _no_nodes():
+        pytest.fail(
+            "This test takes a RabbitMQ, and DOMAIN_EVENTS_TEST_RELEASE=none allows none.",
+            pytrace=False,
+        )
+    return _release()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(request: pytest.FixtureRequest, rabbitmq_release: str) -> str:
     """The URL of the RabbitMQ that all tests share; tests use names of their own on it."""
     given = _given_url()
     if given is not None:
@@ -126,7 +161,7 @@ def rabbitmq_url(request: pytest.FixtureRequest) -> str:
         rabbitmq_node.wait_for_broker(port)
         return f"amqp://guest:guest@127.0.0.1:{port}/%2F"
     try:
-        node = _start_shared_node()
+        node = _start_shared_node(rabbitmq_release)
         node.start()
     except NodeError as error:
         pytest.fail(f"{error}\nor set DOMAIN_EVENTS_TEST_URL", pytrace=False)
@@ -139,19 +174,19 @@ def broker_url(rabbitmq_url: str) -> str:
     return rabbitmq_url
 
 
-def _new_node(**options: Any) -> Node:
-    if rabbitmq_node.find(_release()) is None and _given_url() is not None:
-        pytest.skip(f"a node of its own takes RabbitMQ ({_release()}), which is not installed")
-    return Node(**{"release": _release(), **options})
+def _new_node(release: str, **options: Any) -> Node:
+    if rabbitmq_node.find(release) is None and _given_url() is not None:
+        pytest.skip(f"a node of its own takes RabbitMQ ({release}), which is not installed")
+    return Node(release, **options)
 
 
 @pytest.fixture
-def node_factory() -> Iterator[Callable[..., Node]]:
+def node_factory(rabbitmq_release: str) -> Iterator[Callable[..., Node]]:
     """Makes private nodes (not started) from the arguments of Node; closed after the test."""
     nodes: list[Node] = []
 
     def make(**options: Any) -> Node:
-        nodes.append(_new_node(**options))
+        nodes.append(_new_node(**{"release": rabbitmq_release, **options}))
         return nodes[-1]
 
     yield make
@@ -168,8 +203,8 @@ def own_node(node_factory: Callable[..., Node]) -> Node:
 
 
 @pytest.fixture(scope="session")
-def _killable_node() -> Iterator[Node]:
-    node = _new_node()
+def _killable_node(rabbitmq_release: str) -> Iterator[Node]:
+    node = _new_node(rabbitmq_release)
     yield node
     node.close()
 

@@ -612,6 +612,7 @@ def test_lateness_is_shown_by_release_and_setting() -> None:
     assert rst.index("3.10.8") < rst.index("4.0.5")
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_retries_come_within_seconds_of_a_crash_with_the_recommended_setting() -> None:
@@ -708,6 +709,7 @@ def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str,
     return {**figures, "status": done.returncode, "printed": done.stdout}
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
@@ -721,6 +723,7 @@ def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
     assert "python tests/faults --release" in file.read_text()
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
@@ -732,6 +735,7 @@ def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) 
     assert {"rolled-forward", "rolled-back"} == set(result["faults"])
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
@@ -763,6 +767,7 @@ def test_every_mistake_is_tried() -> None:
     assert set(SECONDS) == set(MISTAKES)
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -784,6 +789,7 @@ def test_harness_finds_the_mistake(tmp_path: Path, mistake: str) -> None:
     assert whole["status"] == 0
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.slow
 def test_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
     """Ctrl-C ends it in order: no program, no broker."""

@@ -184,6 +184,54 @@ def test_cookie_is_never_readable_by_others(
     assert cookie.read_text() == node.cookie
 
 
+def test_no_node_is_made_where_none_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes it: `make check` must start none, wherever RabbitMQ is installed."""
+    installation = rabbitmq_node.Installation(None, "4.3.6")
+    monkeypatch.setattr(rabbitmq_node, "find", lambda _release: installation)
+    monkeypatch.setenv("DOMAIN_EVENTS_TEST_RELEASE", "none")
+    with pytest.raises(NodeError, match="DOMAIN_EVENTS_TEST_RELEASE=none"):
+        Node("4.3")
+
+
+def pytest_without_a_rabbitmq(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest as `make check` runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=TOOL.parents[1],
+        env={**os.environ, "DOMAIN_EVENTS_TEST_RELEASE": "none"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_test_that_takes_a_rabbitmq_fails_where_there_is_to_be_none() -> None:
+    """It neither starts one nor is skipped."""
+    done = pytest_without_a_rabbitmq(
+        "tests/test_node.py::test_a_failing_rabbitmqctl_says_why",  # a node of its own
+        "tests/test_security.py::test_tls_with_a_known_authority",  # of its module's
+        "tests/conformance/test_topics.py::test_same_queues_are_reached_on_both_brokers",
+    )
+    assert done.stdout.count("This test takes a RabbitMQ") == 3
+    assert "3 errors" in done.stdout
+    assert done.returncode == 1
+
+
+def test_check_leaves_out_what_takes_a_rabbitmq_and_nothing_else() -> None:
+    """Told from the fixtures of a test, and in conformance/ from the broker it is run on."""
+    collected = pytest_without_a_rabbitmq(
+        "--collect-only", "-m", "not rabbitmq", "tests/conformance", "tests/test_node.py"
+    ).stdout
+    assert "[memory]" in collected
+    assert "test_no_node_is_made_where_none_may_be" in collected
+    assert "[rabbitmq]" not in collected
+    assert "test_same_queues_are_reached_on_both_brokers" not in collected
+    assert "test_a_failing_rabbitmqctl_says_why" not in collected
+    assert "test_a_run_that_is_ended_leaves_nothing" not in collected
+
+
 def run_tool(*arguments: str) -> list[str]:
     return [sys.executable, str(TOOL), *arguments]
 
@@ -200,6 +248,7 @@ def test_run_gives_the_url_and_passes_the_exit_code_on(killable_node: Node) -> N
     assert done.returncode == 7
 
 
+@pytest.mark.usefixtures("rabbitmq_release")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     mark = f"--mark={secrets.token_hex(8)}"  # of no earlier run that was cut off

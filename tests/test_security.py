@@ -49,9 +49,9 @@ DOCUMENTATION = Path(__file__).parent.parent / "docs" / "topology.rst"
 
 
 @pytest.fixture(scope="module")
-def tls_node() -> Iterator[Node]:
+def tls_node(rabbitmq_release: str) -> Iterator[Node]:
     """A node with a TLS listener that welcomes client certificates."""
-    with Node(os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host", tls=True) as node:
+    with Node(rabbitmq_release, tls=True) as node:
         yield node
 
 

@@ -71,6 +71,8 @@ def uwsgi(*options: str) -> Callable[[int], list[str]]:
     program = next((str(p) for n in ("pyuwsgi", "uwsgi") if (p := BESIDE_PYTHON / n).exists()), "")
 
     def command(port: int) -> list[str]:
+        if not program and sys.version_info >= (3, 15):
+            pytest.skip("pyuwsgi has no wheel for Python 3.15")
         home = sys.prefix if sys.prefix != sys.base_prefix else ""
         return [
             program,

@@ -50,6 +50,8 @@ from types import TracebackType
 # Release of RabbitMQ -> the Debian suite that has it.
 SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 RELEASES = ("host", *SUITES)
+# DOMAIN_EVENTS_TEST_RELEASE, where no node may be started.
+NO_NODES = "none"
 
 START_SECONDS = 90.0
 STOP_SECONDS = 30.0
@@ -87,19 +89,27 @@ class Installation:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs a program of this installation, without a process between."""
-        if self.root is None:
-            return list(arguments)
-        # Erlang needs /proc and /dev. Mounted in a mount namespace of the process alone, they
-        # vanish with it: nothing to unmount, and deleting the folder can never reach the real /dev.
-        script = (
-            'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"'
-        )
-        unshare = ["unshare", "--mount", "--propagation", "private"]
-        return [*unshare, "sh", "-c", script, str(self.root), *arguments]
+        return list(arguments) if self.root is None else chrooted(self.root, *arguments)
 
     def inside(self, path: Path) -> str:
         """The name that a program of this installation knows `path` by."""
         return str(path) if self.root is None else "/" + str(path.relative_to(self.root))
+
+
+def chrooted(root: Path, *arguments: str, shared: Sequence[Path] = ()) -> list[str]:
+    """The command line that runs a program in an unpacked Debian, without a process between.
+
+    `shared` are folders and files of this machine that the program sees, too, under the same names.
+    """
+    # Erlang needs /proc and /dev. Mounted in a mount namespace of the process alone, they
+    # vanish with it: nothing to unmount, and deleting the folder can never reach the real /dev.
+    mounts = ['mount -t proc proc "$0/proc"', 'mount --rbind /dev "$0/dev"']
+    mounts += [
+        f'mount --rbind {shlex.quote(str(path))} "$0"{shlex.quote(str(path))}' for path in shared
+    ]
+    script = " && ".join([*mounts, 'exec chroot "$0" "$@"'])
+    unshare = ["unshare", "--mount", "--propagation", "private"]
+    return [*unshare, "sh", "-c", script, str(root), *arguments]
 
 
 def find(release: str = "host") -> Installation | None:
@@ -316,6 +326,8 @@ class Node:
                 f"RabbitMQ ({release}) is not installed; try: "
                 f"python tools/rabbitmq_node.py install {release}"
             )
+        if os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") == NO_NODES:
+            raise NodeError("DOMAIN_EVENTS_TEST_RELEASE=none allows no RabbitMQ to be started")
         if installation.root is not None and os.geteuid() != 0:
             raise NodeError(f"RabbitMQ {release} is unpacked in a folder: to run it takes root")
         self._installation = installation
@@ -675,7 +687,7 @@ def install(releases: Sequence[str] = ("host",)) -> None:
             _say("installing rabbitmq-server with apt-get; its service will not be started")
             _apt_install("rabbitmq-server", "openssl")
         else:
-            _unpack(release)
+            unpack(SUITES[release], SUITES[release], f"RabbitMQ {release}", ["rabbitmq-server"])
         if find(release) is None:
             raise NodeError(f"RabbitMQ ({release}) was installed, but there is no /{_PROGRAMS}")
 
@@ -696,30 +708,33 @@ def _apt_install(*packages: str) -> None:
 _OTHERWISE = ", or set DOMAIN_EVENTS_TEST_URL to the URL of a broker that tests may use"
 
 
-def _unpack(release: str) -> None:
-    suite, cache = SUITES[release], _cache()
+def unpack(name: str, suite: str, content: str, packages: Sequence[str]) -> Path:
+    """A minimal Debian with these packages, unpacked to a folder of this name and kept there."""
+    cache = _cache()
+    folder = cache / name
     if os.geteuid() != 0:
-        raise NodeError(f"to unpack RabbitMQ {release} takes root{_OTHERWISE}")
+        raise NodeError(f"to unpack {content} takes root{_OTHERWISE}")
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{suite}.lock"):
-        if find(release) is not None:
-            return  # somebody else was faster
+    with _locked(cache / f"{name}.lock"):
+        if folder.exists():
+            return folder  # of an earlier run, or somebody else was faster
         if shutil.which("debootstrap") is None:
             _say("installing debootstrap with apt-get")
             _apt_install("debootstrap")
         mirror = _mirror()
-        _say(f"unpacking RabbitMQ {release} (Debian {suite}, 400 MB) to {cache / suite}")
+        _say(f"unpacking {content} (Debian {suite}, 400 MB and more) to {folder}")
         # A debootstrap older than the suite has no script for it; the one of `sid` serves all.
         script = suite if Path(f"/usr/share/debootstrap/scripts/{suite}").exists() else "sid"
-        partial = cache / f"{suite}.partial"
+        partial = cache / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", "--include=rabbitmq-server"]
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}"]
         if subprocess.call([*command, suite, str(partial), mirror, script]) != 0:
             raise NodeError(f"debootstrap failed; its log is {partial}/debootstrap/debootstrap.log")
         with (partial / "etc/hosts").open("a") as hosts:
             hosts.write("127.0.0.1 localhost\n")
         shutil.rmtree(partial / "var/cache/apt/archives", ignore_errors=True)
-        partial.rename(cache / suite)  # whoever sees the folder sees all of it
+        partial.rename(folder)  # whoever sees the folder sees all of it
+    return folder
 
 
 def _mirror() -> str:
