@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 from urllib.parse import urlsplit
 
-from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflow
-
-from domain_events.broker.rabbitmq.nodes import REFUSED_LOGIN, close_code
 from domain_events.process import on_fork
 
 # Seconds for which a refusal is believed.
@@ -87,18 +83,6 @@ class Attempts:
 def _login(url: str) -> int:
     parts = urlsplit(url)
     return hash((parts.scheme, parts.netloc))
-
-
-class Workflow(AMQPConnectionWorkflow):
-    """pika's way through a host's addresses, which ends where the password is refused.
-
-    The other addresses of a host are the same broker's; pika would log in on each.
-    """
-
-    def _on_connector_done(self, conn_or_exc: Any) -> None:
-        if isinstance(conn_or_exc, BaseException) and close_code(conn_or_exc) == REFUSED_LOGIN:
-            self._addrinfo_iter = iter(())
-        super()._on_connector_done(conn_or_exc)  # type: ignore[misc, unused-ignore]
 
 
 attempts = Attempts()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from domain_events.broker.rabbitmq.attempts import Workflow, attempts
+from domain_events.broker.rabbitmq.attempts import attempts
 from domain_events.broker.rabbitmq.loop import Loop
 from domain_events.broker.rabbitmq.nodes import (
     REFUSED_LOGIN,
@@ -37,18 +36,18 @@ from domain_events.broker.rabbitmq.nodes import (
     explain,
     permanent,
 )
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Attempt, Connection
 from domain_events.broker.rabbitmq.turns import Turns
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log, elsewhere
 from domain_events.process import check_fork, on_fork
+from domain_events.retry import Backoff
 
 log = Log("domain_events")
 
-# Seconds between attempts to connect: short enough to be back within a second of the broker.
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 0.8
+# Between attempts to connect: short enough to be back within a second of the broker.
+_BACKOFF = Backoff(first=0.05, maximum=0.8, jitter=0.5)
 
 # A connection that lasted so many seconds is not counted among the failures.
 _LASTING = 5.0
@@ -116,8 +115,7 @@ class Link:
         self.connection: Connection | None = None
         #: Who makes a channel ready on it.
         self.turns = Turns()
-        self._workflow: Workflow | None = None
-        self._attempt = 0  # the number of the last one
+        self._attempt: Attempt | None = None  # under way, or what `connection` came of
         self._pause: Any = None
         self._overdue: Any = None
         self._failures = 0  # since a connection last lasted
@@ -141,7 +139,7 @@ class Link:
             )
         # A copy, since the I/O thread may be changing it.
         troubles = [trouble for trouble, _ in list(self._troubles.values())]
-        if not troubles and self._workflow is not None:
+        if not troubles and self._attempt is not None and self.connection is None:
             troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
         return "; ".join(troubles)
 
@@ -176,8 +174,8 @@ class Link:
 
     def cut(self) -> None:
         """I/O thread: break the connection at once; it will be `lost` and made again."""
-        if self._loop is not None:
-            self._loop.shut_sockets()
+        if self.connection is not None:
+            self.connection.transport.drop()
 
     def guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
         """The callback, safe to give to pika.
@@ -262,7 +260,7 @@ class Link:
                 return
             except BaseException as error:  # noqa: BLE001 - injected between two lines of ours
                 self._crash = self._crash or error
-                time.sleep(_LONGEST_PAUSE)
+                time.sleep(_BACKOFF.maximum)
 
     def _serve(self) -> bool:
         """Run one loop to its end. True when that was the link's end too."""
@@ -284,7 +282,7 @@ class Link:
         except BaseException as error:  # noqa: BLE001 - pika's, or injected by another thread
             self._crash = self._crash or error
         if self._crash is None:
-            loop.close()
+            self._dispose()
             self._in_use = False
             return True
         return False
@@ -296,7 +294,7 @@ class Link:
                 self._loop = Loop(self._calls)
             except OSError as error:
                 self._note(f"{self.node}: {explain(error)}")
-                time.sleep(_LONGEST_PAUSE)
+                time.sleep(_BACKOFF.maximum)
             else:
                 self._in_use = True
                 return self._loop
@@ -304,17 +302,14 @@ class Link:
 
     def _let_go(self) -> None:
         """After a crash: of all that was the last loop's. May be interrupted, and repeated."""
-        crash, workflow = self._crash, self._workflow
+        crash = self._crash
         attempts.ended(self._nodes.url, self)
-        self.connection = self._workflow = self._pause = None
-        self._attempt += 1
+        self.connection = self._pause = None
         self._count_failure()
         self._note(f"{self.node}: {_internal(crash)}")
         self._lose(crash)
+        self._dispose()
         self._in_use, self._crash = False, None
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            _dispose(loop, workflow)
         if isinstance(crash, OSError):
             log.warning("The %s connection broke off: %s.", self._role, _internal(crash))
         else:
@@ -324,7 +319,7 @@ class Link:
 
     def _connect(self) -> None:
         """Make a connection, unless there is one, or one is under way or waiting for its time."""
-        if self._closing or self.connection or self._workflow or self._pause:
+        if self._closing or self._attempt or self._pause or self._loop is None:
             return
         url = self._nodes.url
         refusal = attempts.refusal(url, login_only=self._was_connected)
@@ -337,7 +332,7 @@ class Link:
             self._refuse(error)
             return
         try:
-            # pika has no ear for this failure in the middle of its attempt.
+            # pika does not report that there is no descriptor left.
             socket.socket().close()
         except OSError as error:
             self._failed(explain(error))
@@ -346,54 +341,41 @@ class Link:
             if url not in self._troubles:
                 self._note(f"{self.node}: another connection of this program is being made there")
             self._nodes.rotate()
-            self._connect_in(_FIRST_PAUSE)
+            self._connect_in(_BACKOFF.first)
             return
-        self._attempt += 1
-        self._workflow = Workflow()
+        self._attempt = attempt = Attempt(self._loop)
         longest = max(_LONGEST_ATTEMPT, 4 * (parameters.stack_timeout or 0))
         self._overdue = self.call_later(longest, self._give_up)
-        Connection.create_connection(
-            [parameters],
-            on_done=self.guarded(partial(self._attempted, self._attempt)),
-            custom_ioloop=self._loop,
-            workflow=self._workflow,
-        )
+        attempt.start(parameters, self.guarded(partial(self._attempted, attempt)))
 
-    def _attempted(self, attempt: int, result: Connection | BaseException) -> None:
-        if attempt != self._attempt:
+    def _attempted(self, attempt: Attempt, result: Connection | BaseException) -> None:
+        if attempt is not self._attempt:  # it was given up
             if not isinstance(result, BaseException):
                 result.close()
             return
-        self._workflow = None
         self.cancel_call(self._overdue)
         if isinstance(result, BaseException):
-            attempts.ended(self._nodes.url, self)
-            self._attempt_failed(result)
+            self._attempt_failed(attempt.cause or result)
             return
         attempts.ended(self._nodes.url, self, connected=True)
         self.connection = result
-        result.add_on_close_callback(self.guarded(self._on_closed))
-        if self._closing:
-            self._shut_down()
-            return
+        result.add_on_close_callback(self.guarded(partial(self._on_closed, attempt)))
         self._connected_at = time.monotonic()
         self._was_connected = True
         self._troubles = {}
         self._owner.opened(result)
 
     def _give_up(self) -> None:
-        workflow, self._workflow = self._workflow, None
-        self._attempt += 1  # whatever is reported of it still
-        attempts.ended(self._nodes.url, self)
-        with contextlib.suppress(AssertionError):
-            if workflow is not None:
-                workflow.abort()
-        self._attempt_failed(TimeoutError("no answer, or its name cannot be looked up"))
+        error = TimeoutError("no answer, or its name cannot be looked up")
+        if self._attempt is not None:
+            self._attempt.abandon(error)
+        self._attempt_failed(error)
 
     def _attempt_failed(self, error: BaseException) -> None:
+        self._attempt = None
+        attempts.ended(self._nodes.url, self)
         if self._closing:
-            self._stop_loop()
-            return
+            return  # `_shut_down` is about to run
         hint = permanent(error, was_connected=self._was_connected)
         if hint is not None:
             login = close_code(error) == REFUSED_LOGIN
@@ -421,8 +403,7 @@ class Link:
     def _connect_later(self) -> None:
         # Every node once without a pause; then ever longer ones, not all clients at once.
         rounds = max(0, self._failures - len(self._nodes))
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(rounds, 10))
-        self._connect_in(longest * random.uniform(0.5, 1))
+        self._connect_in(_BACKOFF.delay(rounds + 1))
 
     def _connect_in(self, seconds: float) -> None:
         def try_again() -> None:
@@ -441,10 +422,11 @@ class Link:
         self._failures = 0
         self._owner.refused(error)
 
-    def _on_closed(self, connection: Connection, error: BaseException) -> None:
-        if connection is not self.connection:
+    def _on_closed(self, attempt: Attempt, _connection: object, error: BaseException) -> None:
+        if attempt is not self._attempt:
             return
-        self.connection = None
+        error = attempt.cause or error
+        self.connection = self._attempt = None
         attempts.ended(self._nodes.url, self)
         if self._closing:
             self._lose(error)
@@ -470,38 +452,30 @@ class Link:
                 self.connection.close()
             self.call_later(_GRACE, self.cut)
             self.call_later(_GRACE * 2, self._stop_loop)
-        elif self._workflow is not None:
-            # Its end is reported to _attempted.
-            self.call_later(_GRACE, self._stop_loop)
-            try:
-                self._workflow.abort()
-            except AssertionError:
-                # pika cannot abort in the middle of the AMQP handshake.
-                self.cut()
         else:
+            if self._attempt is not None:
+                attempts.ended(self._nodes.url, self)
             self._stop_loop()
 
     def _stop_loop(self) -> None:
         if self._loop is not None:
             self._loop.stop()
 
+    def _dispose(self) -> None:
+        """Close what the last loop had open."""
+        loop, attempt = self._loop, self._attempt
+        self._loop = self._attempt = None
+        if attempt is not None:
+            attempt.dispose()
+        if loop is not None:
+            # pika takes a loop that could not even be entered for one that runs.
+            with contextlib.suppress(Exception):
+                loop.close()
+
     def _forget(self) -> None:
-        _inherited.append((self._loop, self.connection, self._workflow, self._thread, self._lock))
+        _inherited.append((self._loop, self.connection, self._attempt, self._thread, self._lock))
         self._reset()
         self._owner.forget()
-
-
-def _dispose(loop: Loop, workflow: Workflow | None) -> None:
-    """Have pika close its sockets, as far as it still can."""
-
-    def abort() -> None:
-        if workflow is not None:
-            workflow.abort()
-
-    # pika closes in a callback. A loop that could not even be entered, it takes for running still.
-    for step in (loop.abort, abort, *[loop.process_timeouts] * 3, loop.close):
-        with contextlib.suppress(Exception):
-            step()
 
 
 def _internal(error: BaseException | None) -> str:

@@ -5,7 +5,6 @@ The one place where pika's errors about connections are put into words of ours.
 
 from __future__ import annotations
 
-import ast
 import random
 import re
 import socket
@@ -188,10 +187,9 @@ _NOT_ALLOWED = 530
 # (A vhost that is down is INTERNAL_ERROR.) Only the beginning: a long name cuts off the end.
 _NO_SUCH_VHOST = re.compile(r"NOT_ALLOWED - vhost ")
 
-# What the other end has against the client's certificate. With TLS 1.3 it comes when the handshake
-# is over for us, and pika puts it into the text of another error. The connection may break before
-# it is read.
-_CERTIFICATE_ALERT = re.compile(r"\[SSL: (\w*ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA)\w*)\]")
+# OpenSSL's names of the alerts with which the broker refuses the client's certificate. With TLS 1.3
+# they come when the handshake is over for the client. The connection may break before one is read.
+_CERTIFICATE_ALERT = re.compile(r"\w*ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA)\w*")
 
 # What comes from a server that speaks something else.
 _FOREIGN = (
@@ -248,10 +246,10 @@ def permanent(error: BaseException, *, was_connected: bool) -> str | None:
         return None
     if code == _NOT_ALLOWED and _NO_SUCH_VHOST.match(words):
         return f"the vhost does not exist ({printable(words)})"
-    if alert := _CERTIFICATE_ALERT.search(str(cause)):
-        return f"TLS is refused ({alert[1]}); does it ask for another certificate of the client's?"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({cause.verify_message})"
+    if isinstance(cause, ssl.SSLError) and _CERTIFICATE_ALERT.fullmatch(cause.reason or ""):
+        return f"TLS is refused ({cause.reason}); does it require another client certificate?"
     return None
 
 
@@ -279,20 +277,10 @@ _PROBABLE = (
     pika.exceptions.ProbableAccessDeniedError,
 )
 
-# During the handshake pika passes on what happened only as the repr of the error, behind the
-# name of what it took it for; a lost connection would read as a wrong password otherwise. The
-# text is a literal of Python's; from 1.5 on, host and port come behind it.
-_REPR = re.compile(
-    r"""(?:Connection|Channel)ClosedByBroker: \((\d+)\) ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-)
+_CLOSED = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
 
 
 def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
-    closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
-    if isinstance(cause, closed):
+    if isinstance(cause, _CLOSED):
         return cause.reply_code, printable(cause.reply_text, 255)
-    if isinstance(cause, _PROBABLE):
-        for argument in cause.args:
-            if found := _REPR.match(str(argument)):
-                return int(found[1]), printable(ast.literal_eval(found[2]), 255)
     return None
