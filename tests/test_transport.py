@@ -71,7 +71,7 @@ class Above(AbstractStreamProtocol):
         self.lost: list[BaseException | None] = []
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
+        transport.write(b"!")  # as pika does; TLS shakes hands with the first bytes
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -105,20 +105,16 @@ class Line:
             contexts[0] if contexts else None,
             "localhost" if contexts else None,
         )
-        shaking: threading.Thread | None = None
-        if contexts:
-
-            def shake() -> None:
-                assert contexts is not None
-                self.peer = contexts[1].wrap_socket(self.peer, server_side=True)
-
-            shaking = threading.Thread(target=shake)
-            shaking.start()
-        run(loop, lambda: self.result)
-        if shaking:
-            shaking.join(20)
+        greeting = threading.Thread(target=self._greet, args=(contexts,), daemon=True)
+        greeting.start()
+        run(loop, lambda: self.result and not greeting.is_alive())
         assert isinstance(self.result[0], tuple), self.result[0]
         self.transport: Transport = self.result[0][0]
+
+    def _greet(self, contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None) -> None:
+        if contexts is not None:
+            self.peer = contexts[1].wrap_socket(self.peer, server_side=True)
+        assert self.peer.recv(1) == b"!"
 
     def reset(self) -> None:
         """The peer breaks off."""

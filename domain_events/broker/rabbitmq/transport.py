@@ -130,86 +130,28 @@ class Attempt(SelectorIOServicesAdapter):
         ssl_context: ssl.SSLContext | None = None,
         server_hostname: str | None = None,
     ) -> AbstractIOReference:
-        def wrap() -> socket.socket:
+        def link_up() -> None:
+            try:
+                linked = make(sock)
+            except Exception as error:  # noqa: BLE001 - pika reports it
+                self.dispose()
+                on_done(error)
+            else:
+                on_done(linked)
+
+        def make(sock: socket.socket) -> _Linked:
             if ssl_context is not None:
-                self._sock = ssl_context.wrap_socket(
+                # The handshake is part of the first reads and writes.
+                self._sock = sock = ssl_context.wrap_socket(
                     sock, do_handshake_on_connect=False, server_hostname=server_hostname
                 )
-            return self._sock or sock
-
-        def link_up(sock: socket.socket) -> _Linked:
             protocol = protocol_factory()
-            transport = Transport(self, self._connection, protocol, sock)
-            self._connection.transport = transport
-            protocol.connection_made(transport)
-            return transport, protocol
+            self._connection.transport = Transport(self, self._connection, protocol, sock)
+            protocol.connection_made(self._connection.transport)
+            return self._connection.transport, protocol
 
-        return _SetUp(self, sock, wrap, link_up, on_done)
-
-
-class _SetUp(AbstractIOReference):
-    """The TLS handshake, if there is one, and the link between a transport and pika."""
-
-    def __init__(
-        self,
-        attempt: Attempt,
-        sock: socket.socket,
-        wrap: Callable[[], socket.socket],
-        link_up: Callable[[socket.socket], _Linked],
-        on_done: Callable[[_Linked | BaseException], None],
-    ) -> None:
-        self._attempt = attempt
-        self._loop = attempt.loop
-        self._sock = sock
-        self._wrap = wrap
-        self._link_up = link_up
-        self._on_done = on_done
-        self._watched = -1
-        # pika does not expect an answer before it has this object.
-        self._timer: Any = self._loop.call_later(0, self._begin)
-
-    def cancel(self) -> bool:
-        """For pika, which gives up."""
-        self._wait_for(0)
-        self._loop.remove_timeout(self._timer)
-        _close(self._sock)
-        return True
-
-    def _begin(self) -> None:
-        try:
-            self._sock = self._wrap()
-        except Exception as error:  # noqa: BLE001 - pika reports it
-            self._fail(error)
-        else:
-            self._go_on()
-
-    def _go_on(self, *_: object) -> None:
-        try:
-            if isinstance(self._sock, ssl.SSLSocket):
-                self._sock.do_handshake()
-            self._wait_for(0)
-            linked = self._link_up(self._sock)
-        except ssl.SSLWantReadError:
-            self._wait_for(Loop.READ)
-        except ssl.SSLWantWriteError:
-            self._wait_for(Loop.WRITE)
-        except Exception as error:  # noqa: BLE001 - pika reports it
-            self._fail(error)
-        else:
-            self._on_done(linked)
-
-    def _fail(self, error: Exception) -> None:
-        self._wait_for(0)
-        _close(self._sock)
-        self._on_done(error)
-
-    def _wait_for(self, events: int) -> None:
-        if self._watched >= 0:
-            self._loop.remove_handler(self._watched)
-            self._watched = -1
-        if events:
-            self._watched = self._sock.fileno()
-            self._loop.add_handler(self._watched, self._go_on, events)
+        # pika does not expect an answer before it has the result.
+        return cast(AbstractIOReference, self.call_later(0, link_up))
 
 
 class Transport(AbstractStreamTransport):

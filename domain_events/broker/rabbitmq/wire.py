@@ -43,17 +43,11 @@ _MOST_REMEMBERED = 1000
 _ADDED = {FRAME_HEADER: 64 * 1024}
 _KINDS = (FRAME_METHOD, FRAME_HEADER, FRAME_BODY, FRAME_HEARTBEAT)
 _BASIC = Basic.INDEX
-_PUBLISH, _DELIVER, _GET_OK, _ACK, _NACK, _CLOSE = (
+_PUBLISH, _DELIVER, _GET_OK, _ACK, _NACK = (
     struct.pack(">I", method.INDEX)
-    for method in (
-        Basic.Publish,
-        Basic.Deliver,
-        Basic.GetOk,
-        Basic.Ack,
-        Basic.Nack,
-        Connection.Close,
-    )
+    for method in (Basic.Publish, Basic.Deliver, Basic.GetOk, Basic.Ack, Basic.Nack)
 )
+_CLOSE = struct.pack(">I", Connection.Close.INDEX)
 _CONFIRMS = (_ACK, _NACK)
 _END = bytes([FRAME_END])
 
