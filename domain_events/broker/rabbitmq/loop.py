@@ -42,12 +42,13 @@ class Loop(IOLoop):
             self._wake_w.send(b"!")
 
     def _on_wake(self, _fd: int, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_r.recv(4096)
         for _ in range(len(self._calls)):
             self._calls.popleft()()
+        # Afterwards, as the calls are urgent. Whoever was too late to be called has woken in vain.
+        with contextlib.suppress(BlockingIOError):
+            self._wake_r.recv(4096)
         if self._calls:
-            self.wake()  # one was added meanwhile, perhaps by one of these
+            self.wake()
 
     def close(self) -> None:
         try:
