@@ -103,7 +103,7 @@ class _Secret(str):
 
 def _mask(parameters: pika.URLParameters) -> None:
     found = parameters.credentials
-    if isinstance(found, pika.PlainCredentials) and found.password is not None:
+    if isinstance(found, pika.PlainCredentials) and found.username and found.password:
         parameters.credentials = pika.PlainCredentials(found.username, _Secret(found.password))
 
 

@@ -79,7 +79,7 @@ class Sender:
         self._transport = connection.transport
         self._owner = owner
         self._next_tag = 1
-        self._returned: Counter[tuple[str | None, str | None, str | None]] = Counter()
+        self._returned: Counter[tuple[object, object, object]] = Counter()
         self._opening = Opening(
             link,
             connection,
