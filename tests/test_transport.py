@@ -689,6 +689,23 @@ def test_wake_up_may_interrupt_another(loop: Loop) -> None:
     assert ran == ["interrupted", "interrupting"]
 
 
+def test_call_that_comes_as_the_wake_up_is_read_is_not_forgotten(loop: Loop) -> None:
+    """Its own wake-up is read with the one before it."""
+    ran: list[str] = []
+    sock = loop._wake_r
+
+    class Late:
+        def recv(self, size: int) -> bytes:
+            loop._wake_r = sock
+            loop.call_soon(lambda: ran.append("late"))
+            return sock.recv(size)
+
+    loop._wake_r = Late()  # type: ignore[assignment]
+    loop.call_soon(lambda: ran.append("early"))
+    run(loop, lambda: len(ran) == 2, timeout=2)
+    assert ran == ["early", "late"]
+
+
 def test_wake_ups_are_coalesced_and_none_is_lost(loop: Loop) -> None:
     """More than the socket holds, from several threads; and of a loop that has ended."""
     number = 100_000
