@@ -13,8 +13,6 @@ from typing import Any
 from urllib.parse import quote
 
 import onlooker
-import pika
-import pika.exceptions
 import pytest
 from bench import Bench, Events
 from fake_broker import serving
@@ -33,7 +31,8 @@ from domain_events import (
     TopologyError,
 )
 from domain_events.broker.rabbitmq import attempts as attempts_module
-from domain_events.broker.rabbitmq.nodes import close_code, explain, permanent
+from domain_events.broker.rabbitmq.transport import Attempt
+from domain_events.retry import Backoff
 from domain_events.topology import Exchange, Queue
 
 pytestmark = pytest.mark.timeout(120)
@@ -332,53 +331,40 @@ def test_thread_that_never_runs_is_named(broker_url: str, monkeypatch: pytest.Mo
         go_on.set()
 
 
-# --- pika's errors -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "shown",
-    [
-        "ConnectionClosedByBroker: (530) 'NOT_ALLOWED - vhost x\\'y not found'",
-        "ConnectionClosedByBroker: (530) 'NOT_ALLOWED - vhost x\\'y not found' (host='h', port=1)",
-        'ConnectionClosedByBroker: (530) "NOT_ALLOWED - vhost x\'y not found"',
-        "ConnectionClosedByBroker: (530) \"NOT_ALLOWED - vhost x'y not found\" (host='h', port=1)",
-    ],
-)
-def test_what_pika_passes_on_as_text_is_read(shown: str) -> None:
-    """As 1.3 and 1.4 have it, and as 1.5 does."""
-    error = pika.exceptions.ProbableAccessDeniedError(shown)
-    assert close_code(error) == 530
-    assert explain(error) == "closed by the broker: NOT_ALLOWED - vhost x'y not found (530)"
-    assert permanent(error, was_connected=False) is not None
-    assert permanent(error, was_connected=True) is None
-
-
-def test_lost_connection_during_a_login_is_no_refusal() -> None:
-    """pika takes it for a wrong password, probably."""
-    lost = repr(pika.exceptions.StreamLostError("Stream connection lost: gone"))
-    error = pika.exceptions.ProbableAuthenticationError(lost)
-    assert close_code(error) == 0
-    assert permanent(error, was_connected=False) is None
-
-
 # --- mistakes over which the broker closes the connection ----------------------------------------
 
 
-def test_unknown_exchange_type_is_its_own_error(bench: Bench, unique: str) -> None:
+def started_attempts(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """As many entries as attempts to connect are made from now on."""
+    started: list[None] = []
+    original = Attempt.start
+
+    def start(attempt: Attempt, *arguments: Any) -> None:
+        started.append(None)
+        original(attempt, *arguments)
+
+    monkeypatch.setattr(Attempt, "start", start)
+    return started
+
+
+def test_unknown_exchange_type_is_its_own_error(
+    bench: Bench, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To publish on it, and to register: once, and at once, on both."""
     kind: Any = "x-consistent-hash"
     name = bench.names.exchange("unknown")
+    started = started_attempts(monkeypatch)
     with Publisher(bench.url, name, kind) as publisher:
-        link = publisher._publishing._link  # type: ignore[union-attr]
         for _ in range(20):
             with pytest.raises(TopologyError, match="unknown exchange type") as caught:
                 publisher.publish(EVENT, timeout=30)
             assert name in str(caught.value)
-        assert link._attempt <= 4
+        assert len(started) <= 4
+        started.clear()
     with Subscriber(bench.url, name, kind) as subscriber:
         with pytest.raises(TopologyError, match="misspelt, or the plugin"):
             subscriber.register(print, bench.names.queue(), ["1"])
-        assert subscriber._consuming._link._attempt <= 2  # type: ignore[union-attr]
+        assert len(started) <= 2
 
 
 def test_mistake_of_one_leaves_the_others_be(bench: Bench) -> None:
@@ -414,7 +400,7 @@ def test_mistake_of_one_leaves_the_others_be(bench: Bench) -> None:
 
 
 def test_consumer_that_closes_the_connection_leaves_the_others_be(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told once, and kept apart; the others consume."""
     seen: Events = []
@@ -422,6 +408,7 @@ def test_consumer_that_closes_the_connection_leaves_the_others_be(
     queues = [bench.names.queue(f"q{n}") for n in range(4)]
     for queue in queues:
         subscriber.register(seen.append, queue, ["#"])
+    started = started_attempts(monkeypatch)
     # As if the plugin had been switched off since it was registered.
     options = subscriber._subscriptions[1].options
     object.__setattr__(options, "exchange", bench.names.exchange("gone"))
@@ -430,11 +417,11 @@ def test_consumer_that_closes_the_connection_leaves_the_others_be(
         event = bench.publish("a.b")
         wait_until(lambda: [each.uuid_string for each in seen].count(event.uuid_string) >= 3)
         wait_until(lambda: caplog.text.count(f"{queues[1]} cannot consume") == 1)
-        attempts = subscriber._consuming._link._attempt  # type: ignore[union-attr]
+        attempts = len(started)
         assert attempts <= 4
         event = bench.publish("a.b")
         wait_until(lambda: [each.uuid_string for each in seen].count(event.uuid_string) >= 3)
-        assert subscriber._consuming._link._attempt == attempts  # type: ignore[union-attr]
+        assert len(started) == attempts
         assert onlooker.consumers(bench.url, queues[1]) == 0
 
 
@@ -536,14 +523,14 @@ def test_attempts_to_connect_leave_nothing(
     unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as in an outage of hours."""
-    monkeypatch.setattr("domain_events.broker.rabbitmq.link._LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr("domain_events.broker.rabbitmq.link._BACKOFF", Backoff(maximum=0.001))
+    started = started_attempts(monkeypatch)
     with Publisher(f"amqp://guest:guest@127.0.0.1:{unused_port}/", timeout=0.2) as publisher:
-        link = publisher._publishing._link  # type: ignore[union-attr]
         with pytest.raises(BrokerUnavailable):
             publisher.publish(EVENT)
 
         def objects(attempts: int) -> int:
-            wait_until(lambda: link._attempt >= attempts, timeout=60)
+            wait_until(lambda: len(started) >= attempts, timeout=60)
             gc.collect()
             return len(gc.get_objects())
 

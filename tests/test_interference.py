@@ -39,7 +39,7 @@ from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.loop import Loop
 from domain_events.broker.rabbitmq.publishing import RabbitPublishing
-from domain_events.broker.rabbitmq.stream import Connection, Stream
+from domain_events.broker.rabbitmq.transport import Attempt, Connection, Transport
 from domain_events.broker.rabbitmq.wire import Writer
 
 pytestmark = pytest.mark.timeout(120)
@@ -307,7 +307,8 @@ class Death(BaseException):
 
 # Where it strikes.
 POINTS: list[tuple[Any, str]] = [
-    (Connection, "create_connection"),
+    (Attempt, "start"),
+    (Attempt, "create_streaming_connection"),
     (Connection, "channel"),
     (Connection, "add_on_close_callback"),
     (Channel, "queue_declare"),
@@ -317,10 +318,13 @@ POINTS: list[tuple[Any, str]] = [
     (Channel, "basic_consume"),
     (Channel, "basic_ack"),
     (Writer, "frames"),
-    (Stream, "put"),
-    (Stream, "write"),
-    (Stream, "data_received"),
-    (Loop, "_turn"),
+    (Transport, "buffer"),
+    (Transport, "write"),
+    (Transport, "flush"),
+    (Transport, "_on_ready"),
+    (Transport, "_received"),
+    (Transport, "_lose"),
+    (Loop, "_on_wake"),
     (Loop, "call_later"),
     (Loop, "start"),
     (Loop, "add_handler"),

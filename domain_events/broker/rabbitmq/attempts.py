@@ -1,33 +1,29 @@
-"""Attempts to connect, as the whole process makes them: what was refused is not asked again soon.
+"""Attempts to log in, across the process: a refused login is not repeated at once.
 
-A refused password that is tried again and again locks the account, and a program that makes a
-`Publisher` for each event would do so without any loop of ours. So what a broker refused stays
-refused for some seconds, for every connection of this process. And as long as nobody has logged in
-somewhere, one connection at a time tries to; otherwise twenty of them would be refused at once.
+A wrong password that is tried again and again locks the account, and a program that makes a
+`Publisher` for each event would do so without any retry of ours. So a refusal is remembered for
+some seconds, for every connection of this process. And until the first login at a broker has
+succeeded, only one connection at a time tries; otherwise twenty of them would be refused at once.
 
-Threads. The I/O threads of all links share this; everything is under one lock, and short.
+Threads. The I/O threads of all links share this; everything is under one lock, held shortly.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 from urllib.parse import urlsplit
 
-from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflow
-
-from domain_events.broker.rabbitmq.nodes import REFUSED_LOGIN, close_code
 from domain_events.process import on_fork
 
-# Seconds for which a refusal is believed.
+# Seconds for which a refusal is remembered.
 _BELIEF = 5.0
-# Seconds after which others no longer wait for an attempt; pika's own limit is 15 by default.
+# Seconds after which others no longer wait for an attempt; pika's own time limit defaults to 15.
 _LONGEST_ATTEMPT = 30.0
 
 
 class Attempts:
-    """What this process knows about its logins. Keeps hashes of URLs, which have passwords."""
+    """The logins of this process. Keeps hashes of URLs only, as URLs contain passwords."""
 
     def __init__(self) -> None:
         self._refused: dict[int, tuple[float, str]] = {}
@@ -35,12 +31,12 @@ class Attempts:
         self.forget()
 
     def forget(self) -> None:
-        """In the child of a fork: the attempts under way are the parent's."""
+        """In the child of a fork: drop the attempts under way, which are the parent's."""
         self._lock = threading.RLock()
         self._under_way: dict[int, tuple[object, float]] = {}
 
     def refusal(self, url: str, *, login_only: bool) -> str | None:
-        """Why this address has refused everybody just now, if it has."""
+        """Why this address refused a login a moment ago, if it did."""
         now = time.monotonic()
         with self._lock:
             for key in (_login(url),) if login_only else (_login(url), hash(url)):
@@ -50,7 +46,7 @@ class Attempts:
         return None
 
     def begin(self, url: str, owner: object) -> bool:
-        """Begin an attempt. False: somebody else tries there, and it is not known to end well."""
+        """Begin an attempt. False: another is under way, and no login there has succeeded yet."""
         key, now = _login(url), time.monotonic()
         with self._lock:
             if key in self._good:
@@ -62,7 +58,7 @@ class Attempts:
             return True
 
     def ended(self, url: str, owner: object, *, connected: bool = False) -> None:
-        """The attempt is over, or the connection that came of it is."""
+        """The attempt, or the connection that it made, has ended."""
         key = _login(url)
         with self._lock:
             if self._under_way.get(key, (None, 0.0))[0] is owner:
@@ -75,7 +71,7 @@ class Attempts:
                 self._good.discard(key)
 
     def refused(self, url: str, why: str, *, login: bool) -> None:
-        """The attempt was refused for good; ``login``: whatever the vhost and the options."""
+        """The attempt was refused for good; ``login``: for any vhost and options of the URL."""
         now = time.monotonic()
         with self._lock:
             for key, (until, _) in list(self._refused.items()):
@@ -87,18 +83,6 @@ class Attempts:
 def _login(url: str) -> int:
     parts = urlsplit(url)
     return hash((parts.scheme, parts.netloc))
-
-
-class Workflow(AMQPConnectionWorkflow):
-    """pika's way through a host's addresses, which ends where the password is refused.
-
-    The other addresses of a host are the same broker's; pika would log in on each.
-    """
-
-    def _on_connector_done(self, conn_or_exc: Any) -> None:
-        if isinstance(conn_or_exc, BaseException) and close_code(conn_or_exc) == REFUSED_LOGIN:
-            self._addrinfo_iter = iter(())
-        super()._on_connector_done(conn_or_exc)  # type: ignore[misc, unused-ignore]
 
 
 attempts = Attempts()

@@ -27,7 +27,7 @@ from pika.spec import Basic
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.request import Answer, Call, fail, succeed
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.wire import text
 from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable

@@ -33,7 +33,7 @@ from domain_events.broker import Consumer, Settlement
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import close_code, explain
 from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Delivery, Properties
@@ -219,7 +219,7 @@ class RabbitConsumer:
         self._release = connection.release
         channel.add_on_cancel_callback(guarded(self._cancelled))
         # Deliveries may come before the reply to what is asked for below.
-        connection.stream.hear_deliveries(
+        connection.transport.on_deliver(
             channel.channel_number,
             guarded(partial(self._on_delivery, self._epoch)),
             self._queue,

@@ -1,24 +1,22 @@
 """One connection, kept open: an I/O thread that runs pika and connects again after any trouble.
 
 Threads. The I/O thread is the only one that touches pika; it owns every attribute below but
-those that ``_lock`` guards (``_thread``, ``_closing``). Other threads put work into structures of
-their owner's and call `wake`.
+those that ``_lock`` guards (``_thread``, ``_closing``). Other threads add work to queues of the
+link's owner and call `wake`.
 
 Whatever goes wrong on the I/O thread - an exception in a callback of ours, one that escapes from
-pika, one that another thread or a tracer injects - ends the loop that runs; everything that
-belonged to it is let go of, the owner is called as for any lost connection, and another loop
-begins. The application's code never runs here: log lines are written by another thread
-(`log.elsewhere`).
+pika, one that another thread or a tracer injects - ends the current loop; everything that belonged
+to it is disposed of, the owner is notified as for any lost connection, and another loop begins. The
+application's code never runs here: log lines are written by another thread (`log.elsewhere`).
 
-A fork takes no thread along. In the child a link forgets all it had, without touching it: to
-close or to unregister would reach into the parent's sockets. One that is closed stays closed.
+A fork copies no thread. In the child a link drops everything without touching it: to close or to
+unregister would affect the parent's sockets. A closed link stays closed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import socket
 import threading
 import time
@@ -28,7 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from domain_events.broker.rabbitmq.attempts import Workflow, attempts
+from domain_events.broker.rabbitmq.attempts import attempts
 from domain_events.broker.rabbitmq.loop import Loop
 from domain_events.broker.rabbitmq.nodes import (
     REFUSED_LOGIN,
@@ -37,23 +35,23 @@ from domain_events.broker.rabbitmq.nodes import (
     explain,
     permanent,
 )
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Attempt, Connection
 from domain_events.broker.rabbitmq.turns import Turns
 from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log, elsewhere
 from domain_events.process import check_fork, on_fork
+from domain_events.retry import Backoff
 
 log = Log("domain_events")
 
-# Seconds between attempts to connect: short enough to be back within a second of the broker.
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 0.8
+# Between attempts to connect: short enough to be back within a second of the broker.
+_BACKOFF = Backoff(first=0.05, maximum=0.8, jitter=0.5)
 
-# A connection that lasted so many seconds is not counted among the failures.
+# A connection that lasted longer, in seconds, does not count as a failure.
 _LASTING = 5.0
 
-# An attempt that takes so many seconds is given up; pika has no limit for looking up a name.
+# Seconds after which an attempt is given up; pika has no time limit for resolving a name.
 _LONGEST_ATTEMPT = 60.0
 
 # How long a graceful close may take before the socket is cut.
@@ -61,7 +59,7 @@ _GRACE = 2.0
 
 _numbers = itertools.count(1)
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
-# What a child of a fork inherited and must neither use nor have garbage-collected.
+# Inherited by the child of a fork, which must neither use it nor have it garbage-collected.
 _inherited: list[object] = []
 
 
@@ -69,27 +67,27 @@ _here = threading.local()
 
 
 def is_io_thread() -> bool:
-    """Whether this thread is a link's: a finalizer may run there, and must not wait for a broker.
+    """Whether this is a link's thread. A finalizer that runs there must not wait for a broker.
 
-    Neither for its own, which would be in vain, nor for another's, which may do the same.
+    Not for its own, which would be a deadlock, nor for another's, which may be waiting likewise.
     """
     return getattr(_here, "is_io_thread", False)
 
 
 class Owner(Protocol):
-    """Who uses a link. All on the I/O thread, but `forget`."""
+    """The user of a link. Everything is called on the I/O thread, except `forget`."""
 
     def opened(self, connection: Connection) -> None:
         """There is a connection."""
 
     def lost(self, error: BaseException | None) -> None:
-        """It is gone, and everything on it; another one is being made, unless it is closed."""
+        """The connection and its channels are gone; unless it is closed, the link reconnects."""
 
     def refused(self, error: ConfigurationError) -> None:
         """No connection can be made with these settings; the link tries again when woken."""
 
     def forget(self) -> None:
-        """After a fork, in the child: be as new."""
+        """In the child of a fork: reset all state."""
 
 
 class Link:
@@ -108,20 +106,18 @@ class Link:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._loop: Loop | None = None
-        # What the loop is to call soon. Not the loop's own, which may be followed by another one.
+        # What is to be called soon. Not the loop's own: after a crash the next one takes it over.
         self._calls: deque[Callable[[], None]] = deque()
-        self._has_run = False  # whether the I/O thread ever came to its turn
-        self._in_use = False  # whether there is anything of a loop to be let go of
+        self._has_run = False  # whether the I/O thread was ever scheduled
         self._crash: BaseException | None = None
         self.connection: Connection | None = None
-        #: Who makes a channel ready on it.
+        #: The channels that are being set up on it.
         self.turns = Turns()
-        self._workflow: Workflow | None = None
-        self._attempt = 0  # the number of the last one
+        self._attempt: Attempt | None = None  # under way, or the one that made `connection`
         self._pause: Any = None
         self._overdue: Any = None
         self._failures = 0  # since a connection last lasted
-        # Of each node, while there is no connection: what was last wrong, and whether for good.
+        # By URL, while there is no connection: the last error, and the final one, if it is final.
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
@@ -141,12 +137,12 @@ class Link:
             )
         # A copy, since the I/O thread may be changing it.
         troubles = [trouble for trouble, _ in list(self._troubles.values())]
-        if not troubles and self._workflow is not None:
+        if not troubles and self._attempt is not None and self.connection is None:
             troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
         return "; ".join(troubles)
 
     def wake(self, callback: Callable[[], None]) -> None:
-        """Any thread: have ``callback`` run on the I/O thread soon, and a connection made.
+        """Any thread: run ``callback`` on the I/O thread soon; start that thread if need be.
 
         :raises BrokerUnavailable: when the link is closed, or no thread can be started.
         """
@@ -159,12 +155,12 @@ class Link:
         self._soon(callback)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
-        """I/O thread: have ``callback`` run there after ``seconds``."""
+        """I/O thread: run ``callback`` there after ``seconds``."""
         loop = self._loop
         assert loop is not None
 
         def call() -> None:
-            if self._loop is loop:  # else that loop has crashed, and this is its last turn
+            if self._loop is loop:  # otherwise that loop has crashed
                 callback()
 
         return loop.call_later(seconds, self.guarded(call))
@@ -175,15 +171,15 @@ class Link:
             self._loop.remove_timeout(handle)
 
     def cut(self) -> None:
-        """I/O thread: break the connection at once; it will be `lost` and made again."""
-        if self._loop is not None:
-            self._loop.shut_sockets()
+        """I/O thread: drop the connection at once; the link notifies its owner and reconnects."""
+        if self.connection is not None:
+            self.connection.transport.drop()
 
     def guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
         """The callback, safe to give to pika.
 
-        An exception in a callback would kill pika's loop or abort its transport. Ours ends the
-        loop, and with it the connection, for nobody knows what state it left behind.
+        An exception in a callback would end pika's loop or abort the transport. Here it ends the
+        loop, and with it the connection, whose state is unknown by then.
         """
 
         def call(*arguments: Any) -> None:
@@ -229,7 +225,7 @@ class Link:
 
     def _soon(self, callback: Callable[[], None]) -> None:
         self._calls.append(self.guarded(callback))
-        # Behind that: if this loop is being followed by another one, that one looks as it begins.
+        # In this order: a loop that follows this one runs `_calls` as it begins.
         loop = self._loop
         if loop is not None:
             loop.wake()
@@ -262,32 +258,25 @@ class Link:
                 return
             except BaseException as error:  # noqa: BLE001 - injected between two lines of ours
                 self._crash = self._crash or error
-                time.sleep(_LONGEST_PAUSE)
+                time.sleep(_BACKOFF.maximum)
 
     def _serve(self) -> bool:
         """Run one loop to its end. True when that was the link's end too."""
         self._has_run = True
-        if self._in_use:
+        if self._loop is not None:
             self._let_go()
-            if self._closing:
-                return True
         loop = self._new_loop()
         if loop is None:
             return True
         try:
-            if self._failures:
-                self._connect_later()
-            else:
-                self._soon(self._connect)
-            loop.wake()
+            self._soon(self._connect_later if self._failures else self._connect)
             loop.start()
         except BaseException as error:  # noqa: BLE001 - pika's, or injected by another thread
             self._crash = self._crash or error
-        if self._crash is None:
-            loop.close()
-            self._in_use = False
-            return True
-        return False
+        if self._crash is not None:
+            return False
+        self._dispose()
+        return True
 
     def _new_loop(self) -> Loop | None:
         """A loop, as soon as there are descriptors for one; None when the link is closed first."""
@@ -296,25 +285,20 @@ class Link:
                 self._loop = Loop(self._calls)
             except OSError as error:
                 self._note(f"{self.node}: {explain(error)}")
-                time.sleep(_LONGEST_PAUSE)
+                time.sleep(_BACKOFF.maximum)
             else:
-                self._in_use = True
                 return self._loop
         return None
 
     def _let_go(self) -> None:
         """After a crash: of all that was the last loop's. May be interrupted, and repeated."""
-        crash, workflow = self._crash, self._workflow
+        crash, self._crash = self._crash, None
         attempts.ended(self._nodes.url, self)
-        self.connection = self._workflow = self._pause = None
-        self._attempt += 1
+        self.connection = self._pause = None
         self._count_failure()
         self._note(f"{self.node}: {_internal(crash)}")
         self._lose(crash)
-        self._in_use, self._crash = False, None
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            _dispose(loop, workflow)
+        self._dispose()
         if isinstance(crash, OSError):
             log.warning("The %s connection broke off: %s.", self._role, _internal(crash))
         else:
@@ -324,7 +308,7 @@ class Link:
 
     def _connect(self) -> None:
         """Make a connection, unless there is one, or one is under way or waiting for its time."""
-        if self._closing or self.connection or self._workflow or self._pause:
+        if self._closing or self._attempt or self._pause or self._loop is None:
             return
         url = self._nodes.url
         refusal = attempts.refusal(url, login_only=self._was_connected)
@@ -337,63 +321,50 @@ class Link:
             self._refuse(error)
             return
         try:
-            # pika has no ear for this failure in the middle of its attempt.
+            # pika does not report in `on_done` that there is no descriptor left.
             socket.socket().close()
         except OSError as error:
             self._failed(explain(error))
             return
         if not attempts.begin(url, self):
             if url not in self._troubles:
-                self._note(f"{self.node}: another connection of this program is being made there")
+                self._note(f"{self.node}: waiting for another connection attempt of this process")
             self._nodes.rotate()
-            self._connect_in(_FIRST_PAUSE)
+            self._connect_in(_BACKOFF.first)
             return
-        self._attempt += 1
-        self._workflow = Workflow()
+        self._attempt = attempt = Attempt(self._loop)
         longest = max(_LONGEST_ATTEMPT, 4 * (parameters.stack_timeout or 0))
         self._overdue = self.call_later(longest, self._give_up)
-        Connection.create_connection(
-            [parameters],
-            on_done=self.guarded(partial(self._attempted, self._attempt)),
-            custom_ioloop=self._loop,
-            workflow=self._workflow,
-        )
+        attempt.start(parameters, self.guarded(partial(self._attempted, attempt)))
 
-    def _attempted(self, attempt: int, result: Connection | BaseException) -> None:
-        if attempt != self._attempt:
+    def _attempted(self, attempt: Attempt, result: Connection | BaseException) -> None:
+        if attempt is not self._attempt:  # it was given up
             if not isinstance(result, BaseException):
                 result.close()
             return
-        self._workflow = None
         self.cancel_call(self._overdue)
         if isinstance(result, BaseException):
-            attempts.ended(self._nodes.url, self)
-            self._attempt_failed(result)
+            self._attempt_failed(attempt.cause or result)
             return
         attempts.ended(self._nodes.url, self, connected=True)
         self.connection = result
-        result.add_on_close_callback(self.guarded(self._on_closed))
-        if self._closing:
-            self._shut_down()
-            return
+        result.add_on_close_callback(self.guarded(partial(self._on_closed, attempt)))
         self._connected_at = time.monotonic()
         self._was_connected = True
         self._troubles = {}
         self._owner.opened(result)
 
     def _give_up(self) -> None:
-        workflow, self._workflow = self._workflow, None
-        self._attempt += 1  # whatever is reported of it still
-        attempts.ended(self._nodes.url, self)
-        with contextlib.suppress(AssertionError):
-            if workflow is not None:
-                workflow.abort()
-        self._attempt_failed(TimeoutError("no answer, or its name cannot be looked up"))
+        error = TimeoutError("no answer, or its name cannot be looked up")
+        if self._attempt is not None:
+            self._attempt.abandon(error)
+        self._attempt_failed(error)
 
     def _attempt_failed(self, error: BaseException) -> None:
+        self._attempt = None
+        attempts.ended(self._nodes.url, self)
         if self._closing:
-            self._stop_loop()
-            return
+            return  # `_shut_down` is about to run
         hint = permanent(error, was_connected=self._was_connected)
         if hint is not None:
             login = close_code(error) == REFUSED_LOGIN
@@ -401,7 +372,7 @@ class Link:
         self._failed(explain(error), hint)
 
     def _failed(self, why: str, hint: str | None = None) -> None:
-        """There is no connection to the node whose turn it was; ``hint``: nor will there be."""
+        """The current node cannot be connected to; ``hint``: why no retry can help."""
         node, url = self.node, self._nodes.url
         final = hint and ConfigurationError(f"Cannot connect to {node}: {hint}.")
         self._failures += 1
@@ -419,10 +390,9 @@ class Link:
         self._troubles[self._nodes.url] = (trouble, final)
 
     def _connect_later(self) -> None:
-        # Every node once without a pause; then ever longer ones, not all clients at once.
+        # After each node has failed once, the pauses grow.
         rounds = max(0, self._failures - len(self._nodes))
-        longest = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(rounds, 10))
-        self._connect_in(longest * random.uniform(0.5, 1))
+        self._connect_in(_BACKOFF.delay(rounds + 1))
 
     def _connect_in(self, seconds: float) -> None:
         def try_again() -> None:
@@ -432,7 +402,7 @@ class Link:
         self._pause = self.call_later(seconds, try_again)
 
     def _count_failure(self) -> None:
-        # A broker that takes connections only to drop them is one that fails.
+        # A broker that accepts connections only to drop them counts as one that fails.
         lasted = self._connected_at and time.monotonic() - self._connected_at > _LASTING
         self._failures = 0 if lasted else self._failures + 1
         self._connected_at = 0.0
@@ -441,10 +411,11 @@ class Link:
         self._failures = 0
         self._owner.refused(error)
 
-    def _on_closed(self, connection: Connection, error: BaseException) -> None:
-        if connection is not self.connection:
+    def _on_closed(self, attempt: Attempt, _connection: object, error: BaseException) -> None:
+        if attempt is not self._attempt:
             return
-        self.connection = None
+        error = attempt.cause or error
+        self.connection = self._attempt = None
         attempts.ended(self._nodes.url, self)
         if self._closing:
             self._lose(error)
@@ -470,38 +441,30 @@ class Link:
                 self.connection.close()
             self.call_later(_GRACE, self.cut)
             self.call_later(_GRACE * 2, self._stop_loop)
-        elif self._workflow is not None:
-            # Its end is reported to _attempted.
-            self.call_later(_GRACE, self._stop_loop)
-            try:
-                self._workflow.abort()
-            except AssertionError:
-                # pika cannot abort in the middle of the AMQP handshake.
-                self.cut()
         else:
+            if self._attempt is not None:
+                attempts.ended(self._nodes.url, self)
             self._stop_loop()
 
     def _stop_loop(self) -> None:
         if self._loop is not None:
             self._loop.stop()
 
+    def _dispose(self) -> None:
+        """Close what the last loop had open."""
+        loop, attempt = self._loop, self._attempt
+        self._loop = self._attempt = None
+        if attempt is not None:
+            attempt.dispose()
+        if loop is not None:
+            # pika takes a loop that could not even be entered for one that runs.
+            with contextlib.suppress(Exception):
+                loop.close()
+
     def _forget(self) -> None:
-        _inherited.append((self._loop, self.connection, self._workflow, self._thread, self._lock))
+        _inherited.append((self._loop, self.connection, self._attempt, self._thread, self._lock))
         self._reset()
         self._owner.forget()
-
-
-def _dispose(loop: Loop, workflow: Workflow | None) -> None:
-    """Have pika close its sockets, as far as it still can."""
-
-    def abort() -> None:
-        if workflow is not None:
-            workflow.abort()
-
-    # pika closes in a callback. A loop that could not even be entered, it takes for running still.
-    for step in (loop.abort, abort, *[loop.process_timeouts] * 3, loop.close):
-        with contextlib.suppress(Exception):
-            step()
 
 
 def _internal(error: BaseException | None) -> str:

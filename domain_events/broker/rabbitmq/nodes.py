@@ -1,11 +1,10 @@
 """The nodes of a cluster, in the order in which they are tried, and what their refusals mean.
 
-The one place where pika's errors about connections are put into words of ours.
+The one place that turns pika's connection errors into messages for users.
 """
 
 from __future__ import annotations
 
-import ast
 import random
 import re
 import socket
@@ -24,10 +23,9 @@ log = Log("domain_events")
 
 
 class Nodes:
-    """The nodes behind the URLs: shuffled once, the next one's turn after each failure.
+    """The nodes behind the URLs: shuffled once, rotated after each failure.
 
-    They are rotated here and not by pika, which skips all the rest when one name cannot be
-    resolved.
+    pika is given one at a time, since it skips all the others when one name cannot be resolved.
 
     :raises ConfigurationError: as `check` does.
     """
@@ -47,18 +45,18 @@ class Nodes:
         return len(self._urls)
 
     def __str__(self) -> str:
-        """The address of the node whose turn it is."""
+        """The address of the current node, without its password."""
         return shown(self._urls[0])
 
     @property
     def url(self) -> str:
-        """The URL of the node whose turn it is; it has the password."""
+        """The URL of the current node, with its password."""
         return self._urls[0]
 
     def parameters(self, role: str) -> pika.URLParameters:
-        """How to connect to the node whose turn it is; anew each time, as pika writes into it."""
+        """How to connect to the current node; a new object each time, as pika modifies it."""
         parameters = _parameters(self._urls[0])
-        # One attempt: when and where to try again is decided by the link.
+        # One attempt: the link decides when and where to try again.
         parameters.connection_attempts = 1
         properties = dict(parameters.client_properties or {})
         properties.setdefault("connection_name", f"{app_id()}: {role}")
@@ -66,13 +64,13 @@ class Nodes:
         return parameters
 
     def rotate(self) -> None:
-        """It is the next node's turn."""
-        # In one step: other threads ask for the address at any time.
+        """Go on to the next node."""
+        # In one step: other threads read the address at any time.
         self._urls = self._urls[1:] + self._urls[:1]
 
 
 def check(urls: tuple[str, ...]) -> None:
-    """See whether connections can be made with these URLs.
+    """Check that these URLs can be used.
 
     :raises ConfigurationError: one is malformed, or uses TLS without verification.
     """
@@ -95,7 +93,7 @@ def _parameters(url: str) -> pika.URLParameters:
 
 
 class _Secret(str):
-    """A password that is not shown with the variables that hold it."""
+    """A password whose repr does not show it, in tracebacks with local variables for example."""
 
     __slots__ = ()
 
@@ -105,7 +103,7 @@ class _Secret(str):
 
 def _mask(parameters: pika.URLParameters) -> None:
     found = parameters.credentials
-    if isinstance(found, pika.PlainCredentials) and found.password is not None:
+    if isinstance(found, pika.PlainCredentials) and found.username and found.password:
         parameters.credentials = pika.PlainCredentials(found.username, _Secret(found.password))
 
 
@@ -125,7 +123,7 @@ def _read_by_pika(url: str) -> pika.URLParameters:
     )
 
 
-# An option of ours in a URL; pika does not know it.
+# An option of this library in a URL; pika does not know it.
 _TLS_VERIFY = re.compile(r"(?P<before>[?&])tls_verify=(?P<value>[^&#]*)(?P<after>&|(?=#|$))")
 
 
@@ -133,7 +131,7 @@ _VERIFIED = {"yes": True, "no": False}
 
 
 def _nothing(found: re.Match[str]) -> str:
-    """What is left of the option where it is taken out of the URL."""
+    """What remains where the option is removed from the URL."""
     return found["before"] if found["after"] or found["before"] == "?" else ""
 
 
@@ -147,9 +145,9 @@ def _verification_off(url: str) -> bool:
 
 
 def _check_verification(url: str, context: ssl.SSLContext) -> None:
-    """See that nobody but the right broker can be at the other end.
+    """Check that TLS verifies who the broker is.
 
-    ssl_options may switch that off without a word: each ``protocol`` but
+    ssl_options may silently switch that off: each ``protocol`` but
     ``ssl.PROTOCOL_TLS_CLIENT`` does, and so do ciphers that need no certificate.
     """
     if context.verify_mode != ssl.CERT_REQUIRED:
@@ -175,7 +173,7 @@ def _is_open_to_all(cipher: Mapping[str, object]) -> bool:
 REFUSED_LOGIN = 403
 _NOT_ALLOWED = 530
 
-# RabbitMQ closes with NOT_ALLOWED for what will pass and for what will not, so the text decides. Of
+# RabbitMQ closes with NOT_ALLOWED for transient and for permanent reasons, so the text decides. Of
 # 3.10, 4.0 and 4.3 (deps/rabbit/src/rabbit_reader.erl and rabbit_access_control.erl in
 # https://github.com/rabbitmq/rabbitmq-server):
 #
@@ -188,12 +186,11 @@ _NOT_ALLOWED = 530
 # (A vhost that is down is INTERNAL_ERROR.) Only the beginning: a long name cuts off the end.
 _NO_SUCH_VHOST = re.compile(r"NOT_ALLOWED - vhost ")
 
-# What the other end has against the client's certificate. With TLS 1.3 it comes when the handshake
-# is over for us, and pika puts it into the text of another error. The connection may break before
-# it is read.
-_CERTIFICATE_ALERT = re.compile(r"\[SSL: (\w*ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA)\w*)\]")
+# OpenSSL's names of the alerts with which the broker refuses the client's certificate. With TLS 1.3
+# they come when the handshake is over for the client. The connection may break before one is read.
+_CERTIFICATE_ALERT = re.compile(r"\w*ALERT_\w*(?:CERTIFICATE|UNKNOWN_CA)\w*")
 
-# What comes from a server that speaks something else.
+# What pika raises when a server speaks another protocol.
 _FOREIGN = (
     pika.exceptions.IncompatibleProtocolError,
     pika.exceptions.ProtocolSyntaxError,
@@ -215,7 +212,7 @@ def explain(error: BaseException | None) -> str:
     if isinstance(cause, pika.exceptions.StreamLostError):
         return "the connection broke"
     if isinstance(cause, _FOREIGN):
-        # Also of a proxy that is up before its broker is, so this may pass.
+        # A proxy that is up before its broker is causes this, too, so it may be transient.
         return (
             "it does not answer as RabbitMQ does (perhaps another port, or it expects TLS, hence "
             "amqps://, or a client's certificate)"
@@ -234,11 +231,11 @@ def explain(error: BaseException | None) -> str:
 
 
 def permanent(error: BaseException, *, was_connected: bool) -> str | None:
-    """Why trying again cannot help; None when it may: what passes is waited for.
+    """Why no retry can help; None if one may.
 
-    A missing vhost or an untrusted certificate is a mistake when it comes first; later, with a
-    connection that has worked, it is an outage like others. A refused password always is final:
-    retrying it locks accounts.
+    A missing vhost or an untrusted certificate is a mistake at the first connection; after one that
+    has worked, it is an outage like others. A refused password is always final: retries lock
+    accounts.
     """
     cause = _innermost(error)
     code, words = _closed_by_broker(cause) or (0, "")
@@ -248,10 +245,10 @@ def permanent(error: BaseException, *, was_connected: bool) -> str | None:
         return None
     if code == _NOT_ALLOWED and _NO_SUCH_VHOST.match(words):
         return f"the vhost does not exist ({printable(words)})"
-    if alert := _CERTIFICATE_ALERT.search(str(cause)):
-        return f"TLS is refused ({alert[1]}); does it ask for another certificate of the client's?"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({cause.verify_message})"
+    if isinstance(cause, ssl.SSLError) and _CERTIFICATE_ALERT.fullmatch(cause.reason or ""):
+        return f"TLS is refused ({cause.reason}); does it require another client certificate?"
     return None
 
 
@@ -279,20 +276,10 @@ _PROBABLE = (
     pika.exceptions.ProbableAccessDeniedError,
 )
 
-# During the handshake pika passes on what happened only as the repr of the error, behind the
-# name of what it took it for; a lost connection would read as a wrong password otherwise. The
-# text is a literal of Python's; from 1.5 on, host and port come behind it.
-_REPR = re.compile(
-    r"""(?:Connection|Channel)ClosedByBroker: \((\d+)\) ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-)
+_CLOSED = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
 
 
 def _closed_by_broker(cause: BaseException | None) -> tuple[int, str] | None:
-    closed = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.ChannelClosedByBroker)
-    if isinstance(cause, closed):
+    if isinstance(cause, _CLOSED):
         return cause.reply_code, printable(cause.reply_text, 255)
-    if isinstance(cause, _PROBABLE):
-        for argument in cause.args:
-            if found := _REPR.match(str(argument)):
-                return int(found[1]), printable(ast.literal_eval(found[2]), 255)
     return None

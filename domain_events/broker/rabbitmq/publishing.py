@@ -37,7 +37,7 @@ from domain_events.broker import Publication
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.sending import Sender, blame, nacked, unsendable
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.refusals import FORBIDDEN, REFUSED, closed
 from domain_events.errors import (
     BrokerUnavailable,

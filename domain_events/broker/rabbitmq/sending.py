@@ -19,7 +19,7 @@ from domain_events.broker import Publication
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import explain
 from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.wire import Writer
 from domain_events.broker.refusals import (
     FORBIDDEN,
@@ -76,10 +76,10 @@ class Sender:
         #: The size of the bodies in flight.
         self.bytes = 0
         self._guarded = link.guarded
-        self._stream = connection.stream
+        self._transport = connection.transport
         self._owner = owner
         self._next_tag = 1
-        self._returned: Counter[tuple[str | None, str | None, str | None]] = Counter()
+        self._returned: Counter[tuple[object, object, object]] = Counter()
         self._opening = Opening(
             link,
             connection,
@@ -97,8 +97,8 @@ class Sender:
 
         self._writer = Writer(channel.channel_number)
         channel.add_on_return_callback(self._guarded(self._on_return))
-        self._stream.hear_confirms(channel.channel_number, self._guarded(self._on_confirm))
-        # pika requires a callback for confirms; `hear_confirms` intercepts them before it.
+        self._transport.on_confirm(channel.channel_number, self._guarded(self._on_confirm))
+        # pika requires a callback for confirms; `on_confirm` intercepts them before it.
         channel.confirm_delivery(lambda _frame: None, callback=self._guarded(ready))
 
     def send(self, publication: Publication, message: Message, now: float) -> None:
@@ -117,7 +117,7 @@ class Sender:
                 message.mandatory,
             )
         else:
-            self._stream.put(frames)
+            self._transport.buffer(frames)
         # Only now, so that the tags stay those that the broker counts.
         publication.sent_at = now
         self.in_flight[self._next_tag] = publication
@@ -126,7 +126,7 @@ class Sender:
 
     def flush(self) -> None:
         """Hand what was sent to the socket."""
-        self._stream.put_out()
+        self._transport.flush()
 
     def call_when_routed(self, callback: Callable[[], None]) -> None:
         """Call back once the broker has routed all that was sent here.

@@ -1,9 +1,9 @@
-"""Whose turn it is to make a channel ready, and whose fault it is that the connection was closed.
+"""Sets up channels in parallel, or one at a time to find the one that breaks the connection.
 
-RabbitMQ closes the whole *connection* over some mistakes (an exchange of a type that it does not
-know, a feature that is denied, a channel too many for the user), and does not name the culprit. If
-one channel alone was being made ready, it was that one's. Else they go one at a time on the next
-connection until it is found; otherwise one mistake would take all others with it, for ever.
+RabbitMQ closes the whole *connection* over some mistakes (an unknown exchange type, a denied
+feature, too many channels for the user) without naming the channel. If only one channel was being
+set up, that one is to blame. Otherwise the next connection sets them up one at a time until the
+culprit is found; without that, one mistake would break all the other channels for ever.
 
 All on the I/O thread.
 """
@@ -23,40 +23,40 @@ _MISTAKES = {501, 502, 503, 504, 505, 506, 530, 540, _INTERNAL_ERROR}
 
 
 def is_mistake(error: BaseException | None) -> bool:
-    """Whether the broker has closed the connection over something that was done on it."""
+    """Whether the broker has closed the connection because of something done on it."""
     return close_code(error) in _MISTAKES
 
 
 class Turn(Protocol):
-    """A channel that is being made ready."""
+    """A channel that is being set up."""
 
     @property
     def step(self) -> object:
-        """What it is doing, equal for the same on another connection."""
+        """The current step; compares equal to the same step on another connection."""
 
     def begin(self) -> None:
-        """Its turn has come."""
+        """Begin to set it up."""
 
     def blame(self, reason: BaseException) -> None:
-        """The broker has closed the connection over this one."""
+        """The broker has closed the connection because of this channel."""
 
 
 class Turns:
-    """The channels of one connection that are being made ready."""
+    """The channels of one connection that are being set up."""
 
     def __init__(self) -> None:
         self._begun: list[Turn] = []
         self._waiting: deque[Turn] = deque()
         self._one_at_a_time = False
-        self._suspects: list[object] = []  # steps over which there was an internal error
+        self._suspects: list[object] = []  # steps that ended in an internal error
 
     def take(self, turn: Turn) -> None:
-        """Begin at once, or when those before it have ended."""
+        """Begin at once, or after those before it."""
         self._waiting.append(turn)
         self._go_on()
 
     def ended(self, turn: Turn) -> None:
-        """It is ready, or was refused."""
+        """The channel is set up, or was refused."""
         if turn in self._begun:
             self._begun.remove(turn)
             self._go_on()
@@ -65,12 +65,12 @@ class Turns:
                 self._suspects.clear()
 
     def lost(self, error: BaseException | None) -> None:
-        """The connection is gone; if it was somebody's fault, that one is blamed."""
+        """The connection is gone; blame the channel that caused it, if one did."""
         begun, self._begun = self._begun, []
         self._waiting.clear()
         if error is None or not is_mistake(error) or not begun:
             return
-        # Until all have been made ready: there may be another culprit.
+        # Until all are set up: there may be another culprit.
         self._one_at_a_time = True
         if len(begun) == 1:
             step = begun[0].step

@@ -23,6 +23,7 @@ from pika.spec import (
     FRAME_METHOD,
     Basic,
     BasicProperties,
+    Connection,
 )
 
 from domain_events import topology
@@ -46,6 +47,7 @@ _PUBLISH, _DELIVER, _GET_OK, _ACK, _NACK = (
     struct.pack(">I", method.INDEX)
     for method in (Basic.Publish, Basic.Deliver, Basic.GetOk, Basic.Ack, Basic.Nack)
 )
+_CLOSE = struct.pack(">I", Connection.Close.INDEX)
 _CONFIRMS = (_ACK, _NACK)
 _END = bytes([FRAME_END])
 
@@ -57,6 +59,7 @@ _NUMBER = struct.Struct(">Q")
 _TAGGED = struct.Struct(">QBB")  # tag, redelivered, length of the exchange's name
 _CONFIRM = struct.Struct(">QB")  # tag, multiple
 _FLAGS = struct.Struct(">H")
+_REASON = struct.Struct(">HB")  # reply code, length of the reply text
 
 _PLAIN_FLAGS = (
     BasicProperties.FLAG_CONTENT_TYPE
@@ -203,6 +206,7 @@ class Reader:
     :ivar delivered: callbacks for deliveries, by the channel's number.
     :ivar confirmed: callbacks for confirms, likewise.
     :ivar queues: what is consumed on a channel, for log lines.
+    :ivar closed: reply code and text with which the broker has closed the connection, if it has.
     """
 
     def __init__(self, others: Callable[[bytes], None]) -> None:
@@ -219,6 +223,7 @@ class Reader:
         self.delivered: dict[int, Delivered] = {}
         self.confirmed: dict[int, Confirmed] = {}
         self.queues: dict[int, str] = {}
+        self.closed: tuple[int, str] | None = None
 
     def feed(self, data: bytes) -> int:
         """Read what came; how many bytes of it were not passed on.
@@ -270,13 +275,23 @@ class Reader:
                 legible = self._legible_frame(frame, channel)
                 own += len(frame) - len(legible)
                 frame = legible
-            elif kind == FRAME_METHOD and data[payload : payload + 4] == _GET_OK:
-                self._got[channel] = _addressed(data, payload + 4, after - 1)[1]
+            elif kind == FRAME_METHOD:
+                self._note(data, payload, after - 1, channel)
             at = after
             self._others(frame)
         if len(data) > at and data[at] not in _KINDS:
             raise self._head_error(data[at : at + 40], data[at], 0)
         return at, _FRAME.size, own
+
+    def _note(self, data: bytes, at: int, end: int, channel: int) -> None:
+        """Keep what is needed later of a method that is passed on."""
+        method = data[at : at + 4]
+        if method == _GET_OK:
+            self._got[channel] = _addressed(data, at + 4, end)[1]
+        elif method == _CLOSE:
+            code, length = _REASON.unpack_from(data, at + 4)
+            at += 4 + _REASON.size
+            self.closed = code, text(data[at : at + length])
 
     def _head_error(self, begin: bytes, kind: int, size: int) -> UnreadableStream:
         if begin.startswith(_TLS_ALERT):
