@@ -254,4 +254,4 @@ def no_thread_is_left() -> Iterator[None]:
             if thread not in before and thread.name.startswith("domain-events")
         ]
 
-    wait_until(ended, timeout=5, message="all threads named domain-events* have ended")
+    wait_until(ended, message="all threads named domain-events* have ended")

@@ -472,13 +472,13 @@ def browse_and_replay(target: Target) -> None:
     def all_dead() -> bool:
         return onlooker.count(target.bench.url, f"{queue}-dl") == len(messages)
 
-    wait_until(all_dead, timeout=30)
+    wait_until(all_dead)
     with DeadLetters(queue, target.bench.url) as dead_letters:
         letters = list(dead_letters)
         assert Counter(letter.body for letter in letters) == sent
         assert all(described(letter) for letter in letters)
         assert dead_letters.replay_all() == len(messages)
-    wait_until(all_dead, timeout=30)
+    wait_until(all_dead)
     assert Counter(onlooker.take_all(target.bench.url, f"{queue}-dl")) == sent
 
 

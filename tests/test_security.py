@@ -573,7 +573,7 @@ def test_subscriber_that_may_not_read_says_so_and_goes_on(
         users.set(url, ALL)
         with Publisher(killable_node.url, exchange) as publisher:
             event = publisher.publish(DomainEvent("a.b", {}))
-        wait_until(lambda: event in seen, timeout=20)
+        wait_until(lambda: event in seen)
     finally:
         subscriber.stop_consuming()
         thread.join(20)
@@ -599,7 +599,7 @@ def test_dead_letter_waits_for_the_permission_to_write_it(
         publish(killable_node.url, exchange)
         wait_until(lambda: "may not write to the exchange 'amq.default'" in caplog.text)
         users.set(url, permissions)
-        wait_until(lambda: onlooker.count(killable_node.url, f"{queue}-dl") == 1, timeout=20)
+        wait_until(lambda: onlooker.count(killable_node.url, f"{queue}-dl") == 1)
 
 
 # --- credentials ---------------------------------------------------------------------------------
