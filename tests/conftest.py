@@ -25,6 +25,7 @@ import onlooker
 import pytest
 import rabbitmq_node
 from bench import Bench
+from faults.broker import HAND_ON
 from hypothesis import settings
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
@@ -170,6 +171,9 @@ def own_node(node_factory: Callable[..., Node]) -> Node:
 @pytest.fixture(scope="session")
 def _killable_node() -> Iterator[Node]:
     node = _new_node()
+    # By default a broker that is back after a crash may wait for three minutes before it hands on
+    # again the retries that were on their way: see docs/guarantees.rst.
+    (node.folder / "advanced.config").write_text(HAND_ON)
     yield node
     node.close()
 

@@ -29,7 +29,7 @@ from faults.records import Reader, Recorder
 from faults.rolling import Plan, Release
 from faults.scenarios import SCENARIOS
 from faults.verdict import Injected, Remains, Verdict, judge
-from support import wait_until
+from support import sooner_than, wait_until
 
 HARNESS = Path(__file__).parent / "faults"
 RELEASE = os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host"
@@ -156,11 +156,13 @@ def connected(proxy: Proxy) -> Iterator[socket.socket]:
 
 def said(client: socket.socket, words: bytes) -> bytes:
     """What comes back of them."""
-    client.sendall(words)
-    back = b""
+    sender = threading.Thread(target=client.sendall, args=(words,))
+    sender.start()
+    back = bytearray()
     while len(back) < len(words):
         back += client.recv(65_536)
-    return back
+    sender.join()
+    return bytes(back)
 
 
 def test_cut_connection_is_reset(proxy: Proxy, client: socket.socket) -> None:
@@ -197,15 +199,14 @@ def test_stalled_wire_that_is_cut_loses_what_it_has(proxy: Proxy, client: socket
 
 
 def test_slow_wire_is_slow(proxy: Proxy, client: socket.socket) -> None:
-    """200 kB take about two seconds there, and the echo comes while more is under way."""
+    """100 kB take about a second there, and the echo comes while more is under way."""
     proxy.slow()
     begun = time.monotonic()
     assert said(client, b"x" * 100_000) == b"x" * 100_000
     assert time.monotonic() - begun > 0.8
     proxy.flow()
-    begun = time.monotonic()
-    assert said(client, b"x" * 100_000) == b"x" * 100_000
-    assert time.monotonic() - begun < 0.8
+    with sooner_than(60):  # as it would take if it were slow still
+        assert said(client, b"x" * 6_000_000) == b"x" * 6_000_000
 
 
 def test_client_of_a_half_open_connection_is_told_nothing(
@@ -711,13 +712,13 @@ def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str,
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
-    """A minute of all faults; `make faults` runs longer."""
+    """A few of all faults; `make faults` injects them for minutes."""
     file = tmp_path / "report.rst"
-    result = run_harness(tmp_path, "--seconds", 60, "--seed", 3, "--report", file, timeout=380)
+    result = run_harness(tmp_path, "--faults", 8, "--seed", 3, "--report", file, timeout=380)
     assert result["violations"] == [], result["printed"]
     assert result["status"] == 0
-    assert result["published"] > 1000
-    assert sum(result["faults"].values()) >= 5
+    assert result["published"] > 100
+    assert sum(result["faults"].values()) >= 8
     assert "python tests/faults --release" in file.read_text()
 
 
@@ -725,10 +726,10 @@ def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
     """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
-    result = run_harness(tmp_path, "--scenario", "rolling", "--seconds", 40, timeout=280)
+    result = run_harness(tmp_path, "--scenario", "rolling", "--faults", 6, timeout=280)
     assert result["violations"] == [], result["printed"]
     assert result["status"] == 0
-    assert result["published"] > 1000
+    assert result["published"] > 100
     assert {"rolled-forward", "rolled-back"} == set(result["faults"])
 
 
@@ -736,7 +737,7 @@ def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) 
 @pytest.mark.timeout(300)
 def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
     """The culprit is a dead letter, and nothing else is."""
-    result = run_harness(tmp_path, "--scenario", "poison", "--seconds", 40, timeout=280)
+    result = run_harness(tmp_path, "--scenario", "poison", "--faults", 3, timeout=280)
     assert result["violations"] == [], result["printed"]
     assert {"poisoned", "stopped-in-a-row"} == set(result["faults"])
     assert result["dead_lettered"]["held"] == result["faults"]["poisoned"]

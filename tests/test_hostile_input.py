@@ -38,8 +38,9 @@ from domain_events import (
     Retry,
 )
 
-BATCHES = 50
-BATCH = 200
+# In large batches, since each waits for the retries of its own.
+BATCHES = 10
+BATCH = 1000
 
 # Headers with which pika can read no frame, or which it could not write again.
 UNREADABLE = {
