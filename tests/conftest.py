@@ -35,9 +35,13 @@ from domain_events.pytest_plugin import event_broker
 
 __all__ = ["event_broker"]  # the fixture that users have, for the tests of it
 
+# No deadline anywhere: machines that are shared are slow at times.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 # For tests that make up what they do: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=300, deadline=None)
 
+HARNESS = "test_fault_runs.py"
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None
@@ -64,6 +68,23 @@ def _start_shared_node() -> Node:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Test by test to whichever worker is free; but runs of the fault harness to one of them.
+
+    The harness keeps a core busy, and its verdict counts seconds: two runs side by side would be in
+    each other's way. As the largest group they are begun first; then come the slow tests, so that
+    no worker begins one when the others have nothing left to do.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return HARNESS if HARNESS in nodeid else nodeid
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """In the controller of pytest-xdist, for each worker: tell it where the shared node is."""
     if _given_url() is None and rabbitmq_node.find(_release()) is not None:
@@ -85,6 +106,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if OWN_NODE_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("own_node")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_report_header() -> str:

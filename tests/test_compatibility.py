@@ -340,7 +340,7 @@ def test_both_share_the_events_of_one_queue(
     """During a rolling deployment: each event is handled once, by either."""
     exchange = names.exchange()
     # Each waits in its first event until the other one has one too.
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=30)
     to_ours, to_theirs = list[int](), list[int]()
 
     def handler(seen: list[int]) -> Callable[[Any], None]:
@@ -629,10 +629,10 @@ def test_retry_delays(names: Names, unique: str, probe: Probe) -> None:
     name = names.queue()
     subscriber = Subscriber()
     subscriber.register(raise_retry, name, [f"{unique}.retry-delay"], max_retries=1)
-    publish_domain_event(f"{unique}.retry-delay", {"delay": 0.5})
+    publish_domain_event(f"{unique}.retry-delay", {"delay": 1.5})
     publish_domain_event(f"{unique}.retry-delay", {"delay": 0.1})
     consume(subscriber, lambda: len(received) >= 4)
-    assert received == [0.5, 0.1, 0.1, 0.5]
+    assert received == [1.5, 0.1, 0.1, 1.5]
     assert probe.size(name) == 0
 
 

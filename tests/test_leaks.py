@@ -143,10 +143,10 @@ def test_a_day_of_idling_leaves_nothing_behind(bench: Bench) -> None:
         for publisher in publishers:
             closing.enter_context(publisher).publish(DomainEvent("first.one", {}))
         first = frames()
-        wait_until(lambda: frames() >= first + 3 * IDLE_CONNECTIONS)  # warm
+        wait_until(lambda: frames() >= first + 3 * IDLE_CONNECTIONS, timeout=60)  # warm
         before, first, begun = footprint(), frames(), time.monotonic()
         wanted = SECONDS_OF_IDLING * IDLE_CONNECTIONS
-        wait_until(lambda: frames() >= first + wanted, SECONDS_OF_IDLING * 3, interval=0.5)
+        wait_until(lambda: frames() >= first + wanted, SECONDS_OF_IDLING * 10, interval=0.5)
         print(f"{wanted} heartbeats in {time.monotonic() - begun:.0f} s")
         assert_flat(before, wanted, **PER_HEARTBEAT)
         for publisher in publishers:

@@ -155,7 +155,7 @@ def test_nothing_of_a_node_listens_for_other_machines(node_factory: Callable[...
                 seen[pid] = seen.get(pid, set()) | listening(pid)
         return not asking.is_alive()
 
-    wait_until(all_seen, timeout=60)
+    wait_until(all_seen, timeout=60, interval=0.1)
     asking.join()
     assert node.pid is not None
     seen[node._household._epmd.pid] = listening(node._household._epmd.pid)

@@ -243,7 +243,7 @@ def test_retry_whose_subscriber_is_gone_is_kept_and_blocks_nobody(bench: Bench) 
 
     def ask_and_leave(_event: DomainEvent) -> None:
         first.stop_consuming()
-        raise Retry(0.5)
+        raise Retry(2)  # by then the queue must be deleted
 
     first.register(ask_and_leave, gone, ["gone.#"], max_retries=1)
     event = bench.publish("gone.away")

@@ -94,7 +94,7 @@ def test_several_processes_share_the_events_of_one_handler(bench: Bench) -> None
         def handle(event: DomainEvent) -> None:
             mine.append(event)
             if len(mine) == 1:
-                both_have_one.wait(10)
+                both_have_one.wait(30)
 
         return handle
 
@@ -163,7 +163,7 @@ def test_workers_run_side_by_side(bench: Bench) -> None:
         with lock:
             running.add(threading.get_ident())
             most.append(len(running))
-        together.wait(10)
+        together.wait(30)
         with lock:
             running.discard(threading.get_ident())
             done.append(event.data)
@@ -174,7 +174,7 @@ def test_workers_run_side_by_side(bench: Bench) -> None:
     subscriber.register(handle, queue, ["#"])
     for n in range(8):
         bench.publish("n.n", n)
-    subscriber.start_consuming(timeout=20)
+    subscriber.start_consuming(timeout=50)
     assert sorted(done) == list(range(8))
     assert max(most) == 4
     assert onlooker.count(bench.url, queue) == 0
