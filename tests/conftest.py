@@ -41,7 +41,9 @@ settings.load_profile("patient")
 # For tests that make up what they do: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=300, deadline=None)
 
-HARNESS = "test_fault_runs.py"
+# With pytest-xdist. Runs of the fault harness keep a core busy, and its verdict counts seconds: two
+# at a time would be in each other's way. The others have a server that takes seconds to start.
+ON_ONE_WORKER = ("test_fault_runs.py", "test_recipes.py", "test_security.py")
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None
@@ -69,17 +71,16 @@ def _start_shared_node() -> Node:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Test by test to whichever worker is free; but runs of the fault harness to one of them.
+    """Test by test to whichever worker is free; but some files to one worker as a whole.
 
-    The harness keeps a core busy, and its verdict counts seconds: two runs side by side would be in
-    each other's way. As the largest group they are begun first; then come the slow tests, so that
-    no worker begins one when the others have nothing left to do.
+    Those come first, the largest before the others. Then come the slow tests, so that no worker
+    begins one when the others have nothing left to do.
     """
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return HARNESS if HARNESS in nodeid else nodeid
+            return next((file for file in ON_ONE_WORKER if file in nodeid), nodeid)
 
     return Scheduling(config, log)
 

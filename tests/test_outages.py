@@ -205,7 +205,7 @@ def test_event_being_handled_when_the_connection_breaks_comes_again(
     with consuming(subscriber, outage.url, queue):
         first = outage.publish("user.registered", 1)
         second = outage.publish("user.registered", 2)
-        assert began.wait(10)
+        assert began.wait(30)
         killable_node.ctl("close_all_connections", "test")
         wait_until(lambda: onlooker.consumers(outage.url, queue) == 1)
         go_on.set()
@@ -473,7 +473,8 @@ def test_dead_letters_can_be_looked_at_again_after_a_lost_connection(
     subscriber.register(print, queue, ["#"])
     for _ in range(3):
         onlooker.publish(outage.url, outage.exchange, "a.b", b"no event")
-    subscriber.start_consuming(timeout=1)
+    with consuming(subscriber, outage.url, queue):
+        wait_until(lambda: onlooker.count(outage.url, f"{queue}-dl") == 3)
     with DeadLetters(queue, outage.url) as dead_letters:
         letters = iter(dead_letters)
         first = next(letters)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 
 import onlooker
 import pytest
-from bench import Bench, Events
+from bench import Bench, Events, running
 from support import wait_until
 
 from domain_events import (
@@ -204,7 +204,8 @@ def test_body_that_is_no_event_can_be_seen_and_replayed(bench: Bench, queue: str
     subscriber = bench.subscriber()
     subscriber.register(print, queue, ["#"])
     onlooker.publish(bench.url, bench.exchange, "some.thing", b"\xffno event")
-    subscriber.start_consuming(timeout=0.5)
+    with running(subscriber):
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
     with DeadLetters(queue, bench.url) as dead_letters:
         for letter in dead_letters:
             assert letter.event is None

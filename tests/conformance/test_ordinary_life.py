@@ -701,5 +701,5 @@ def test_registering_while_consuming_begins_gives_one_consumer(bench: Bench) -> 
         if bench.url.startswith("amqp"):
             assert onlooker.consumers(bench.url, queue) == 1
         subscriber.stop_consuming()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()

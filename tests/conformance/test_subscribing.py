@@ -497,7 +497,7 @@ def test_closing_while_it_consumes_stops_it(bench: Bench) -> None:
     thread.start()
     wait_until(lambda: seen)
     subscriber.close()
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
 
 
@@ -513,7 +513,7 @@ def test_stopping_twice_does_not_stop_the_next_run(bench: Bench) -> None:
         wait_until(lambda: event in seen)  # noqa: B023
         for _ in range(50):
             subscriber.stop_consuming()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
 
 
