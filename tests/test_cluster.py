@@ -22,7 +22,6 @@ NodeFactory = Callable[..., Node]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_cluster_serves_while_any_one_node_is_down(node_factory: NodeFactory, unique: str) -> None:
     """Three nodes, killed in turn: every confirmed event is handled, retries included."""
     nodes = [node_factory() for _ in range(3)]
@@ -65,7 +64,6 @@ def test_cluster_serves_while_any_one_node_is_down(node_factory: NodeFactory, un
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_queue_whose_node_is_down_is_named(node_factory: NodeFactory, unique: str) -> None:
     """A classic queue lives on one node: it is waited for until the deadline, and named then."""
     home, other = node_factory(), node_factory()

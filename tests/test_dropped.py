@@ -30,8 +30,6 @@ from domain_events import (
 from domain_events.broker import Publication
 from domain_events.message import Message
 
-pytestmark = pytest.mark.timeout(120)
-
 LARGE = "x" * 100_000
 NUMBER = 500
 # Of 50 MB that are given up; a window of an open connection is 16 MB, and may be in its buffers.

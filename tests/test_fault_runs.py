@@ -61,7 +61,6 @@ def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
     """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
     result = run_harness(tmp_path, "--scenario", "rolling", "--faults", 6, timeout=280)
@@ -72,7 +71,6 @@ def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
     """The culprit is a dead letter, and nothing else is."""
     result = run_harness(tmp_path, "--scenario", "poison", "--faults", 3, timeout=280)
@@ -107,7 +105,6 @@ def test_every_mistake_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -124,7 +121,6 @@ def test_harness_finds_the_mistake(tmp_path: Path, mistake: str) -> None:
 
 @thorough
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mistake", FAULTS)
 def test_nothing_is_lost_where_the_mistake_is_found(tmp_path: Path, mistake: str) -> None:
     """The same faults in the same scenario, with this library as it is.
@@ -138,7 +134,6 @@ def test_nothing_is_lost_where_the_mistake_is_found(tmp_path: Path, mistake: str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
     """Ctrl-C ends it in order: no program, no broker."""
     process = subprocess.Popen(
@@ -177,7 +172,6 @@ def processes_with(words: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_retries_come_within_seconds_of_a_crash_with_the_recommended_setting() -> None:
     """With RabbitMQ's own it may be three minutes; each time is told."""
     said: list[str] = []

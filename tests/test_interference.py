@@ -42,8 +42,6 @@ from domain_events.broker.rabbitmq.publishing import RabbitPublishing
 from domain_events.broker.rabbitmq.stream import Connection, Stream
 from domain_events.broker.rabbitmq.wire import Writer
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Line:
     """A publisher and a subscriber behind a wire that can be cut."""
@@ -70,7 +68,9 @@ class Line:
 
 
 @pytest.fixture
-def line(bench: Bench) -> Iterator[Line]:
+def line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    # Each connection counts as one that had lasted: without this the pauses would grow.
+    monkeypatch.setattr("domain_events.broker.rabbitmq.link._LASTING", 0.0)
     broker = urlsplit(bench.url)
     assert broker.hostname is not None
     assert broker.port is not None
@@ -354,8 +354,6 @@ def test_link_connects_again_whatever_it_died_of(
     line: Line, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once on each of the two threads, before what was to be done and after it."""
-    # Each connection counts as one that had lasted: without this the pauses would grow.
-    monkeypatch.setattr("domain_events.broker.rabbitmq.link._LASTING", 0.0)
     for late in (False, True):
         struck: set[threading.Thread] = set()
         original = getattr(owner, name)

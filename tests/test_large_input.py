@@ -47,7 +47,6 @@ class Failing:
         raise Retry(0.1)
 
 
-@pytest.mark.timeout(120)
 def test_largest_body_is_handled_retried_kept_and_replayed_and_a_larger_one_refused(
     limited: Bench,
 ) -> None:

@@ -1207,7 +1207,6 @@ MISTYPED = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_type_checker_finds_a_users_mistakes(tmp_path: Path) -> None:
     """In a program that uses the library as it is meant to, none; otherwise each one."""
     pytest.importorskip("mypy", reason="mypy comes with the extra `dev`, not with `test`")

@@ -25,8 +25,6 @@ from domain_events import (
 from domain_events.broker.rabbitmq import publishing
 from domain_events.broker.rabbitmq.sending import Sender
 
-pytestmark = pytest.mark.timeout(120)
-
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 

@@ -28,8 +28,6 @@ from domain_events import (
     Subscriber,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def outage(killable_node: Node, unique: str) -> Iterator[Bench]:

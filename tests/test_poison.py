@@ -20,7 +20,6 @@ PROGRAM = Path(__file__).parent / "programs" / "poisoned.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize("how", ["exit", "kill", "sys.exit"])
 def test_neighbours_are_handled_and_the_culprit_is_a_dead_letter(
     bench: Bench, tmp_path: Path, how: str

@@ -25,8 +25,6 @@ from domain_events import (
     Publisher,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def proxy(broker_url: str) -> Iterator[Proxy]:

@@ -23,8 +23,6 @@ from domain_events import DomainEvent
 PROGRAMS = Path(__file__).parent / "programs"
 BESIDE_PYTHON = Path(sys.executable).parent
 
-pytestmark = pytest.mark.timeout(180)
-
 
 def _environment(url: str, **more: str) -> dict[str, str]:
     # Coverage would have its own idea of forks.

@@ -182,7 +182,7 @@ def test_password_is_not_in_the_output_of_pytest(tmp_path: Path, options: list[s
         env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 1, done.stdout

@@ -15,7 +15,6 @@ from domain_events import DomainEvent, Publisher, Subscriber
 NUMBER = 200
 
 
-@pytest.mark.timeout(180)
 def test_embedded_broker_takes_less_time_for_the_same_events(
     memory_url: str,
     rabbitmq_url: str,
