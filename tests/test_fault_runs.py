@@ -20,6 +20,9 @@ from faults.broken import MISTAKES
 from faults.scenarios import SCENARIOS
 from support import wait_until
 
+# For what hangs: a run takes a minute, and more on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 HARNESS = Path(__file__).parent / "faults"
 RELEASE = os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host"
 
@@ -29,7 +32,7 @@ def unmeasured() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
-def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str, Any]:
+def run_harness(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     """A run's figures, its exit status and what it printed."""
     file = tmp_path / "figures.json"
     words = [sys.executable, HARNESS, "--release", RELEASE, "--json", file, *arguments]
@@ -39,7 +42,7 @@ def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        timeout=800,
         check=False,
     )
     assert file.exists(), done.stdout
@@ -48,22 +51,21 @@ def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
     """A few of all faults; `make faults` injects them for minutes."""
     file = tmp_path / "report.rst"
-    result = run_harness(tmp_path, "--faults", 8, "--seed", 3, "--report", file, timeout=380)
+    result = run_harness(tmp_path, "--faults", 6, "--seed", 3, "--report", file)
     assert result["violations"] == [], result["printed"]
     assert result["status"] == 0
     assert result["published"] > 100
-    assert sum(result["faults"].values()) >= 8
+    assert sum(result["faults"].values()) >= 6
     assert "python tests/faults --release" in file.read_text()
 
 
 @pytest.mark.slow
 def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
     """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
-    result = run_harness(tmp_path, "--scenario", "rolling", "--faults", 6, timeout=280)
+    result = run_harness(tmp_path, "--scenario", "rolling", "--faults", 6)
     assert result["violations"] == [], result["printed"]
     assert result["status"] == 0
     assert result["published"] > 100
@@ -73,7 +75,7 @@ def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) 
 @pytest.mark.slow
 def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
     """The culprit is a dead letter, and nothing else is."""
-    result = run_harness(tmp_path, "--scenario", "poison", "--faults", 3, timeout=280)
+    result = run_harness(tmp_path, "--scenario", "poison", "--faults", 3)
     assert result["violations"] == [], result["printed"]
     assert {"poisoned", "stopped-in-a-row"} == set(result["faults"])
     assert result["dead_lettered"]["held"] == result["faults"]["poisoned"]
@@ -114,7 +116,7 @@ def test_every_mistake_is_tried() -> None:
 )
 def test_harness_finds_the_mistake(tmp_path: Path, mistake: str) -> None:
     """A library that is broken in a known way is found guilty."""
-    broken = run_harness(tmp_path, "--broken", mistake, *FAULTS[mistake], timeout=280)
+    broken = run_harness(tmp_path, "--broken", mistake, *FAULTS[mistake])
     assert broken["lost"] > 0, broken["printed"]
     assert broken["status"] == 1
 
@@ -128,7 +130,7 @@ def test_nothing_is_lost_where_the_mistake_is_found(tmp_path: Path, mistake: str
     In short runs of `make test` this library meets these kinds of faults in other scenarios.
     """
     scenario = MISTAKES[mistake].scenario
-    whole = run_harness(tmp_path, "--scenario", scenario, *FAULTS[mistake], timeout=280)
+    whole = run_harness(tmp_path, "--scenario", scenario, *FAULTS[mistake])
     assert whole["violations"] == [], whole["printed"]
     assert whole["status"] == 0
 
