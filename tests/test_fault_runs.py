@@ -50,13 +50,24 @@ def run_harness(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     return {**figures, "status": done.returncode, "printed": done.stdout}
 
 
+#: What the verdict says of time: where other tests run as well, it tells how busy the machine was.
+#: `make faults`, which has the machine for itself, judges that too.
+OF_TIME = ("beyond its deadline", "nothing was handled for")
+
+
+def wrong(result: dict[str, Any]) -> list[str]:
+    """What is not as promised, whatever time it took; the exit status says the same."""
+    violations: list[str] = result["violations"]
+    assert result["status"] == (1 if violations else 0)
+    return [each for each in violations if not any(words in each for words in OF_TIME)]
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
     """A few of all faults; `make faults` injects them for minutes."""
     file = tmp_path / "report.rst"
     result = run_harness(tmp_path, "--faults", 6, "--seed", 3, "--report", file)
-    assert result["violations"] == [], result["printed"]
-    assert result["status"] == 0
+    assert wrong(result) == [], result["printed"]
     assert result["published"] > 100
     assert sum(result["faults"].values()) >= 6
     assert "python tests/faults --release" in file.read_text()
@@ -66,8 +77,7 @@ def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
 def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
     """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
     result = run_harness(tmp_path, "--scenario", "rolling", "--faults", 6)
-    assert result["violations"] == [], result["printed"]
-    assert result["status"] == 0
+    assert wrong(result) == [], result["printed"]
     assert result["published"] > 100
     assert {"rolled-forward", "rolled-back"} == set(result["faults"])
 
@@ -76,7 +86,7 @@ def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) 
 def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
     """The culprit is a dead letter, and nothing else is."""
     result = run_harness(tmp_path, "--scenario", "poison", "--faults", 3)
-    assert result["violations"] == [], result["printed"]
+    assert wrong(result) == [], result["printed"]
     assert {"poisoned", "stopped-in-a-row"} == set(result["faults"])
     assert result["dead_lettered"]["held"] == result["faults"]["poisoned"]
 
@@ -131,8 +141,7 @@ def test_nothing_is_lost_where_the_mistake_is_found(tmp_path: Path, mistake: str
     """
     scenario = MISTAKES[mistake].scenario
     whole = run_harness(tmp_path, "--scenario", scenario, *FAULTS[mistake])
-    assert whole["violations"] == [], whole["printed"]
-    assert whole["status"] == 0
+    assert wrong(whole) == [], whole["printed"]
 
 
 @pytest.mark.slow
