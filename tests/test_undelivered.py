@@ -65,7 +65,7 @@ def test_retry_of_a_subscriber_that_was_gone_is_handed_back(
 
     def try_again(event: DomainEvent) -> None:
         subscriber.stop_consuming()
-        raise Retry(2)  # by then the queue must be deleted
+        raise Retry(3)  # by then the queue must be deleted
 
     subscriber.register(try_again, queue, ["user.*"], max_retries=3)
     sent = bench.publish("user.registered", {"n": 1}, "7")
