@@ -29,6 +29,7 @@ import onlooker
 import pytest
 import rabbitmq_node
 from bench import Bench
+from faults.broker import HAND_ON
 from hypothesis import settings
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
@@ -38,9 +39,15 @@ from domain_events.pytest_plugin import event_broker
 
 __all__ = ["event_broker"]  # the fixture that users have, for the tests of it
 
+# No deadline anywhere: machines that are shared are slow at times.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 # For tests that make up what they do: pytest --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=300, deadline=None)
 
+# With pytest-xdist. Runs of the fault harness keep a core busy, and its verdict counts seconds: two
+# at a time would be in each other's way. The others have a server that takes seconds to start.
+ON_ONE_WORKER = ("test_fault_runs.py", "test_recipes.py", "test_security.py")
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None
@@ -71,6 +78,22 @@ def _start_shared_node(release: str) -> Node:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Test by test to whichever worker is free; but some files to one worker as a whole.
+
+    Those come first, the largest before the others. Then come the slow tests, so that no worker
+    begins one when the others have nothing left to do.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return next((file for file in ON_ONE_WORKER if file in nodeid), nodeid)
+
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """In the controller of pytest-xdist, for each worker: tell it where the shared node is."""
     if _no_nodes() or _given_url() is not None:
@@ -97,6 +120,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("own_node")
         if {"rabbitmq_release", "rabbitmq_url"} & fixtures:
             item.add_marker("rabbitmq")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _fixtures_of(item: pytest.Item) -> set[str]:
@@ -205,6 +229,9 @@ def own_node(node_factory: Callable[..., Node]) -> Node:
 @pytest.fixture(scope="session")
 def _killable_node(rabbitmq_release: str) -> Iterator[Node]:
     node = _new_node(rabbitmq_release)
+    # By default a broker that is back after a crash may wait for three minutes before it hands on
+    # again the retries that were on their way: see docs/guarantees.rst.
+    (node.folder / "advanced.config").write_text(HAND_ON)
     yield node
     node.close()
 
@@ -289,4 +316,4 @@ def no_thread_is_left() -> Iterator[None]:
             if thread not in before and thread.name.startswith("domain-events")
         ]
 
-    wait_until(ended, timeout=5, message="all threads named domain-events* have ended")
+    wait_until(ended, message="all threads named domain-events* have ended")

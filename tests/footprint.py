@@ -59,7 +59,7 @@ def assert_flat(before: Footprint, items: int, traced: Allowed, resident: Allowe
         now = footprint()
         return now.threads <= before.threads and now.descriptors <= before.descriptors
 
-    wait_until(as_few_as_before, timeout=10, message=f"as little as {before}, not {footprint()}")
+    wait_until(as_few_as_before, message=f"as few threads and descriptors as in {before}")
     after = footprint()
     more = (after.traced - before.traced, after.resident - before.resident)
     print(f"{items:,} items: {more[0]:+,} bytes traced, {more[1]:+,} resident")  # pytest -rP

@@ -18,7 +18,7 @@ def consuming(subscriber: Subscriber, url: str, queue: str) -> Iterator[threadin
     thread = threading.Thread(target=subscriber.start_consuming)
     thread.start()
     try:
-        wait_until(lambda: onlooker.consumers(url, queue), timeout=30)
+        wait_until(lambda: onlooker.consumers(url, queue))
         yield thread
     finally:
         subscriber.stop_consuming()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import onlooker
@@ -15,11 +16,12 @@ DELAY_LEVELS = 24
 
 
 def wait_until(
-    condition: Callable[[], T], timeout: float = 10.0, message: str = "", interval: float = 0.01
+    condition: Callable[[], T], timeout: float = 30.0, message: str = "", interval: float = 0.01
 ) -> T:
     """Poll `condition` until it is true and return its value; fail after `timeout` seconds.
 
-    Tests wait with this and never sleep for a fixed time.
+    Tests wait with this and never sleep for a fixed time. The timeout is for the test that fails:
+    it is far above what any condition takes on a machine that runs other tests meanwhile.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -30,6 +32,20 @@ def wait_until(
             what = message or getattr(condition, "__name__", "the condition")
             raise AssertionError(f"not within {timeout:g} s: {what} (last value: {value!r})")
         time.sleep(interval)
+
+
+@contextmanager
+def sooner_than(seconds: float) -> Iterator[None]:
+    """Fail if the block takes half of `seconds` or longer.
+
+    For promises not to wait: `seconds` is how long the block would take if it did wait - a timeout
+    that the test has chosen, or a heartbeat. Half of that also holds on a busy machine, which a
+    bound just above the time on an idle one does not.
+    """
+    begun = time.monotonic()
+    yield
+    took = time.monotonic() - begun
+    assert took < seconds / 2, f"took {took:.1f} s; to wait would have taken {seconds:g} s"
 
 
 class Names:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from faults.broker import HAND_ON
 from rabbitmq_node import Node
 from support import Names, wait_until
 
@@ -21,15 +22,11 @@ NodeFactory = Callable[..., Node]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_cluster_serves_while_any_one_node_is_down(node_factory: NodeFactory, unique: str) -> None:
     """Three nodes, killed in turn: every confirmed event is handled, retries included."""
-    # How long a level waits before it hands on again what a dead node has not confirmed to it;
-    # three minutes by default.
-    hand_on = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
     nodes = [node_factory() for _ in range(3)]
     for node in nodes:
-        (node.folder / "advanced.config").write_text(hand_on)
+        (node.folder / "advanced.config").write_text(HAND_ON)
         node.start(wait=False)
     nodes[0].start()
     for node in nodes[1:]:
@@ -67,7 +64,6 @@ def test_cluster_serves_while_any_one_node_is_down(node_factory: NodeFactory, un
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_queue_whose_node_is_down_is_named(node_factory: NodeFactory, unique: str) -> None:
     """A classic queue lives on one node: it is waited for until the deadline, and named then."""
     home, other = node_factory(), node_factory()

@@ -113,13 +113,13 @@ def consume(subscriber: Subscriber, until: Callable[[], object]) -> None:
 
     def watch() -> None:
         try:
-            wait_until(until, timeout=10)
+            wait_until(until)
         finally:
             subscriber.stop_consuming()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    subscriber.start_consuming(timeout=15.0)
+    subscriber.start_consuming(timeout=45.0)
     watcher.join()
 
 
@@ -342,7 +342,7 @@ def test_both_share_the_events_of_one_queue(
     """During a rolling deployment: each event is handled once, by either."""
     exchange = names.exchange()
     # Each waits in its first event until the other one has one too.
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=30)
     to_ours, to_theirs = list[int](), list[int]()
 
     def handler(seen: list[int]) -> Callable[[Any], None]:
@@ -631,10 +631,10 @@ def test_retry_delays(names: Names, unique: str, probe: Probe) -> None:
     name = names.queue()
     subscriber = Subscriber()
     subscriber.register(raise_retry, name, [f"{unique}.retry-delay"], max_retries=1)
-    publish_domain_event(f"{unique}.retry-delay", {"delay": 0.5})
+    publish_domain_event(f"{unique}.retry-delay", {"delay": 1.5})
     publish_domain_event(f"{unique}.retry-delay", {"delay": 0.1})
     consume(subscriber, lambda: len(received) >= 4)
-    assert received == [0.5, 0.1, 0.1, 0.5]
+    assert received == [1.5, 0.1, 0.1, 1.5]
     assert probe.size(name) == 0
 
 
@@ -673,7 +673,7 @@ def test_consumer_timeout(names: Names) -> None:
     subscriber.register(nop, names.queue(), ["#"])
     begun = time.monotonic()
     subscriber.start_consuming(timeout=0.2)
-    assert 0.2 <= time.monotonic() - begun < 5
+    assert time.monotonic() - begun >= 0.2
 
 
 def test_dead_letter(names: Names, unique: str, probe: Probe) -> None:

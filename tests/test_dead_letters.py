@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import onlooker
@@ -15,7 +14,7 @@ import pytest
 from bench import Bench
 from pyamqp import Properties
 from rabbitmq_node import Node
-from support import Names, wait_until
+from support import Names, sooner_than, wait_until
 
 from domain_events import (
     BrokerUnavailable,
@@ -233,14 +232,12 @@ def test_silent_broker_ends_a_walk_in_time(target: Bench, killable_node: Node) -
         walk = iter(dead_letters)
         first = next(walk)
         killable_node.pause()
-        begun = time.monotonic()
-        with pytest.raises(BrokerUnavailable):
+        with sooner_than(60), pytest.raises(BrokerUnavailable):  # the heartbeat
             next(walk)
-        assert time.monotonic() - begun < 20
         with pytest.raises(RuntimeError, match="walk is over"):
             first.discard()
         killable_node.resume()
-        wait_until(lambda: onlooker.count(target.url, f"{queue}-dl") == 5, timeout=20)
+        wait_until(lambda: onlooker.count(target.url, f"{queue}-dl") == 5)
     with DeadLetters(queue, target.url) as dead_letters:
         assert len(list(dead_letters)) == 5
 

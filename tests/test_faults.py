@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import rabbitmq_node
@@ -29,7 +28,7 @@ from faults.records import Reader, Recorder
 from faults.rolling import Plan, Release
 from faults.scenarios import SCENARIOS
 from faults.verdict import Injected, Remains, Verdict, judge
-from support import wait_until
+from support import sooner_than, wait_until
 
 HARNESS = Path(__file__).parent / "faults"
 RELEASE = os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") or "host"
@@ -156,11 +155,13 @@ def connected(proxy: Proxy) -> Iterator[socket.socket]:
 
 def said(client: socket.socket, words: bytes) -> bytes:
     """What comes back of them."""
-    client.sendall(words)
-    back = b""
+    sender = threading.Thread(target=client.sendall, args=(words,))
+    sender.start()
+    back = bytearray()
     while len(back) < len(words):
         back += client.recv(65_536)
-    return back
+    sender.join()
+    return bytes(back)
 
 
 def test_cut_connection_is_reset(proxy: Proxy, client: socket.socket) -> None:
@@ -197,15 +198,14 @@ def test_stalled_wire_that_is_cut_loses_what_it_has(proxy: Proxy, client: socket
 
 
 def test_slow_wire_is_slow(proxy: Proxy, client: socket.socket) -> None:
-    """200 kB take about two seconds there, and the echo comes while more is under way."""
+    """100 kB take about a second there, and the echo comes while more is under way."""
     proxy.slow()
     begun = time.monotonic()
     assert said(client, b"x" * 100_000) == b"x" * 100_000
     assert time.monotonic() - begun > 0.8
     proxy.flow()
-    begun = time.monotonic()
-    assert said(client, b"x" * 100_000) == b"x" * 100_000
-    assert time.monotonic() - begun < 0.8
+    with sooner_than(60):  # as it would take if it were slow still
+        assert said(client, b"x" * 6_000_000) == b"x" * 6_000_000
 
 
 def test_client_of_a_half_open_connection_is_told_nothing(
@@ -259,7 +259,9 @@ def test_kill_loses_no_record(tmp_path: Path) -> None:
         "for n in range(1000): recorder.write('take', n, 'event.ok')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = {**unmeasured(), "PYTHONPATH": str(HARNESS.parent)}
+    # Without the measuring of coverage, which would be killed as well.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+    environment["PYTHONPATH"] = str(HARNESS.parent)
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
     assert [int(words[1]) for _, words in Reader(tmp_path).new()] == list(range(1000))
@@ -612,18 +614,6 @@ def test_lateness_is_shown_by_release_and_setting() -> None:
     assert rst.index("3.10.8") < rst.index("4.0.5")
 
 
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_retries_come_within_seconds_of_a_crash_with_the_recommended_setting() -> None:
-    """With RabbitMQ's own it may be three minutes; each time is told."""
-    said: list[str] = []
-    measured = lateness.measure(RELEASE, lateness.RECOMMENDED, 0, said.append, events=500)
-    assert len(said) == 1
-    assert 0 <= measured.waiting.p50 <= measured.waiting.p99 <= measured.waiting.longest < 60
-    assert measured.afterwards.longest < 60
-
-
 # --- the command line ----------------------------------------------------------------------------
 
 
@@ -681,148 +671,3 @@ def test_help_names_scenarios_and_mistakes(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for name in (*SCENARIOS, *MISTAKES):
         assert name in text
-
-
-# --- whole runs ----------------------------------------------------------------------------------
-
-
-def unmeasured() -> dict[str, str]:
-    """The environment, without the measuring of coverage."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-
-
-def run_harness(tmp_path: Path, *arguments: object, timeout: float) -> dict[str, Any]:
-    """A run's figures, its exit status and what it printed."""
-    file = tmp_path / "figures.json"
-    words = [sys.executable, HARNESS, "--release", RELEASE, "--json", file, *arguments]
-    done = subprocess.run(
-        list(map(str, words)),
-        env=unmeasured(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert file.exists(), done.stdout
-    figures: dict[str, Any] = json.loads(file.read_text())
-    return {**figures, "status": done.returncode, "printed": done.stdout}
-
-
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_nothing_is_lost_while_everything_fails(tmp_path: Path) -> None:
-    """A minute of all faults; `make faults` runs longer."""
-    file = tmp_path / "report.rst"
-    result = run_harness(tmp_path, "--seconds", 60, "--seed", 3, "--report", file, timeout=380)
-    assert result["violations"] == [], result["printed"]
-    assert result["status"] == 0
-    assert result["published"] > 1000
-    assert sum(result["faults"].values()) >= 5
-    assert "python tests/faults --release" in file.read_text()
-
-
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_nothing_is_lost_while_releases_are_rolled_out_and_back(tmp_path: Path) -> None:
-    """Old and new processes of one subscriber side by side, with keys added, removed, retired."""
-    result = run_harness(tmp_path, "--scenario", "rolling", "--seconds", 40, timeout=280)
-    assert result["violations"] == [], result["printed"]
-    assert result["status"] == 0
-    assert result["published"] > 1000
-    assert {"rolled-forward", "rolled-back"} == set(result["faults"])
-
-
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
-    """The culprit is a dead letter, and nothing else is."""
-    result = run_harness(tmp_path, "--scenario", "poison", "--seconds", 40, timeout=280)
-    assert result["violations"] == [], result["printed"]
-    assert {"poisoned", "stopped-in-a-row"} == set(result["faults"])
-    assert result["dead_lettered"]["held"] == result["faults"]["poisoned"]
-
-
-# As short as each mistake is found out every time.
-SECONDS = {
-    "ack-first": 6,
-    "retry-after-ack": 5,
-    "classic-delays": 40,
-    "no-confirms": 5,
-    "stale-tags": 6,
-    "unlisted-acked": 12,
-}
-
-takes_minutes = pytest.mark.skipif(
-    not os.environ.get("DOMAIN_EVENTS_TEST_FAULTS"),
-    reason="takes four minutes: set DOMAIN_EVENTS_TEST_FAULTS=1",
-)
-
-
-def test_every_mistake_is_tried() -> None:
-    """None is left out of the test below."""
-    assert set(SECONDS) == set(MISTAKES)
-
-
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        pytest.param(mistake, marks=[takes_minutes] if seconds > 30 else [])
-        for mistake, seconds in SECONDS.items()
-    ],
-)
-def test_harness_finds_the_mistake(tmp_path: Path, mistake: str) -> None:
-    """A library that is broken in a known way is found guilty, and this one is not."""
-    seconds = SECONDS[mistake]
-    broken = run_harness(tmp_path, "--broken", mistake, "--seconds", seconds, timeout=140)
-    assert broken["lost"] > 0, broken["printed"]
-    assert broken["status"] == 1
-    scenario = MISTAKES[mistake].scenario
-    whole = run_harness(tmp_path, "--scenario", scenario, "--seconds", seconds, timeout=140)
-    assert whole["violations"] == [], whole["printed"]
-    assert whole["status"] == 0
-
-
-@pytest.mark.usefixtures("rabbitmq_release")
-@pytest.mark.slow
-def test_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
-    """Ctrl-C ends it in order: no program, no broker."""
-    process = subprocess.Popen(
-        [sys.executable, str(HARNESS), "--release", RELEASE, "--seconds", "60"],
-        env={**unmeasured(), "TMPDIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        with process.stdout as stdout:
-            for line in stdout:
-                if "faults begin" in line:
-                    break
-            assert len(processes_with(str(tmp_path))) > 5
-            process.send_signal(signal.SIGINT)
-            last = stdout.read().splitlines()[-1]
-        assert process.wait(30) == 130
-        assert "interrupted" in last
-        wait_until(lambda: not processes_with(str(tmp_path)))
-        assert not list(tmp_path.glob("faults-*"))
-    finally:
-        process.kill()
-        process.wait()
-
-
-def processes_with(words: str) -> list[int]:
-    """The processes that have these words in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if words.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found

@@ -38,7 +38,7 @@ PER_RECONNECT = {"traced": Allowed(700_000, 100), "resident": Allowed(4_000_000,
 # A message that is not let go of takes some 1,000 bytes, a number 32.
 ROUND = 500
 RETRIES_EACH = 5
-ROUNDS = 40 if LONG else 4
+ROUNDS = 40 if LONG else 3
 PER_RETRY = {"traced": Allowed(150_000, 5), "resident": Allowed(4_000_000, 50)}
 
 # RabbitMQ's heartbeat is a minute, so pika sends one every half; here one a second each.
@@ -80,7 +80,7 @@ def test_reconnects_leave_nothing_behind(bench: Bench, monkeypatch: pytest.Monke
             for number in range(times):
                 proxy.cut()
                 publisher.publish(DomainEvent("a.b", number), timeout=30)
-                assert handled.acquire(timeout=30)
+                assert handled.acquire(timeout=60)
                 while handled.acquire(blocking=False):
                     pass  # those that came twice
 
@@ -111,7 +111,7 @@ def test_retries_leave_nothing_behind(bench: Bench) -> None:
     def play() -> None:
         bench.publisher.publish_many(DomainEvent("a.b", n) for n in range(ROUND))
         for _ in range(ROUND):
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=300)
 
     with tracing(), consuming(subscriber, bench.url, queue):
         play()
@@ -143,10 +143,10 @@ def test_a_day_of_idling_leaves_nothing_behind(bench: Bench) -> None:
         for publisher in publishers:
             closing.enter_context(publisher).publish(DomainEvent("first.one", {}))
         first = frames()
-        wait_until(lambda: frames() >= first + 3 * IDLE_CONNECTIONS, timeout=30)  # warm
+        wait_until(lambda: frames() >= first + 3 * IDLE_CONNECTIONS, timeout=60)  # warm
         before, first, begun = footprint(), frames(), time.monotonic()
         wanted = SECONDS_OF_IDLING * IDLE_CONNECTIONS
-        wait_until(lambda: frames() >= first + wanted, SECONDS_OF_IDLING * 3, interval=0.5)
+        wait_until(lambda: frames() >= first + wanted, SECONDS_OF_IDLING * 10, interval=0.5)
         print(f"{wanted} heartbeats in {time.monotonic() - begun:.0f} s")
         assert_flat(before, wanted, **PER_HEARTBEAT)
         for publisher in publishers:

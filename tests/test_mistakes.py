@@ -1121,7 +1121,7 @@ def test_text_that_is_more_than_a_str_is_what_it_says(
             )
         thread = threading.Thread(target=subscriber.start_consuming, args=(30,))
         thread.start()
-        wait_until(lambda: onlooker.count(broker_url, f"{name}-dl") == 1, timeout=20)
+        wait_until(lambda: onlooker.count(broker_url, f"{name}-dl") == 1)
         assert replay_all(kind(name), connection_settings=kind(broker_url)) == 0
         thread.join(30)
     assert [each.event_data for each in seen] == [
@@ -1207,7 +1207,6 @@ MISTYPED = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_type_checker_finds_a_users_mistakes(tmp_path: Path) -> None:
     """In a program that uses the library as it is meant to, none; otherwise each one."""
     pytest.importorskip("mypy", reason="mypy comes with the extra `dev`, not with `test`")

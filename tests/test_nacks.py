@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import onlooker
 import pytest
 from nacking import NackingProxy
-from support import Names, wait_until
+from support import Names, sooner_than, wait_until
 
-from domain_events import DomainEvent, EventNotConfirmed, EventRejected, Publisher
+from domain_events import (
+    DomainEvent,
+    DomainEventsError,
+    EventNotConfirmed,
+    EventRejected,
+    Publisher,
+)
 from domain_events.broker.rabbitmq import publishing
 from domain_events.broker.rabbitmq.sending import Sender
-
-pytestmark = pytest.mark.timeout(120)
 
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
@@ -68,38 +72,65 @@ def refused_all_the_time(publisher: Publisher) -> Iterator[list[float]]:
         assert not any(thread.is_alive() for thread in threads)
 
 
-def latencies(publisher: Publisher, seconds: float, threads: int = 8) -> list[float]:
-    """How long each publish to the healthy queue takes, from several threads."""
-    until = time.monotonic() + seconds
-    took: list[float] = []
+def publish_to_healthy(publisher: Publisher, each: int = 50, threads: int = 8) -> int:
+    """Publish one at a time, from several threads; how many were confirmed."""
 
-    def publish() -> None:
-        while (begun := time.monotonic()) < until:
-            publisher.publish(DomainEvent("healthy.one", {}))
-            took.append(time.monotonic() - begun)
+    def publish(_thread: int) -> int:
+        for _ in range(each):
+            publisher.publish(DomainEvent("healthy.one", {}), timeout=60)
+        return each
 
-    workers = [threading.Thread(target=publish) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    return took
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(publish, range(threads)))
 
 
 def test_refused_events_do_not_hold_up_others(
-    publisher: Publisher, full: str, healthy: str, broker_url: str
+    publisher: Publisher,
+    full: str,
+    healthy: str,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside a queue at its length limit, events for a healthy one take as long as ever."""
-    alone = latencies(publisher, 2)
+    """While they wait until they are sent again, events for a healthy queue are confirmed."""
+    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
+    refused: list[BaseException] = []
+
+    def publish_refused(number: int) -> None:
+        try:
+            publisher.publish(DomainEvent(f"full.{number}", {}), timeout=120)
+        except DomainEventsError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=publish_refused, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    rabbit = publisher._publishing
+    assert isinstance(rabbit, publishing.RabbitPublishing)
+    wait_until(lambda: len(rabbit._nacked) == len(threads))
+    with sooner_than(60):  # until the first of them is sent again
+        assert publish_to_healthy(publisher) == 400
+    assert len(rabbit._nacked) == len(threads)
+    assert onlooker.count(broker_url, healthy) == 400
+    publisher.close(timeout=0.1)
+    for thread in threads:
+        thread.join(30)
+    assert len(refused) == len(threads)
+
+
+def test_refused_events_that_are_sent_again_do_not_hold_up_others(
+    publisher: Publisher,
+    full: str,
+    healthy: str,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a new channel each time, again and again: all events for a healthy queue are stored."""
+    monkeypatch.setattr(publishing, "_DOUBTS", (0.02, 0.02, 0.02))
+    published = 0
     with refused_all_the_time(publisher) as rejected:
-        beside = latencies(publisher, 5)
-    assert len(rejected) >= 4
-    # An event that waited for a refused one would take 0.25 s and more; none of many does.
-    slow = [each for each in beside if each > max(0.2, *alone)]
-    assert len(slow) <= 2, (len(beside), sorted(beside)[-5:], max(alone))
-    print(f"median {statistics.median(alone):.4f} alone, {statistics.median(beside):.4f} beside")
-    assert statistics.median(beside) < 5 * statistics.median(alone) + 0.01
-    assert onlooker.count(broker_url, healthy) == len(alone) + len(beside)
+        while len(rejected) < 20 or published < 800:
+            published += publish_to_healthy(publisher)
+    assert onlooker.count(broker_url, healthy) == published
 
 
 def test_events_that_are_not_refused_keep_their_order(
@@ -130,7 +161,7 @@ def test_events_that_are_not_refused_keep_their_order(
             stopping.wait(0.02)
 
     def batch() -> Iterator[DomainEvent]:
-        while number[0] < 10_000 or (len(replaced) < 10 and number[0] < 100_000):
+        while number[0] < 3_000 or len(replaced) < 3 or max(replaced) < 50:
             yield DomainEvent("healthy.one", {"n": number[0]})
             number[0] += 1
 
@@ -143,16 +174,16 @@ def test_events_that_are_not_refused_keep_their_order(
     finally:
         stopping.set()
         taker.join(30)
-    assert len(replaced) >= 10
-    assert max(replaced) > 100  # with so many in flight
+    assert max(replaced) >= 50  # with so many in flight
     stored = [json.loads(body)["data"]["n"] for body in onlooker.take_all(broker_url, healthy)]
     assert stored == list(range(number[0]))
 
 
 def test_refused_event_goes_through_when_there_is_room_again(
-    publisher: Publisher, full: str, broker_url: str
+    publisher: Publisher, full: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is sent again; its sender sees nothing of it but the time."""
+    monkeypatch.setattr(publishing, "_DOUBTS", (0.25,) * 30)
     timer = threading.Timer(0.4, onlooker.take, (broker_url, full))
     timer.start()
     begun = time.monotonic()
@@ -164,29 +195,31 @@ def test_refused_event_goes_through_when_there_is_room_again(
 
 
 def test_refusal_of_one_kind_is_not_believed_of_another(
-    publisher: Publisher, full: str, broker_url: str
+    publisher: Publisher, full: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After one that was refused for good, the same kind fails at once, and only that."""
+    monkeypatch.setattr(publishing, "_BELIEF", 600.0)
     with pytest.raises(EventRejected):
         publisher.publish(DomainEvent("full.one", {}))
-    begun = time.monotonic()
-    with pytest.raises(EventRejected):
-        publisher.publish(DomainEvent("full.one", {}))
-    assert time.monotonic() - begun < 0.25
+    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
+    with sooner_than(60), pytest.raises(EventRejected):
+        publisher.publish(DomainEvent("full.one", {}), timeout=120)
+    monkeypatch.setattr(publishing, "_DOUBTS", (0.25,))
     begun = time.monotonic()
     with pytest.raises(EventRejected):
         publisher.publish(DomainEvent("full.two", {}))
-    assert time.monotonic() - begun > 1
+    assert time.monotonic() - begun > 0.2
 
 
 def test_refusal_that_lasts_longer_than_the_timeout_is_named(
-    publisher: Publisher, full: str
+    publisher: Publisher, full: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broker has answered; the error does not say that it is silent."""
+    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
     with pytest.raises(EventNotConfirmed, match="refuses it so far"):
-        publisher.publish(DomainEvent("full.one", {}), timeout=0.5)
+        publisher.publish(DomainEvent("full.one", {}), timeout=1)
     with pytest.raises(EventNotConfirmed, match="refuses it so far"):
-        publisher.publish_many([DomainEvent("full.two", {})], timeout=0.3)
+        publisher.publish_many([DomainEvent("full.two", {})], timeout=1)
 
 
 # --- a channel that refuses what another takes ---------------------------------------------------
@@ -227,11 +260,9 @@ def test_channel_that_refuses_what_a_new_one_takes_is_replaced(
     assert publisher.publish_many(DomainEvent("a.b", {"n": n}) for n in range(number)) == number
     nacks = proxy.nacks
     assert nacks > 0
-    begun = time.monotonic()
     for n in range(20):
         publisher.publish(DomainEvent("a.b", {"n": n}))
     assert proxy.nacks == nacks
-    assert time.monotonic() - begun < 5
     stored = {json.loads(body)["uuid_string"] for body in onlooker.take_all(broker_url, queue)}
     assert len(stored) == number + 20
     rabbit = publisher._publishing

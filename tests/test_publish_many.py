@@ -25,8 +25,6 @@ from domain_events import (
     Publisher,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 def proxy(broker_url: str) -> Iterator[Proxy]:
@@ -57,12 +55,12 @@ def events(number: int, size: int = 10) -> Iterator[DomainEvent]:
 def test_slow_line_that_confirms_all_the_time_is_no_error(
     far: Publisher, proxy: Proxy, broker_url: str, queue: str
 ) -> None:
-    """8 MB over a line of 1 MB/s take four times the timeout, and succeed."""
+    """5 MB over a line of 1 MB/s take more than twice the timeout, and succeed."""
     proxy.slow(1_000_000, 0)
     begun = time.monotonic()
-    assert far.publish_many(events(4000, 2000), timeout=2.0) == 4000
+    assert far.publish_many(events(2500, 2000), timeout=2.0) == 2500
     assert time.monotonic() - begun > 3
-    assert onlooker.count(broker_url, queue) == 4000
+    assert onlooker.count(broker_url, queue) == 2500
 
 
 def test_slow_confirms_are_no_error(far: Publisher, proxy: Proxy) -> None:
@@ -99,7 +97,7 @@ def test_silence_is_an_error_that_says_what_was_confirmed(far: Publisher, proxy:
 
     with pytest.raises(EventNotConfirmed) as caught:
         far.publish_many(until_it_stalls(), timeout=1.0)
-    assert 0.9 < time.monotonic() - stalled < 10
+    assert 0.9 < time.monotonic() - stalled < 30  # and not 60, as with the heartbeat
     error = caught.value
     assert error.taken == 3000
     assert error.published == 2500

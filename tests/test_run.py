@@ -136,9 +136,9 @@ def test_sigterm_under_eventlet_lets_the_handler_finish(bench: Bench, tmp_path: 
         subprocess.Popen(command, stdout=lines, stderr=lines, env=environment) as process,
     ):
         try:
-            wait_until(lambda: "ready" in output.read_text(), timeout=20)
+            wait_until(lambda: "ready" in output.read_text())
             bench.publish("user.registered")
-            wait_until(lambda: "begin" in output.read_text(), timeout=20)
+            wait_until(lambda: "begin" in output.read_text())
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         finally:

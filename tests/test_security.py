@@ -493,7 +493,6 @@ def test_documented_permissions_are_enough(killable_node: Node, unique: str, use
         ROLES[role](url, killable_node.url, exchange, queue)
 
 
-@pytest.mark.timeout(120)
 def test_each_documented_permission_is_needed_and_named_when_it_is_missing(
     killable_node: Node, unique: str, users: Users
 ) -> None:
@@ -573,7 +572,7 @@ def test_subscriber_that_may_not_read_says_so_and_goes_on(
         users.set(url, ALL)
         with Publisher(killable_node.url, exchange) as publisher:
             event = publisher.publish(DomainEvent("a.b", {}))
-        wait_until(lambda: event in seen, timeout=20)
+        wait_until(lambda: event in seen)
     finally:
         subscriber.stop_consuming()
         thread.join(20)
@@ -599,7 +598,7 @@ def test_dead_letter_waits_for_the_permission_to_write_it(
         publish(killable_node.url, exchange)
         wait_until(lambda: "may not write to the exchange 'amq.default'" in caplog.text)
         users.set(url, permissions)
-        wait_until(lambda: onlooker.count(killable_node.url, f"{queue}-dl") == 1, timeout=20)
+        wait_until(lambda: onlooker.count(killable_node.url, f"{queue}-dl") == 1)
 
 
 # --- credentials ---------------------------------------------------------------------------------
@@ -722,7 +721,7 @@ def test_password_is_not_printed_by_the_command(
         ],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert (done.returncode == 0) == (password == "hunter2"), done.stderr
@@ -737,8 +736,16 @@ def arguments_of(pid: int) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("form", [["--broker", "{}"], ["--broker={}"], ["--brok", "{}"]])
-@pytest.mark.parametrize("program", ["-m domain_events", "{}/domain-events"])
+# The form of the argument does not depend on the program that is given it.
+@pytest.mark.parametrize(
+    ("program", "form"),
+    [
+        ("-m domain_events", ["--broker", "{}"]),
+        ("-m domain_events", ["--broker={}"]),
+        ("-m domain_events", ["--brok", "{}"]),
+        ("{}/domain-events", ["--broker", "{}"]),
+    ],
+)
 def test_password_does_not_stay_in_the_list_of_processes(
     killable_node: Node, users: Users, form: list[str], program: str
 ) -> None:
@@ -768,7 +775,7 @@ def test_demo_takes_the_brokers_url_from_the_environment(killable_node: Node) ->
         env={**os.environ, "DOMAIN_EVENTS_URL": killable_node.url},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=True,
     )
     assert f"amqp://guest@127.0.0.1:{killable_node.port}/" in done.stdout
@@ -793,9 +800,18 @@ STRANGERS = (
 )
 
 
-@pytest.mark.parametrize("options", [["-m"], ["-um"], ["-X", "utf8", "-W", "default", "-m"]])
+# Python's options decide how the command is started, and its arguments what it starts itself.
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["-m"], ["demo"]),
+        (["-m"], ["demo", "--broker"]),
+        (["-m"], ["demo", "--broker", "{}"]),
+        (["-um"], ["demo", "--broker", "{}"]),
+        (["-X", "utf8", "-W", "default", "-m"], ["demo", "--broker", "{}"]),
+    ],
+)
 @pytest.mark.usefixtures("demo_alone")
-@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--broker"], ["demo", "--broker", "{}"]])
 def test_nothing_of_the_current_folder_is_run(
     broker_url: str, tmp_path: Path, options: list[str], arguments: list[str]
 ) -> None:
@@ -815,7 +831,7 @@ def test_nothing_of_the_current_folder_is_run(
         env={**os.environ, "DOMAIN_EVENTS_URL": broker_url},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=240,
         check=False,
     )
     assert not (tmp_path / "run").exists(), (tmp_path / "run").read_text()

@@ -143,7 +143,8 @@ def free_port() -> int:
 
     From that range the kernel could hand the port of a killed node to somebody's outgoing
     connection - even to a client that tries to reconnect to the node, which then talks to itself.
-    Random, because several test runs on one machine choose at the same time.
+    Random, because several test runs on one machine choose at the same time; and locked until this
+    process ends, because a node listens only some seconds after its port was chosen.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     lowest = lowest if lowest > 12_000 else 32_768
@@ -154,8 +155,24 @@ def free_port() -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        return port
+        if _reserve(port):
+            return port
     raise NodeError("no free port found on 127.0.0.1")
+
+
+def _reserve(port: int) -> bool:
+    """Whether no other process has chosen this port, nor this one before.
+
+    The lock is a name among the abstract sockets of Linux: no file, and gone with the process.
+    """
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0domain-events-rabbitmq-port-{port}")
+    except OSError:
+        lock.close()
+        return False
+    lock.detach()  # its descriptor stays open
+    return True
 
 
 def wait_for_broker(port: int, seconds: float = START_SECONDS) -> None:

@@ -17,7 +17,7 @@ from unittest.mock import MagicMock, Mock
 import onlooker
 import pytest
 from bench import Bench, Events, running, stops_after
-from support import wait_until
+from support import sooner_than, wait_until
 
 from conformance.peer import Peer
 from domain_events import DeadLetter, DeadLetters, DomainEvent, Reject, Retry
@@ -76,7 +76,7 @@ def test_event_that_no_process_lists_is_a_dead_letter_that_says_so(
     with running(old):
         events = [bench.publish("user.deleted", n) for n in range(3)]
         handled = bench.publish("user.registered")
-        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 3, timeout=20)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 3)
     assert seen == [handled]
     letters = letters_of(bench, queue)
     assert sorted(letter.event.data for letter in letters if letter.event) == [0, 1, 2]
@@ -98,9 +98,8 @@ def test_without_dead_letters_an_event_that_is_not_listed_goes_on_waiting(bench:
     bench.publish("user.deleted", "waits")
     with running(old):
         wait_until(is_empty(bench, queue))
-        # Longer than all delays together.
-        old_again_at = time.monotonic() + 3 * sum(SHORT_DELAYS)
-        wait_until(lambda: time.monotonic() > old_again_at)
+        # It must wait: after all delays together, the event is to be still on its way.
+        time.sleep(3 * sum(SHORT_DELAYS))
     seen: Events = []
     new = bench.subscriber()
     new.register(stops_after(1, new, seen), queue, ["user.*"], dead_letter=False)
@@ -117,7 +116,7 @@ def test_retry_and_replay_that_return_to_another_release_are_handed_back(bench: 
     def handle(event: DomainEvent) -> None:
         seen.append((event.data, event.retries))
         if event.data == "retry" and event.retries == 0:
-            raise Retry(0.3)
+            raise Retry(3)  # by then the new release must have stopped
         if event.data == "replay" and len(seen) <= 2:
             raise Reject
 
@@ -135,7 +134,7 @@ def test_retry_and_replay_that_return_to_another_release_are_handed_back(bench: 
     with running(old):
         wait_until(is_empty(bench, queue))
     with running(new):
-        wait_until(lambda: len(seen) == 4, timeout=20)
+        wait_until(lambda: len(seen) == 4)
     assert sorted(map(str, seen[2:])) == ["('replay', 0)", "('retry', 1)"]
     assert handled_by_old == []
 
@@ -395,7 +394,7 @@ def test_orderly_stops_never_move_an_event_that_was_not_begun(bench: Bench) -> N
         assert not thread.is_alive()
     assert letters_of(bench, queue) == []
     with running(subscriber):
-        wait_until(lambda: len({event.data for event in handled}) == len(events), timeout=20)
+        wait_until(lambda: len({event.data for event in handled}) == len(events))
     assert letters_of(bench, queue) == []
 
 
@@ -484,7 +483,7 @@ def test_event_that_takes_long_after_crashes_does_not_hold_up_the_others(
     events = [bench.publish("n.n", n) for n in range(20)]
     with running(subscriber):
         try:
-            wait_until(lambda: len(seen) == len(events), timeout=30)
+            wait_until(lambda: len(seen) == len(events))
         finally:
             gate.set()
 
@@ -568,9 +567,8 @@ def test_stop_before_any_start_is_not_lost(bench: Bench) -> None:
     subscriber.register(print, bench.names.queue(), ["#"])
     for _ in range(3):
         subscriber.stop_consuming()
-        begun = time.monotonic()
-        subscriber.start_consuming(timeout=30)
-        assert time.monotonic() - begun < 15
+        with sooner_than(60):
+            subscriber.start_consuming(timeout=60)
 
 
 # ------------------------------------------------------------------ what a dead letter says
@@ -596,7 +594,7 @@ def test_dead_letter_of_used_up_retries_names_the_cause_and_the_first_failure(be
     subscriber.register(handle, queue, ["#"], max_retries=2)
     bench.publish("user.registered")
     with running(subscriber):
-        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1, timeout=20)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
     (letter,) = letters_of(bench, queue)
     assert (letter.error_type, letter.error_message) == (f"{Broken.__module__}.Broken", "last")
     assert (letter.first_error_type, letter.first_error_message) == ("KeyError", "'first'")
@@ -672,7 +670,7 @@ def test_forged_headers_are_neither_believed_nor_carried_on(bench: Bench) -> Non
     headers["trace"] = "kept"
     onlooker.publish(bench.url, bench.exchange, "user.x", body, headers=headers)
     with running(subscriber):
-        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1, timeout=20)
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == 1)
     assert seen == [0, 1]
     (letter,) = letters_of(bench, queue)
     assert (letter.subscriber, letter.retries) == (queue, 1)
@@ -703,5 +701,5 @@ def test_registering_while_consuming_begins_gives_one_consumer(bench: Bench) -> 
         if bench.url.startswith("amqp"):
             assert onlooker.consumers(bench.url, queue) == 1
         subscriber.stop_consuming()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()

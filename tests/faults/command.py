@@ -98,9 +98,18 @@ def _settings(options: argparse.Namespace) -> Settings:
         scenario = dataclasses.replace(scenario, waiting=options.events)
     if options.url and (scenario.cluster or not options.url.startswith("amqp://")):
         raise HarnessError("--url takes one amqp:// URL, and a scenario without a cluster")
-    seconds = options.seconds or (mistake.seconds if mistake else 60.0)
+    seconds = options.seconds
+    if not seconds and not options.faults:
+        seconds = mistake.seconds if mistake else 60.0
     return Settings(
-        scenario, seconds, options.seed, options.release, options.url, options.broken, options.keep
+        scenario,
+        seconds,
+        options.faults,
+        options.seed,
+        options.release,
+        options.url,
+        options.broken,
+        options.keep,
     )
 
 
@@ -118,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--seconds", type=float, default=0.0, help="how long faults are injected (default: 60)")
+    add("--faults", type=int, default=0, help="how many are injected, however long that takes")
     add("--seed", type=int, default=1, help="replays the same schedule (default: 1)")
     add("--release", default="host", help=f"of RabbitMQ: {', '.join(rabbitmq_node.RELEASES)}")
     add("--url", default="", help="a broker to use instead; faults of its process are left out")

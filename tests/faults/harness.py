@@ -54,7 +54,9 @@ class Settings:
     """What the user asks for."""
 
     scenario: Scenario
+    #: Faults are injected for so long, and until they are so many.
     seconds: float = 60.0
+    faults: int = 0
     seed: int = 1
     release: str = "host"
     url: str = ""
@@ -321,7 +323,7 @@ class Harness:
         patience = LONGEST_SILENCE if not self._scenario.waiting else 1.5
         for number, group in enumerate(groups):
             self._pause(group.gap)
-            if time.monotonic() - begun >= self._settings.seconds or self._is_done():
+            if self._is_done() or self._is_enough(time.monotonic() - begun):
                 return
             at = time.monotonic() - begun
             told = self._inject_group(world, group, number)
@@ -338,6 +340,11 @@ class Harness:
         if self._broker.nodes:
             return set()
         return {kind for kind in self._scenario.needed() if KINDS[kind].needs}
+
+    def _is_enough(self, seconds: float) -> bool:
+        """Whether faults were injected for as long, and as many, as were asked for."""
+        settings = self._settings
+        return seconds >= settings.seconds and len(self._faults) >= settings.faults
 
     def _is_done(self) -> bool:
         """Whether all the events that waited are handled."""

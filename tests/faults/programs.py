@@ -56,7 +56,9 @@ class Program:
             config = json.dumps(self._configure(self.process_name))
             # Coverage is not measured here: it would slow down what is to be under load.
             environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
-            environment["PYTHONPATH"] = str(_TESTS)
+            # The library is the one that this process would import, be it installed or not.
+            paths = [str(_TESTS), os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             with (self._folder / f"{self.name}.log").open("ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", f"faults.{self.role}", config],

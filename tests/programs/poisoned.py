@@ -1,11 +1,15 @@
 """A subscriber whose handler ends its process at an event with the data "poison".
 
-``poisoned.py URL EXCHANGE QUEUE FILE HOW``: writes the data of what it has handled to FILE, a line
-each; ends when nothing has come for half a second.
+``poisoned.py URL EXCHANGE QUEUE FILE HOW``: starts it again and again, in a process of its own each
+time, until one ends in order: when nothing has come for two seconds. Prints how many it took. Each
+writes the data of what it has handled to FILE, a line each.
+
+The processes are forks of this one, which has nothing but its imports: those take most of a start.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -40,4 +44,12 @@ def main(url: str, exchange: str, queue: str, file: str, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    starts = 0
+    while starts < 40:
+        starts += 1
+        process = multiprocessing.get_context("fork").Process(target=main, args=sys.argv[1:])
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+    print(starts)
