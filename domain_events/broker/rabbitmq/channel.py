@@ -268,9 +268,9 @@ class ChannelSetup:
             self._prepare(channel)
             return
         piece = self._piece(left)
+        answered = partial(self._answered, left, piece, channels.known)
         for each in piece[:-1]:
             self._send(channel, each)
-        answered = partial(self._answered, left, piece, channels.known)
         self._send(channel, piece[-1], self._link.guarded(answered))
 
     def _piece(self, left: list[Declaration]) -> Sequence[Declaration]:
