@@ -25,7 +25,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from pika.channel import Channel
@@ -107,13 +107,20 @@ class Tags:
     def all_settled(self) -> bool:
         return self._floor > self._last
 
-    def raise_floor(self) -> int:
-        """Pass over what is settled without a gap; the new floor."""
+    def acks(self, done: Sequence[int]) -> list[tuple[int, bool]]:
+        """How to ack these, which were marked as settled: tags, and whether up to each.
+
+        A run of acks that leaves no gap goes as one.
+        """
         above = self._settled_above
         while self._floor in above:
             above.discard(self._floor)
             self._floor += 1
-        return self._floor
+        acks = [(tag, False) for tag in done if tag > self._floor]
+        if together := [tag for tag in done if tag < self._floor]:
+            # The tag named must itself be outstanding, hence the highest of these.
+            acks.insert(0, (max(together), True))
+        return acks
 
     def large(self) -> tuple[int, int]:
         """How many deliveries with large bodies are unsettled, and how many bytes these are."""
@@ -240,7 +247,7 @@ class RabbitConsumer:
         # Any thread: what was settled and not sent to the broker yet, and when the last of it was.
         self._settled: deque[tuple[tuple[int, int], Settlement]] = deque()
         self._settled_at = 0.0
-        self._bell = Doorbell(partial(self._link.wake, self._send_settled))
+        self._bell = Doorbell(lambda: self._link.wake(self._send_settled))
         # The I/O thread.
         self._setup: ChannelSetup | None = None
         self._consumer_tags: dict[str, bool] = {}  # whether each is being cancelled
@@ -524,7 +531,7 @@ class RabbitConsumer:
         """Send what was settled."""
         self._bell.answer()
         channel, tags = self._channel, self._tags
-        acks: list[int] = []
+        done: list[int] = []
         others: list[int] = []
         while self._settled:
             (epoch, tag), how = self._settled.popleft()
@@ -533,7 +540,7 @@ class RabbitConsumer:
             if not tags.settle(tag):
                 continue
             if how is Settlement.DONE:
-                acks.append(tag)
+                done.append(tag)
                 continue
             others.append(tag)
             if how is Settlement.GIVE_BACK:
@@ -542,17 +549,7 @@ class RabbitConsumer:
                 # Since RabbitMQ 4.3 only this counts towards the delivery limit
                 # (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
                 channel.basic_reject(tag, requeue=True)
-        if channel is not None and (acks or others):
-            self._ack(channel, tags, acks)
-            self._take(self._start.settled([*acks, *others], tags))
-
-    def _ack(self, channel: Channel, tags: Tags, acks: list[int]) -> None:
-        """A run of acks that leaves no gap goes as one."""
-        floor = tags.raise_floor()
-        together = [tag for tag in acks if tag < floor]
-        if together:
-            # The tag named must itself be outstanding, hence the highest of these acks.
-            channel.basic_ack(max(together), multiple=True)
-        for tag in acks:
-            if tag > floor:
-                channel.basic_ack(tag)
+        if channel is not None and (done or others):
+            for tag, up_to in tags.acks(done):
+                channel.basic_ack(tag, multiple=up_to)
+            self._take(self._start.settled([*done, *others], tags))

@@ -136,7 +136,7 @@ class RabbitPublishing:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Publication] = deque()
-        self._bell = Doorbell(partial(self._link.wake, self._pump))
+        self._bell = Doorbell(lambda: self._link.wake(self._pump))
         self._may_declare = True
         # Over what the broker has closed the connection, and until when nobody tries again.
         self._refusal: tuple[DomainEventsError, float] | None = None
