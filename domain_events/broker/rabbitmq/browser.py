@@ -165,16 +165,14 @@ class RabbitBrowser:
 
     def _open(self, answer: Answer) -> None:
         connection = self._link.connection
-        if connection is None:
-            return
+        assert connection is not None  # requests are performed on an open one
         self._release = connection.release
 
         def prepare(channel: Channel) -> None:
             channel.add_callback(
                 self._link.guarded(self._on_empty), [Basic.GetEmpty], one_shot=False
             )
-            if setup is not None:
-                setup.usable()
+            setup.usable()
             answer.succeed(channel)
 
         setup = self._channels.open(

@@ -106,12 +106,17 @@ class Channels:
         failed: Callable[[DomainEventsError, BaseException], None],
         closed: Callable[[BaseException], None],
         progress: Callable[[int], None] = lambda _steps: None,
-    ) -> ChannelSetup | None:
-        """Open a channel; None when there is no connection. See `ChannelSetup`."""
+    ) -> ChannelSetup:
+        """Open a channel, on a connection that `is_open`; see `ChannelSetup`."""
         connection = self.link.connection
-        if connection is None or not connection.is_open:
-            return None
+        assert connection is not None
         return ChannelSetup(self, connection, topology, prepare, failed, closed, progress)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, on which a channel can be opened."""
+        connection = self.link.connection
+        return connection is not None and bool(connection.is_open)
 
     def forget(self) -> None:
         """Something was deleted, or may have been: declare everything again."""
@@ -274,7 +279,7 @@ class ChannelSetup:
         self._send(channel, piece[-1], self._link.guarded(answered))
 
     def _piece(self, left: list[Declaration]) -> Sequence[Declaration]:
-        """What is sent together: what a user's mistake can be about is sent alone."""
+        """What is sent together: that over which the connection may be closed is sent alone."""
         together = 1 if self._one_by_one else _MOST_IN_A_PIECE
         return list(itertools.takewhile(_is_safe, left[:together])) or left[:1]
 
@@ -408,5 +413,5 @@ def _lasts(declaration: Declaration) -> bool:
 
 
 def _is_safe(declaration: Declaration) -> bool:
-    """Whether no option of a user's can make the broker refuse it."""
+    """Whether the broker closes only the channel if it refuses it, so that it can be repeated."""
     return isinstance(declaration, Binding) or is_shared(declaration)

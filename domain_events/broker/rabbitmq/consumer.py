@@ -320,7 +320,9 @@ class RabbitConsumer:
 
     def open(self) -> None:
         """Declare, and consume; again after any trouble."""
-        if self._setup or self._stopping or time.monotonic() < self._trouble.barred_until:
+        if self._setup or self._stopping or not self._channels.is_open:
+            return
+        if time.monotonic() < self._trouble.barred_until:
             return
         self._setup = self._channels.open(
             self._topology, prepare=self._prepare, failed=self._refused, closed=self._closed

@@ -196,8 +196,7 @@ class RabbitConsuming:
             answer.fail(type(error)(*error.args))
 
     def _perform(self) -> None:
-        connection = self._link.connection
-        if connection is None or not connection.is_open:
+        if not self._channels.is_open:
             self._link.connect()
             return
         while True:
@@ -251,11 +250,13 @@ class RabbitConsuming:
         """Do it on a channel of its own, since an error closes the channel."""
         connection = self._link.connection
 
+        def is_same() -> bool:
+            return self._channels.is_open and self._link.connection is connection
+
         def failed(error: DomainEventsError, reason: BaseException) -> None:
             error = refused(error, reason)
             # Not when the connection was closed over it: others use the next one.
-            is_open = connection is not None and connection.is_open
-            if isinstance(error, BrokerUnavailable) and answer.awaited and is_open:
+            if isinstance(error, BrokerUnavailable) and answer.awaited and is_same():
                 answer.trouble = str(error)
                 self._link.call_later(_PAUSE, again)
             else:
@@ -263,12 +264,11 @@ class RabbitConsuming:
 
         def again() -> None:
             # On the next connection it is begun again anyhow.
-            if connection is self._link.connection and not answer.done():
+            if is_same() and not answer.done():
                 self._on_channel(answer, work, topology, refused)
 
         def prepare(channel: Channel) -> None:
             def done(result: object) -> None:
-                assert setup is not None
                 setup.usable()
                 answer.succeed(result)
                 channel.close()
@@ -285,8 +285,7 @@ class RabbitConsuming:
 
     def _repair(self, topology: Topology, then: Callable[[bool], None]) -> None:
         """Declare the topology again, without anybody waiting for it; then call ``then``."""
-        connection = self._link.connection
-        if connection is None or not connection.is_open:
+        if not self._channels.is_open:
             then(False)
             return
         self._channels.forget()

@@ -90,7 +90,7 @@ class Sender:
 
     def _select(self, channel: Channel) -> None:
         def ready(_frame: object) -> None:
-            self._usable()
+            self._setup.usable()
             self.channel = channel
             self._owner.ready(self)
 
@@ -133,18 +133,13 @@ class Sender:
         A channel processes what it is sent in order; so the reply to a request that changes
         nothing comes after it, however long the confirms take.
         """
-        if self._setup is not None:
-            self._setup.await_answer()
+        self._setup.await_answer()
 
         def answered(_frame: object) -> None:
-            self._usable()
+            self._setup.usable()
             callback()
 
         self.channel.basic_qos(callback=self._guarded(answered))
-
-    def _usable(self) -> None:
-        if self._setup is not None:
-            self._setup.usable()
 
     def returned_error(self, message: Message) -> DomainEventsError | None:
         """The error of a confirmed mandatory message, if no queue was bound for it."""
