@@ -31,9 +31,6 @@ from domain_events.subscription import Subscription
 
 log = Log("domain_events")
 
-# After a handler that took this many seconds its ack is told at once, not with the next ones.
-_SLOW = 0.001
-
 _PAUSE_AFTER_A_MISTAKE = 5.0
 
 # How long the broker may take to confirm that it sends no more.
@@ -214,9 +211,8 @@ class Run:
                 if last is not None and work.consumer is not last:
                     last.flush()
                 last = work.consumer
-                begun = time.monotonic()
                 self._handle(work)
-                if inbox.empty() or time.monotonic() - begun > _SLOW:
+                if inbox.empty():
                     last.flush()
                 if deadline is not None and time.monotonic() >= deadline:
                     return

@@ -52,6 +52,7 @@ _DUE = ".due"
 _FOREIGN_WILDCARD = re.compile(r"\?|%(?![0-9A-Fa-f]{2})|\{[^}]*\}|\[[^\]]*\]")
 _OF_AN_EXCHANGE = re.compile(r"(\.due|\.undelivered|\.delay\.[0-9]{2})\Z")
 _OF_A_QUEUE = re.compile(r"(\.walk|\.undelivered|\.delay\.[0-9]{2})\Z")
+_OF_SHARED_QUEUE = re.compile(r"(\.undelivered|\.delay\.[0-9]{2})\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # Where a name stands beside the URL that it may be mixed up with.
@@ -231,6 +232,19 @@ def delays(exchange: str) -> list[Declaration]:
 def way_back(exchange: str, name: str) -> Binding:
     """How a retry that is due returns to the queue ``name``."""
     return Binding(due_name(exchange), name, "*." * LEVELS + name)
+
+
+def is_shared(declaration: Declaration) -> bool:
+    """Whether it is one of `delays`, which all subscribers of an exchange have in common.
+
+    Their names are reserved: no subscriber and no exchange of a user's can have one of them.
+    """
+    if isinstance(declaration, Exchange):
+        return _OF_AN_EXCHANGE.search(declaration.name) is not None
+    if isinstance(declaration, Binding) and declaration.to_exchange:
+        return True
+    name = declaration.name if isinstance(declaration, Queue) else declaration.destination
+    return _OF_SHARED_QUEUE.search(name) is not None
 
 
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:

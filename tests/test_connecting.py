@@ -485,7 +485,7 @@ def test_exclusive_queue_that_is_taken_is_told_once(
         thread.start()
         wait_until(lambda: "cannot consume" in caplog.text)
         (consumer,) = subscriber._consuming._consumers  # type: ignore[union-attr]
-        wait_until(lambda: consumer._failures >= 4, timeout=30)
+        wait_until(lambda: consumer._trouble.failures >= 4, timeout=30)
         assert caplog.text.count("cannot consume") == 1
     try:
         wait_until(lambda: "consumes again" in caplog.text, timeout=30)

@@ -144,7 +144,7 @@ def test_events_that_are_not_refused_keep_their_order(
 
     That is so because the other queue now and then has room for what it has refused.
     """
-    monkeypatch.setattr(publishing, "_DOUBTS", (0.05, 0.05, 0.05))
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (0.05, 0.05, 0.05))
     replaced: list[int] = []
     switch = publishing.RabbitPublishing._switch
 

@@ -245,7 +245,7 @@ def test_channel_whose_close_is_never_answered_does_not_silence_the_subscriber(
     subscriber.register(seen.append, queue, ["#"])
     told = threading.Event()
     with consuming(subscriber, outage.url, queue):
-        monkeypatch.setattr("domain_events.broker.rabbitmq.opening._ANSWER_TIMEOUT", 1.0)
+        monkeypatch.setattr("domain_events.broker.rabbitmq.channel._ANSWER_TIMEOUT", 1.0)
         with onlooker.channel(outage.url) as channel, monkeypatch.context() as untold:
             untold.setattr("pika.channel.Channel.close", lambda *_arguments: told.set())
             channel.queue_delete(queue)

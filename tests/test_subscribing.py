@@ -20,9 +20,9 @@ from domain_events import (
     Publisher,
     Subscriber,
 )
+from domain_events.broker.rabbitmq.channel import Answer
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.nodes import Nodes
-from domain_events.broker.rabbitmq.request import Answer
 
 
 def test_long_handler_keeps_the_connection(broker_url: str, names: Names) -> None:
@@ -97,15 +97,15 @@ def test_deadline_counts_from_the_last_answer(broker_url: str) -> None:
     """Many declarations may take longer than the timeout; one that is not answered may not."""
     consuming = RabbitConsuming(Nodes((broker_url,)), "test", lambda: None)
 
-    def goes_on(last: int) -> Callable[[object, Answer], None]:
+    def goes_on(last: int) -> Callable[[Answer], None]:
         def step(answer: Answer, number: int) -> None:
-            answer.came_to(number)
+            answer.progress(number)
             if number < last:
                 consuming._link.call_later(0.4, lambda: step(answer, number + 1))
             elif last == 8:
                 answer.set_result("all")
 
-        return lambda _connection, answer: step(answer, 1)
+        return lambda answer: step(answer, 1)
 
     try:
         assert consuming._call(goes_on(8), timeout=2) == "all"

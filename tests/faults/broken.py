@@ -108,7 +108,7 @@ def _stale_tags() -> None:
     never = property(lambda self: False, lambda self, value: None)
     consuming.RabbitConsumer._starts_carefully = never  # type: ignore[assignment]
     # All channels have the same number, so that a tag of an old one passes for one of the new.
-    consuming.RabbitConsumer._epoch = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
+    consuming.Tags.epoch = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
 
 
 def _unlisted_acked() -> None:

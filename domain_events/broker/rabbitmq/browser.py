@@ -1,14 +1,15 @@
-"""A look at a queue: a channel that gets message after message, and holds what it got.
+"""Looks at a queue: a channel that gets message after message, and holds what it got.
 
-What is not acked is given back in the order it had. A quorum queue does not see to that itself
-(checked on 3.10, 4.0 and 4.3):
+What is not acked is requeued in its old order. A quorum queue does not see to that itself (checked
+on 3.10, 4.0 and 4.3 by the tests of walks in tests/test_dead_letters.py):
 
-- Of more than 32 that are given back at a time, it takes some later than others, in any order.
-  So they are given back in small pieces, each when the queue has the one before.
-- What is given back goes in front, but behind what was given back before and not got since. So a
-  walk that was broken off first gets the rest of those, to give all of them back together.
+- Of more than 32 that are requeued at a time, it takes some later than others, in any order. So
+  they are requeued in small pieces, each when the queue has the one before.
+- What is requeued goes to the front, but behind what was requeued before and not got since. So a
+  walk that was broken off first gets the rest of those, to requeue all of them together.
 
-A channel or connection that breaks gives everything back at once, and its order may be lost.
+When the channel or the connection is lost, everything is requeued at once, perhaps in another
+order.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import pika
 from pika.channel import Channel
 from pika.spec import Basic
 
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.channel import Answer, Channels
 from domain_events.broker.rabbitmq.nodes import close_code, explain
-from domain_events.broker.rabbitmq.request import Answer, Call, fail, succeed
-from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.wire import text
 from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
@@ -36,34 +35,38 @@ from domain_events.message import Delivery
 
 log = Log("domain_events")
 
-# How many are given back at a time: half of what a quorum queue keeps in order.
+# How many are requeued at a time: half of what a quorum queue keeps in order.
 _PIECE = 16
-# How long to get those that came back before.
+# How long to get those that were requeued before.
 _LONGEST_REST = 30.0
-# How long to wait for a piece to be in the queue; others may have taken some of it.
+# How long to wait until a piece is in the queue; others may have taken some of it.
 _LONGEST_RETURN = 1.0
 _LOOK_AGAIN = 0.001
+
+#: Has the I/O thread perform a request and waits for its answer, at most so many seconds.
+_Call: TypeAlias = Callable[[Callable[[Answer], None], float], Any]
 
 
 class RabbitBrowser:
     """See `domain_events.broker.Browser`.
 
-    Threads. The caller's asks for one thing after the other, each with a deadline; the I/O thread
-    carries them out one at a time, since a reply does not say what it answers. One that is not
-    answered in time costs the connection.
+    Threads. The caller's makes one request after the other, each with a time limit; the I/O thread
+    performs them one at a time, since a reply does not name its request. When one is not answered
+    in time, the connection is dropped.
     """
 
-    def __init__(self, link: Link, call: Call, queue: str, timeout: float) -> None:
-        self._link = link
+    def __init__(self, channels: Channels, call: _Call, queue: str, timeout: float) -> None:
+        self._channels = channels
+        self._link = channels.link
         self._call = call
         self._queue = queue
         self._timeout = timeout
-        # The I/O thread's: what is being answered, and what an interrupted caller left before it.
+        # The I/O thread's: what waits for its reply, and what an interrupted caller left before it.
         self._answer: Answer | None = None
         self._to_do: deque[tuple[Callable[[], None], Answer]] = deque()
         # Got and not settled, in order.
         self._tags: dict[int, None] = {}
-        # Whether the next message may be one that was given back to a quorum queue before.
+        # Whether the next message may be one that was requeued to a quorum queue before.
         self._more_came_back = False
         self._channel: Channel = call(self._open, timeout)
 
@@ -86,7 +89,7 @@ class RabbitBrowser:
         self._tags.pop(tag, None)
 
     def rewind(self) -> None:
-        """Give back all that was not acked; `next` then sees it again."""
+        """Requeue all that was not acked; `next` then sees it again."""
         if not self._is_open():
             raise self._lost()
         if not self._tags:
@@ -95,7 +98,7 @@ class RabbitBrowser:
         self._ask(partial(self._get_rest, deadline), self._timeout)
         if self._more_came_back and time.monotonic() > deadline:
             log.warning(
-                "%s: to give back %d messages in their order takes too long; their order changes.",
+                "%s: requeuing %d messages in their order takes too long; their order changes.",
                 self._queue,
                 len(self._tags),
             )
@@ -109,8 +112,8 @@ class RabbitBrowser:
             ready = self._wait_for(ready + len(piece))
 
     def close(self, timeout: float) -> None:
-        """Give back all that was not acked, and end."""
-        # When the connection is lost, all is back.
+        """Requeue all that was not acked, and end."""
+        # When the connection is lost, the broker requeues all.
         with contextlib.suppress(BrokerUnavailable):
             self.rewind()
             self._call(self._close, timeout)
@@ -118,7 +121,7 @@ class RabbitBrowser:
     # --- the caller's thread ---------------------------------------------------------------------
 
     def _wait_for(self, number: int) -> int:
-        """Wait until so many are in the queue; how many there are."""
+        """Wait until so many are in the queue; returns how many are."""
         deadline = time.monotonic() + _LONGEST_RETURN
         while True:
             ready: int = self._ask(self._count, self._timeout)
@@ -129,12 +132,12 @@ class RabbitBrowser:
     def _ask(self, work: Callable[[], None], timeout: float) -> Any:
         """Have it done on the I/O thread, and wait for the answer."""
 
-        def request(_connection: pika.SelectConnection, answer: Answer) -> None:
+        def request(answer: Answer) -> None:
             if self._is_open():
                 self._to_do.append((work, answer))
                 self._proceed()
             else:
-                fail(answer, self._lost())
+                answer.fail(self._lost())
 
         def drop() -> None:
             if self._is_open():
@@ -160,18 +163,24 @@ class RabbitBrowser:
 
     # --- the I/O thread --------------------------------------------------------------------------
 
-    def _open(self, connection: pika.SelectConnection, answer: Answer) -> None:
-        assert isinstance(connection, Connection)
+    def _open(self, answer: Answer) -> None:
+        connection = self._link.connection
+        assert connection is not None  # requests are performed on an open one
         self._release = connection.release
 
-        guarded = self._link.guarded
+        def prepare(channel: Channel) -> None:
+            channel.add_callback(
+                self._link.guarded(self._on_empty), [Basic.GetEmpty], one_shot=False
+            )
+            setup.usable()
+            answer.succeed(channel)
 
-        def on_open(channel: Channel) -> None:
-            channel.add_on_close_callback(guarded(self._on_close))
-            channel.add_callback(guarded(self._on_empty), [Basic.GetEmpty], one_shot=False)
-            succeed(answer, channel)
-
-        connection.channel(on_open_callback=guarded(on_open))
+        setup = self._channels.open(
+            (),
+            prepare=prepare,
+            failed=lambda error, _reason: answer.fail(error),
+            closed=self._on_close,
+        )
 
     def _proceed(self) -> None:
         while self._to_do and self._answer is None:
@@ -181,7 +190,7 @@ class RabbitBrowser:
     def _answered(self, result: object) -> None:
         answer, self._answer = self._answer, None
         if answer is not None:
-            succeed(answer, result)
+            answer.succeed(result)
         self._proceed()
 
     def _get(self) -> None:
@@ -204,7 +213,7 @@ class RabbitBrowser:
         self._channel.basic_get(self._queue, self._link.guarded(on_message))
 
     def _get_rest(self, deadline: float, step: int = 0) -> None:
-        """Get those that came back before; see the module's docstring."""
+        """Get those that were requeued before; see the module's docstring."""
 
         def on_message(
             _channel: Channel, method: Basic.GetOk, properties: pika.BasicProperties, _body: bytes
@@ -213,14 +222,14 @@ class RabbitBrowser:
             self._get_rest(deadline, step + 1)
 
         if self._answer is not None:
-            self._answer.came_to(step)
+            self._answer.progress(step)
         if self._more_came_back and time.monotonic() < deadline:
             self._channel.basic_get(self._queue, self._link.guarded(on_message))
         else:
             self._answered(None)
 
     def _took(self, method: Basic.GetOk, properties: pika.BasicProperties) -> int:
-        """Also what nobody waits for any more has to be given back in its place."""
+        """Also what nobody waits for any more has to be requeued in its place."""
         tag = int(method.delivery_tag or 0)
         self._tags[tag] = None
         headers = properties.headers or {}
@@ -243,18 +252,18 @@ class RabbitBrowser:
         self._channel.basic_nack(tag, multiple=True, requeue=True)
         self._answered(None)
 
-    def _on_close(self, _channel: Channel, reason: BaseException) -> None:
+    def _on_close(self, reason: BaseException) -> None:
         code = close_code(reason)
         answers = [self._answer, *(answer for _, answer in self._to_do)]
         self._answer = None
         self._to_do.clear()
         for answer in answers:
             if answer is not None and code:
-                fail(answer, unreadable(self._queue, code, explain(reason)))
+                answer.fail(unreadable(self._queue, code, explain(reason)))
 
-    def _close(self, _connection: pika.SelectConnection, answer: Answer) -> None:
+    def _close(self, answer: Answer) -> None:
         if not self._is_open():
-            succeed(answer, None)
+            answer.succeed(None)
             return
-        self._channel.add_on_close_callback(lambda _channel, _reason: succeed(answer, None))
+        self._channel.add_on_close_callback(lambda _channel, _reason: answer.succeed(None))
         self._channel.close()

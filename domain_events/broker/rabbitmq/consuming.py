@@ -1,8 +1,8 @@
 """Declaring, counting, consuming and browsing on one connection, over every trouble.
 
-Threads. Callers append to ``_requests`` and wake the I/O thread, which carries them out as soon
-as there is a connection; calls that block do so on an answer, with a deadline. Requests may be
-carried out twice, and are when the connection is lost under them.
+Threads. Callers append to ``_requests`` and wake the I/O thread, which performs them as soon as
+there is a connection; calls that block wait for an `Answer`, with a time limit. A request may be
+performed twice, and is when the connection is lost under it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-import pika
-import pika.exceptions
 from pika.channel import Channel
 
 from domain_events.broker import Consumer
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
+from domain_events.broker.rabbitmq.channel import Answer, Channels
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
-from domain_events.broker.rabbitmq.opening import Opening
-from domain_events.broker.rabbitmq.request import Answer, Request, fail, succeed
+from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.turns import is_mistake
-from domain_events.broker.refusals import closed, no_channel, unreadable
+from domain_events.broker.refusals import closed, unreadable
 from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Delivery
@@ -37,8 +35,11 @@ from domain_events.topology import Exchange, Queue, Topology
 
 log = Log("domain_events")
 
-# Seconds before what the broker cannot do just now is asked for again.
+# Seconds before a request is repeated that the broker cannot fulfil at the moment.
 _PAUSE = 0.2
+
+#: Performed on the I/O thread, on an open connection; sooner or later it settles the answer.
+_Request: TypeAlias = Callable[[Answer], None]
 
 
 class RabbitConsuming:
@@ -51,13 +52,14 @@ class RabbitConsuming:
         self.forget()
 
     def forget(self) -> None:
-        """Be as new (at first, and in the child of a fork)."""
+        """Reset all state (at first, and in the child of a fork)."""
         for consumer in self._consumers:
             consumer.forget()
         self._lock = threading.RLock()
-        self._requests: deque[tuple[Request, Answer]] = deque()
-        self._running: list[tuple[Request, Answer]] = []
+        self._requests: deque[tuple[_Request, Answer]] = deque()
+        self._running: list[tuple[_Request, Answer]] = []
         self._consumers = []
+        self._channels = Channels(self._link)
         self._failure: DomainEventsError | None = None
         self._last_error = ""  # of `_repair`
 
@@ -92,7 +94,7 @@ class RabbitConsuming:
         """Start to consume, and go on over every trouble."""
         check_fork()
         consumer = RabbitConsumer(
-            self._link, self._repair, queue, topology, prefetch_count, deliver, careful=careful
+            self._channels, self._repair, queue, topology, prefetch_count, deliver, careful=careful
         )
 
         def start() -> None:
@@ -105,10 +107,10 @@ class RabbitConsuming:
 
     def browse(self, queue: str, timeout: float) -> RabbitBrowser:
         """Look at the messages of a queue."""
-        return RabbitBrowser(self._link, self._call, queue, timeout)
+        return RabbitBrowser(self._channels, self._call, queue, timeout)
 
     def close(self, timeout: float) -> None:
-        """Tell the broker all that was settled, then close."""
+        """Send the broker all that was settled, then close."""
         # pika closes the channels first, behind all acks already given to them.
         self._link.close(timeout)
         self._fail_requests(closed())
@@ -117,21 +119,23 @@ class RabbitConsuming:
         """Close without waiting."""
         return self._link.close_soon()
 
-    def _call(self, request: Request, timeout: float) -> Any:
-        """Have the request carried out on the I/O thread, as soon as there is a connection."""
+    def _call(self, request: _Request, timeout: float) -> Any:
+        """Have the request performed on the I/O thread, as soon as there is a connection."""
         answer = Answer()
         entry = (request, answer)
         check_fork()
         if is_io_thread():
             raise BrokerUnavailable(
-                "Nothing can be asked of the broker from a connection's own thread, by a finalizer "
-                "for example."
+                "No request to the broker can be made from a connection's own thread, by a "
+                "finalizer for example."
             )
         self._requests.append(entry)
         try:
             self._link.wake(self._perform)
-            # From answer to answer: a thousand binding keys would be too many for one deadline.
-            while (left := answer.heard_at + timeout - time.monotonic()) > 0 and not answer.done():
+            # From answer to answer: a thousand binding keys would be too many for one time limit.
+            while (
+                left := answer.progressed_at + timeout - time.monotonic()
+            ) > 0 and not answer.done():
                 concurrent.futures.wait([answer], left)
         finally:
             gave_up = answer.cancel()
@@ -142,8 +146,8 @@ class RabbitConsuming:
         error = answer.exception()
         if error is None:
             return answer.result()
-        # A fresh one. The other is still known to callbacks of pika's, and a traceback knows the
-        # callers: until a garbage collection, whoever they belong to could not be dropped.
+        # A fresh one. pika's callbacks still have the other one, and a traceback has the callers:
+        # until a garbage collection, their owners could not be dropped.
         fresh = type(error)(*error.args)
         fresh.__cause__ = error.__cause__
         del answer, entry, error
@@ -152,7 +156,7 @@ class RabbitConsuming:
         finally:
             del fresh
 
-    def _drop(self, entry: tuple[Request, Answer]) -> None:
+    def _drop(self, entry: tuple[_Request, Answer]) -> None:
         """Keep nothing of a request for which nobody waits."""
         with self._lock:
             for entries in (self._requests, self._running):
@@ -161,14 +165,15 @@ class RabbitConsuming:
 
     # --- the I/O thread --------------------------------------------------------------------------
 
-    def opened(self, _connection: pika.SelectConnection) -> None:
-        """There is a connection: carry out what waits, and consume again."""
+    def opened(self, _connection: Connection) -> None:
+        """There is a connection: perform what waits, and consume again."""
         for consumer in self._consumers:
             consumer.open()
         self._perform()
 
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; requests may be repeated, so they simply wait for the next."""
+        self._channels.lost()
         for consumer in self._consumers:
             consumer.lost(f"the connection was lost: {explain(error)}", mistake=is_mistake(error))
         with self._lock:
@@ -176,7 +181,7 @@ class RabbitConsuming:
             self._running.clear()
 
     def refused(self, error: ConfigurationError) -> None:
-        """No connection can be made: tell everybody who waits."""
+        """No connection can be made: everybody who waits gets the error."""
         self._fail_requests(error)
         if self._consumers:
             self._failure = error
@@ -188,11 +193,10 @@ class RabbitConsuming:
             self._running.clear()
             self._requests.clear()
         for _, answer in waiting:
-            fail(answer, type(error)(*error.args))
+            answer.fail(type(error)(*error.args))
 
     def _perform(self) -> None:
-        connection = self._link.connection
-        if connection is None or not connection.is_open:
+        if not self._channels.is_open:
             self._link.connect()
             return
         while True:
@@ -202,57 +206,40 @@ class RabbitConsuming:
                 request, answer = entry = self._requests[0]
                 self._running.append(entry)
                 self._requests.popleft()
-            if answer.done():
-                continue
-            try:
-                request(connection, answer)
-            except pika.exceptions.NoFreeChannels:
-                limit = connection.params.channel_max
-                fail(answer, no_channel(f"channel_max is {limit}"))
+            if not answer.done():
+                request(answer)
 
-    def _declare(
-        self,
-        topology: Topology,
-        connection: pika.SelectConnection,
-        answer: Answer,
-    ) -> None:
-        self._on_channel(connection, answer, lambda _channel, done: done(None), topology)
+    def _declare(self, topology: Topology, answer: Answer) -> None:
+        self._on_channel(answer, lambda _channel, done: done(None), topology)
 
-    def _delete(
-        self,
-        topology: Topology,
-        connection: pika.SelectConnection,
-        answer: Answer,
-    ) -> None:
+    def _delete(self, topology: Topology, answer: Answer) -> None:
         def delete(channel: Channel, done: Callable[[object], None]) -> None:
-            # To delete what is not there is no error, and needs no reply; the last one comes
-            # when all is done.
+            def deleted(frame: object) -> None:
+                self._channels.forget()
+                done(frame)
+
+            # Deleting what does not exist is not an error, and needs no reply; that of the last
+            # request comes when all is done.
             for declaration in topology:
                 if isinstance(declaration, Queue):
                     channel.queue_delete(declaration.name)
                 elif isinstance(declaration, Exchange):
                     channel.exchange_delete(declaration.name)
-            channel.basic_qos(callback=done)
+            channel.basic_qos(callback=deleted)
 
-        self._on_channel(connection, answer, delete)
+        self._on_channel(answer, delete)
 
-    def _look_at(
-        self,
-        queue: str,
-        connection: pika.SelectConnection,
-        answer: Answer,
-    ) -> None:
+    def _look_at(self, queue: str, answer: Answer) -> None:
         def refused(_error: DomainEventsError, reason: BaseException) -> DomainEventsError:
             return unreadable(queue, close_code(reason), explain(reason))
 
         def look(channel: Channel, done: Callable[[object], None]) -> None:
             channel.queue_declare(queue, passive=True, callback=done)
 
-        self._on_channel(connection, answer, look, refused=refused)
+        self._on_channel(answer, look, refused=refused)
 
     def _on_channel(
         self,
-        connection: pika.SelectConnection,
         answer: Answer,
         work: Callable[[Channel, Callable[[object], None]], None],
         topology: Topology = (),
@@ -261,54 +248,56 @@ class RabbitConsuming:
         ),
     ) -> None:
         """Do it on a channel of its own, since an error closes the channel."""
+        connection = self._link.connection
+
+        def is_same() -> bool:
+            return self._channels.is_open and self._link.connection is connection
 
         def failed(error: DomainEventsError, reason: BaseException) -> None:
             error = refused(error, reason)
             # Not when the connection was closed over it: others use the next one.
-            if isinstance(error, BrokerUnavailable) and answer.awaited and connection.is_open:
+            if isinstance(error, BrokerUnavailable) and answer.awaited and is_same():
                 answer.trouble = str(error)
                 self._link.call_later(_PAUSE, again)
             else:
-                fail(answer, error)
+                answer.fail(error)
 
         def again() -> None:
             # On the next connection it is begun again anyhow.
-            if connection.is_open and not answer.done():
-                self._on_channel(connection, answer, work, topology, refused)
+            if is_same() and not answer.done():
+                self._on_channel(answer, work, topology, refused)
 
         def prepare(channel: Channel) -> None:
             def done(result: object) -> None:
-                opening.usable()
-                succeed(answer, result)
+                setup.usable()
+                answer.succeed(result)
                 channel.close()
 
             work(channel, self._link.guarded(done))
 
-        opening = Opening(
-            self._link,
-            connection,
+        setup = self._channels.open(
             topology,
             prepare=prepare,
             failed=failed,
             closed=lambda _reason: None,
-            declared=answer.came_to,
+            progress=answer.progress,
         )
 
     def _repair(self, topology: Topology, then: Callable[[bool], None]) -> None:
         """Declare the topology again, without anybody waiting for it; then call ``then``."""
-        connection = self._link.connection
-        if connection is None or not connection.is_open:
+        if not self._channels.is_open:
             then(False)
             return
+        self._channels.forget()
         answer = Answer(awaited=False)
 
         def report(done: concurrent.futures.Future[Any]) -> None:
             error = done.exception()
             then(error is None)
-            # Not each time: what stands against it may do so for days.
+            # Not each time: its cause may last for days.
             if error is not None and str(error) != self._last_error:
                 self._last_error = str(error)
                 log.error("%s", error)
 
         answer.add_done_callback(report)
-        self._declare(topology, connection, answer)
+        self._declare(topology, answer)

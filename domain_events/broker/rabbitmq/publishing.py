@@ -1,19 +1,19 @@
 """Confirmed publishing, pipelined, over lost connections and closed channels.
 
-Threads. Callers append to ``_waiting`` and wake the I/O thread, which alone sends from it and owns
-the senders (channels) and what is in flight on them. ``_lock`` guards in each publication the step
+Threads. Callers append to ``_waiting`` and ring; the I/O thread alone sends from it and owns the
+senders (channels) and what is in flight on them. ``_lock`` guards in each publication the step
 from waiting to sent and from not done to done: a caller that gives up at its deadline must know
 for sure whether its message was ever sent.
 
 When a connection is lost, what was unconfirmed goes back to the head of ``_waiting``, in order.
-When the broker closes the *channel*, it does not say over which message. Then what was in flight
-is sent again one at a time, until the culprit is alone with the blame; otherwise a message that
-the broker will never take would close the channel for ever, and take others with it.
+When the broker closes the *channel*, it does not name the message. Then what was in flight is sent
+again one at a time, until the culprit is alone; otherwise a message that the broker will never
+take would close the channel for ever, and take others with it.
 
 When the broker *nacks*, that may be for good (a queue at its length limit) or because the channel
 clings to a queue's leader that is gone: in a cluster, a channel that first used a queue during an
 election is refused for as long as it lives (rabbit_fifo_client, seen on 3.10). So a nacked message
-is sent again a few times, after pauses, each time on a channel opened for it, before its sender
+is sent again a few times, after pauses, each time on a channel opened for it, before its publisher
 gets the error. The main channel goes on meanwhile. When the broker confirms on the new channel
 what it nacked on the main one, the new one becomes the main one, as soon as the broker has routed
 what is in flight on the old one, so that nothing overtakes it; the old one is closed when all on
@@ -23,6 +23,7 @@ it is answered.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ import pika
 import pika.exceptions
 
 from domain_events.broker import Publication
+from domain_events.broker.rabbitmq.channel import Channels
+from domain_events.broker.rabbitmq.doorbell import Doorbell
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
 from domain_events.broker.rabbitmq.sending import Sender, blame, nacked, unsendable
@@ -60,19 +63,62 @@ _MOST_BYTES_IN_FLIGHT = 16 * 2**20
 _SUSPICIOUS_SILENCE = 5.0
 
 # Seconds to wait, before each time that a nacked message is sent again.
-_DOUBTS = (0.25, 0.5, 1.0)
-# Seconds for which a nack is believed at once, after one for the same exchange and routing key
-# that could not be cured.
-_BELIEF = 10.0
-_MOST_BELIEFS = 1000
+_NACK_RETRY_DELAYS = (0.25, 0.5, 1.0)
+# Seconds for which a nack is final at once, after one for the same exchange and routing key was.
+_NACK_TRUST = 10.0
+_MOST_TRUSTED = 1000
 # Channels besides the main one; with so many, none is opened for nacked messages.
 _MOST_ASIDE = 4
 
-# A broker that is short of memory reads nothing, so also no goodbye.
+# Seconds for which publishing fails at once, after the broker has closed the connection over it.
+_REFUSAL_TRUST = 10.0
+
+# A broker that is short of memory reads nothing, not even that the connection is closed.
 _GOODBYE_WHILE_BLOCKED = 0.1
 
 # The broker's operator closes connections with this; that is nobody's fault.
 _CONNECTION_FORCED = 320
+
+
+class Nacked:
+    """Nacked publications that are to be sent again, and for which addresses a nack is final.
+
+    Invariant: what is in here is not in flight, and was nacked at most as often as there are
+    `_NACK_RETRY_DELAYS`. Other threads may `copy` it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, Publication]] = []  # when each is due
+        self._trusted: dict[tuple[str, str], float] = {}  # until when, by address
+
+    def add(self, publication: Publication) -> bool:
+        """Keep it, to be sent again; False when the nack is final."""
+        now = time.monotonic()
+        address = publication.message.exchange, publication.message.routing_key
+        if publication.nacks < len(_NACK_RETRY_DELAYS) and now >= self._trusted.get(address, 0):
+            self._waiting.append((now + _NACK_RETRY_DELAYS[publication.nacks], publication))
+            publication.nacks += 1
+            return True
+        if len(self._trusted) >= _MOST_TRUSTED:
+            self._trusted.clear()
+        self._trusted[address] = now + _NACK_TRUST
+        return False
+
+    def pause(self) -> float | None:
+        """Seconds until the first one is due; None when there is none."""
+        self._waiting = [each for each in self._waiting if not each[1].done]
+        if not self._waiting:
+            return None
+        return max(0.0, min(due for due, _ in self._waiting) - time.monotonic())
+
+    def take(self, until: float = math.inf) -> list[Publication]:
+        """Take out those that are due by then."""
+        due = [publication for at, publication in self._waiting if at <= until]
+        self._waiting = [each for each in self._waiting if each[0] > until]
+        return due
+
+    def copy(self) -> list[Publication]:
+        return [publication for _, publication in self._waiting.copy()]
 
 
 class RabbitPublishing:
@@ -81,34 +127,31 @@ class RabbitPublishing:
     def __init__(self, nodes: Nodes, declare: Topology, name: str) -> None:
         self._declare = declare
         self._link = Link(nodes, f"{name} publishing", self)
+        self._channels = Channels(self._link)
         self._closed = False  # for good, also in the child of a fork
         self.forget()
 
     def forget(self) -> None:
-        """Be as new (at first, and in the child of a fork)."""
+        """Reset all state (at first, and in the child of a fork)."""
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Publication] = deque()
-        self._woken = False
-        self._waker = 0  # the thread that is about to wake the loop
+        self._bell = Doorbell(lambda: self._link.wake(self._pump))
         self._may_declare = True
-        # Over what the broker has closed the connection, and until when that is believed.
-        self._refusal: DomainEventsError | None = None
-        self._refused_until = 0.0
+        # Over what the broker has closed the connection, and until when nobody tries again.
+        self._refusal: tuple[DomainEventsError, float] | None = None
         self._blocked = ""
         # How many publications are still to be sent one at a time.
-        self._careful = 0
-        # Until when a nack is believed, by exchange and routing key.
-        self._believed: dict[tuple[str, str], float] = {}
-        self._heard_at = 0.0
+        self._one_at_a_time = 0
+        self._answered_at = 0.0
+        self._nacked = Nacked()
         self._forget_senders()
 
     def _forget_senders(self) -> None:
+        self._channels.lost()
         self._opening: Sender | None = None  # it will be the main one
         self._main: Sender | None = None
-        # Nacked, and when to send each again.
-        self._nacked: list[tuple[float, Publication]] = []
-        self._timer: Any = None
+        self._timer: Any = None  # when the first of the nacked ones is due
         self._fresh: Sender | None = None  # being opened for them
         # What has something in flight besides the main one, the oldest first: channels on which
         # nacked messages were sent again, and those that were the main one.
@@ -139,26 +182,13 @@ class RabbitPublishing:
             return
         # No lock: a signal handler may publish in the middle of a publish, on the same thread.
         self._waiting.append(publication)
-        # If it is this very thread that is about to wake the loop, then it was interrupted, and
-        # will not get to it before this publication's fate is known.
-        this_thread = threading.get_ident()
-        if self._woken and self._waker != this_thread:
-            return
         try:
-            self._waker = this_thread
-            self._woken = True
-            self._link.wake(self._pump)
-            self._waker = 0
+            self._bell.ring()
         except BrokerUnavailable as error:
-            self._woken = False
             self._fail_all(error)
-        except BaseException:
-            # A signal handler that raises. Once too often is harmless, once too seldom is not.
-            self._woken = False
-            raise
 
     def withdraw(self, publication: Publication) -> bool:
-        """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
+        """Give up a publication; ``publication.sent`` is then final. False: it is done already."""
         with self._lock:
             if publication.done:
                 return False
@@ -190,7 +220,7 @@ class RabbitPublishing:
                 with contextlib.suppress(BrokerUnavailable):
                     self._link.wake(self._cut_soon)
             self._link.close(max(1.0, deadline - time.monotonic()))
-        self._woken = False  # whoever comes now is told that it is closed
+        self._bell.answer()  # whoever comes now gets an error
         with self._lock:
             left_over = self._under_way()
             self._waiting.clear()
@@ -214,7 +244,7 @@ class RabbitPublishing:
 
     def _under_way(self) -> list[Publication]:
         return [
-            *(publication for _, publication in self._nacked.copy()),
+            *self._nacked.copy(),
             *(each for sender in self._senders() for each in sender.in_flight.copy().values()),
             *self._waiting.copy(),
         ]
@@ -224,7 +254,7 @@ class RabbitPublishing:
         main = self._main
         return self._aside.copy() if main is None else [*self._aside, main]
 
-    # --- the I/O thread: the link reports --------------------------------------------------------
+    # --- the I/O thread: the link's calls --------------------------------------------------------
 
     def opened(self, connection: Connection) -> None:
         """There is a connection: open a channel on it."""
@@ -236,12 +266,12 @@ class RabbitPublishing:
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; what was in flight waits for the next one."""
         self._blocked = ""
-        again = [publication for _, publication in self._nacked]
+        nacked_before = self._nacked.take()
         in_flight = [each for sender in self._senders() for each in sender.in_flight.values()]
         if self._timer is not None:
             self._link.cancel_call(self._timer)
         self._forget_senders()
-        self._take_back(error, in_flight, again)
+        self._take_back(error, in_flight, nacked_before)
 
     def refused(self, error: ConfigurationError) -> None:
         """No connection can be made: everybody who waits gets the error."""
@@ -253,14 +283,16 @@ class RabbitPublishing:
         connection = self._link.connection
         if connection is None or not connection.is_open:
             return None
-        return Sender(self._link, connection, self._declare if self._may_declare else (), self)
+        declare = self._declare if self._may_declare else ()
+        return Sender(self._channels, connection, declare, self)
 
     def _open_main(self) -> None:
         if self._main is not None or self._opening is not None:
             return
         if self._refusal is not None:
-            if time.monotonic() < self._refused_until:
-                self._fail_all(self._refusal)
+            error, until = self._refusal
+            if time.monotonic() < until:
+                self._fail_all(error)
                 return
             if not self._waiting:
                 return
@@ -281,7 +313,7 @@ class RabbitPublishing:
         """The broker has closed a channel before it could send."""
         if self._link.connection is None:
             # The broker closed the connection over it, as it would for each event that comes.
-            self._refusal, self._refused_until = error, time.monotonic() + _BELIEF
+            self._refusal = error, time.monotonic() + _REFUSAL_TRUST
             self._fail_all(error)
             return
         main = sender is self._opening
@@ -297,7 +329,7 @@ class RabbitPublishing:
         elif main:
             self._fail_all(error)
         else:
-            self._believe_nacks()
+            self._accept_nacks()
 
     def closed_by_broker(self, sender: Sender, reason: BaseException) -> None:
         """The broker has closed a channel that could send; what was in flight is sent again."""
@@ -325,8 +357,8 @@ class RabbitPublishing:
     # --- the I/O thread: sending -----------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Send what waits, as far as the window goes."""
-        self._woken = False
+        """Send what waits, as far as there is room in the window."""
+        self._bell.answer()
         main = self._main
         if main is None:
             self._link.connect()
@@ -353,8 +385,8 @@ class RabbitPublishing:
                     message = publication.message
                 try:
                     send(publication, message, now)
-                except Exception as error:  # noqa: BLE001 - whatever there is against this one
-                    # It could not be put into frames; nothing of it was sent, nor will be.
+                except Exception as error:  # noqa: BLE001 - whatever is wrong with this one
+                    # It cannot be encoded; nothing of it was sent, nor will be.
                     publication.sent = again
                     self._finish(publication, unsendable(message, error))
                 except BaseException:  # injected by another thread: nothing is known of this one
@@ -363,24 +395,23 @@ class RabbitPublishing:
         finally:
             main.flush()
         if len(in_flight) >= most or main.bytes >= _MOST_BYTES_IN_FLIGHT:
-            # Whoever makes room sends what waits. Until then it is in vain to wake the loop.
-            self._woken = True
+            self._bell.mute()  # whoever frees window space also sends what waits
 
     def _most_in_flight(self) -> int:
         if self._blocked or self._successor is not None:
             return 0
-        return 1 if self._careful else _MOST_IN_FLIGHT
+        return 1 if self._one_at_a_time else _MOST_IN_FLIGHT
 
     def _cut_if_silent(self) -> None:
-        """A caller gave up: if there was no confirm for long, make the connection anew.
+        """A caller gave up: if there was no confirm for long, reconnect.
 
-        The other end may be gone without a word; the heartbeat takes a minute or two to find
-        out, a new connection milliseconds. Or what fills the window is never confirmed.
+        The other end may be gone without closing the connection; the heartbeat takes a minute or
+        two to find out, a new connection milliseconds. Or what fills the window is never confirmed.
         """
         oldest = [next(iter(each.in_flight.values())) for each in self._senders() if each.in_flight]
         if not oldest or self._blocked:
             return
-        since = max(self._heard_at, min(publication.sent_at for publication in oldest))
+        since = max(self._answered_at, min(publication.sent_at for publication in oldest))
         if time.monotonic() - since > _SUSPICIOUS_SILENCE:
             self._link.cut()
 
@@ -391,19 +422,19 @@ class RabbitPublishing:
 
     def answered(self, sender: Sender, publications: list[Publication], acked: bool) -> None:
         """The broker has confirmed these, or nacked them."""
-        self._heard_at = time.monotonic()
+        self._answered_at = time.monotonic()
         main = sender is self._main
-        if self._careful and main:
-            self._careful = max(0, self._careful - len(publications))
+        if self._one_at_a_time and main:
+            self._one_at_a_time = max(0, self._one_at_a_time - len(publications))
         for publication in publications:
             if not acked:
-                self._doubt(publication)
+                self._on_nack(publication)
             elif publication.message.mandatory:
                 self._finish(publication, sender.returned_error(publication.message))
             else:
                 self._finish(publication, None)
         if main:
-            self._woken = False  # before the look at who waits: who comes later wakes the loop
+            self._bell.answer()  # before the look at what waits: whoever comes later rings
             if self._waiting:
                 self._pump()
         else:
@@ -413,63 +444,54 @@ class RabbitPublishing:
 
     # --- the I/O thread: what was nacked ---------------------------------------------------------
 
-    def _doubt(self, publication: Publication) -> None:
+    def _on_nack(self, publication: Publication) -> None:
         if publication.done:
             return  # withdrawn
-        now = time.monotonic()
-        message = publication.message
-        address = message.exchange, message.routing_key
-        if publication.nacks < len(_DOUBTS) and now >= self._believed.get(address, 0):
-            self._nacked.append((now + _DOUBTS[publication.nacks], publication))
-            publication.nacks += 1
+        if self._nacked.add(publication):
             self._retry_later()
-            return
-        if len(self._believed) >= _MOST_BELIEFS:
-            self._believed.clear()
-        self._believed[address] = now + _BELIEF
-        self._finish(publication, nacked(message))
+        else:
+            self._finish(publication, nacked(publication.message))
 
     def _retry_later(self) -> None:
         """Have nacked messages sent again when the first of them is due."""
-        if self._nacked and self._timer is None and self._fresh is None:
-            due = min(due for due, _ in self._nacked)
-            pause = max(0.0, due - time.monotonic())
-            if self._blocked or len(self._aside) >= _MOST_ASIDE:
-                pause = max(pause, _DOUBTS[0])
-            self._timer = self._link.call_later(pause, self._retry)
+        if self._timer is None and self._fresh is None:
+            pause = self._nacked.pause()
+            if pause is not None:
+                if not self._may_open_aside():
+                    pause = max(pause, _NACK_RETRY_DELAYS[0])
+                self._timer = self._link.call_later(pause, self._retry)
 
     def _retry(self) -> None:
         self._timer = None
-        self._nacked = [each for each in self._nacked if not each[1].done]
         self._close_answered()
-        if self._blocked or len(self._aside) >= _MOST_ASIDE:
+        if not self._may_open_aside():
             self._retry_later()
-        elif self._nacked:
+        elif self._nacked.pause() is not None:
             self._fresh = self._open()
 
-    def _believe_nacks(self) -> None:
+    def _may_open_aside(self) -> bool:
+        return not self._blocked and len(self._aside) < _MOST_ASIDE
+
+    def _accept_nacks(self) -> None:
         """No channel can be opened on which nacked messages could be sent again."""
-        doubted, self._nacked = self._nacked, []
-        for _, publication in doubted:
+        for publication in self._nacked.take():
             self._finish(publication, nacked(publication.message))
 
     def _send_nacked(self, sender: Sender) -> None:
         """On a channel opened for them: send those that are due."""
         now = time.monotonic()
-        due = [publication for at, publication in self._nacked if at <= now]
-        self._nacked = [each for each in self._nacked if each[0] > now]
-        for publication in due:
+        for publication in self._nacked.take(now):
             with self._lock:
                 message = publication.message
                 withdrawn = publication.done
             if not withdrawn:
-                sender.send(publication, message, now)  # it has been put into frames before
+                sender.send(publication, message, now)  # it has been encoded before
         sender.flush()
         self._close_answered()
         self._retry_later()
 
     def _succeed(self, sender: Sender) -> None:
-        """It was confirmed what others had nacked: go on with this one, if the main one is older.
+        """The broker confirmed here what it nacked on others: go on with this one, if it is newer.
 
         Not before the broker has routed all that the main one has in flight.
         """
@@ -509,7 +531,7 @@ class RabbitPublishing:
         before: Sequence[Publication] = (),
     ) -> None:
         """A channel is gone: what was in flight waits again, in its old order."""
-        self._woken = False
+        self._bell.answer()
         code = close_code(reason)
         if code not in (0, _CONNECTION_FORCED) and in_flight:
             if len(in_flight) == 1:
@@ -518,17 +540,17 @@ class RabbitPublishing:
                 # A missing exchange is declared again with the next channel: one more chance.
                 if culprit.strikes > 1 or code in (FORBIDDEN, REFUSED):
                     self._finish(culprit, blame(culprit.message, code, reason))
-                    self._careful = max(0, self._careful - 1)
+                    self._one_at_a_time = max(0, self._one_at_a_time - 1)
             else:
-                self._careful = max(self._careful, len(in_flight))
+                self._one_at_a_time = max(self._one_at_a_time, len(in_flight))
         with self._lock:
             again = [each for each in (*before, *in_flight) if not each.done]
             self._waiting.extendleft(reversed(again))
         if not self._waiting:
-            self._careful = 0
+            self._one_at_a_time = 0
 
     def _fail_all(self, error: DomainEventsError) -> None:
-        self._woken = False
+        self._bell.answer()
         while True:
             try:
                 publication = self._waiting.popleft()

@@ -1,4 +1,4 @@
-"""One channel that publishes with confirms, and what became of a message in words for its sender.
+"""A channel that publishes with confirms, and the errors of what the broker does not take.
 
 Everything here belongs to the I/O thread.
 """
@@ -16,9 +16,8 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker import Publication
-from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.nodes import explain
-from domain_events.broker.rabbitmq.opening import Opening
 from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.wire import Writer
 from domain_events.broker.refusals import (
@@ -61,28 +60,28 @@ class Owner(Protocol):
 class Sender:
     """A channel in confirm mode, and what is in flight on it.
 
-    :ivar channel: pika's; from when it is ready.
+    :ivar channel: pika's; set when the owner is called with `Owner.ready`.
     :param declare: the exchanges to declare first.
     """
 
     channel: Channel
     _writer: Writer
 
-    def __init__(self, link: Link, connection: Connection, declare: Topology, owner: Owner) -> None:
+    def __init__(
+        self, channels: Channels, connection: Connection, declare: Topology, owner: Owner
+    ) -> None:
         #: Later ones have larger numbers.
         self.number = next(_numbers)
         #: What the broker has not answered yet, by delivery tag, in the order it was sent.
         self.in_flight: dict[int, Publication] = {}
         #: The size of the bodies in flight.
         self.bytes = 0
-        self._guarded = link.guarded
+        self._guarded = channels.link.guarded
         self._transport = connection.transport
         self._owner = owner
         self._next_tag = 1
         self._returned: Counter[tuple[object, object, object]] = Counter()
-        self._opening = Opening(
-            link,
-            connection,
+        self._setup = channels.open(
             declare,
             prepare=self._select,
             failed=partial(owner.not_opened, self),
@@ -91,7 +90,7 @@ class Sender:
 
     def _select(self, channel: Channel) -> None:
         def ready(_frame: object) -> None:
-            self._opening.usable()
+            self._setup.usable()
             self.channel = channel
             self._owner.ready(self)
 
@@ -125,19 +124,19 @@ class Sender:
         self.bytes += publication.size
 
     def flush(self) -> None:
-        """Hand what was sent to the socket."""
+        """Pass what was sent to the socket."""
         self._transport.flush()
 
     def call_when_routed(self, callback: Callable[[], None]) -> None:
         """Call back once the broker has routed all that was sent here.
 
-        A channel processes what it is sent in order; so the answer to a question that changes
+        A channel processes what it is sent in order; so the reply to a request that changes
         nothing comes after it, however long the confirms take.
         """
-        self._opening.busy()
+        self._setup.await_answer()
 
         def answered(_frame: object) -> None:
-            self._opening.usable()
+            self._setup.usable()
             callback()
 
         self.channel.basic_qos(callback=self._guarded(answered))
@@ -171,7 +170,7 @@ class Sender:
         try:
             self._owner.answered(self, list(answered.values()), acked)
         except BaseException:
-            # The connection is given up: what nobody has learnt of is to be sent again.
+            # The connection is given up: what nobody was informed of is to be sent again.
             self.in_flight = {**answered, **in_flight}
             raise
 
@@ -201,14 +200,14 @@ def properties(message: Message) -> pika.BasicProperties:
 
 
 def unsendable(message: Message, error: Exception) -> DomainEventsError:
-    """It cannot be put into AMQP's frames."""
+    """The error of a message that cannot be encoded."""
     invalid = InvalidEvent(f"{_named(message)} cannot be sent over AMQP: {printable(error)}")
     invalid.__cause__ = error
     return invalid
 
 
 def nacked(message: Message) -> DomainEventsError:
-    """The broker has refused it."""
+    """The error of a message that the broker has refused."""
     return EventRejected(
         f"The broker refused {_named(message)}; a queue that it goes to may be at its length "
         "limit, or unavailable."
@@ -216,7 +215,7 @@ def nacked(message: Message) -> DomainEventsError:
 
 
 def blame(message: Message, code: int, reason: BaseException | None) -> DomainEventsError:
-    """The broker has closed the channel, or the connection, over it."""
+    """The error of a message over which the broker has closed the channel or the connection."""
     said = explain(reason)
     what = f"{_named(message)} ({len(message.body):,} bytes)"
     error: DomainEventsError

@@ -261,7 +261,9 @@ class Transport(AbstractStreamTransport):
     def _received(self, data: bytes) -> None:
         if self._connection.is_open:
             self._reader.largest_frame = self._connection.params.frame_max
-        self._connection.bytes_received += self._reader.feed(data)
+        own = self._reader.feed(data)
+        # Only now: pika counts as well, the bytes that it gets.
+        self._connection.bytes_received += own
 
     def _watch(self, events: int) -> None:
         if events != self._watched and not self._ended:

@@ -1,0 +1,116 @@
+"""When settlements are sent, and as which acks. No broker: a model of what it takes for unacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domain_events.broker.rabbitmq.channel import Channels
+from domain_events.broker.rabbitmq.consumer import CarefulStart, RabbitConsumer, Tags
+from domain_events.message import Delivery
+
+BATCHES = st.lists(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=12), max_size=12)
+
+
+@given(BATCHES)
+def test_acks_settle_what_was_settled_and_nothing_else(
+    batches: list[list[tuple[int, bool]]],
+) -> None:
+    """In any order, some given back: the broker closes the channel over an ack too many."""
+    tags, unacked, last = Tags(1), set[int](), 0
+    for batch in batches:
+        for _ in range(len(batch)):
+            last += 1
+            tags.delivered(last, 0)
+            unacked.add(last)
+        done = []
+        for tag, acked in batch:
+            if not tags.settle(tag):
+                assert tag not in unacked or tag in done
+            elif acked:
+                done.append(tag)
+            else:
+                unacked.remove(tag)  # by a basic.nack or basic.reject, which goes before
+        for tag, up_to in tags.acks(done):
+            assert tag in unacked
+            unacked -= {each for each in unacked if each <= tag} if up_to else {tag}
+        assert tags.unsettled() == unacked
+        assert tags.all_settled() == (not unacked)
+        assert {tag for tag in range(last + 2) if tags.is_unsettled(tag)} == unacked
+
+
+@given(st.integers(2, 8), st.lists(st.integers(0, 7), max_size=60), st.booleans())
+def test_careful_start_never_takes_more_than_the_prefetch_count(
+    prefetch_count: int, choices: list[int], waits: bool
+) -> None:
+    """While its consumers come one after the other; in the end they take as many as they may."""
+    tags, start = Tags(1), CarefulStart(prefetch_count, careful=True)
+    held: list[int] = []
+    assert start.first_prefetch_count == 1
+    tags.delivered(1, 0)
+    held.append(1)
+    start.trust(1)
+    capacity, last = 0, 1  # the first consumer was cancelled; what the others take together
+    capacity += start.waited(tags) if waits else 0
+    for choice in choices:
+        if held and choice % 2:
+            tag = held.pop(choice % len(held))
+            assert tags.settle(tag)
+            tags.acks([tag])
+            capacity += start.settled([tag], tags)
+        elif len(held) < capacity:
+            last += 1
+            tags.delivered(last, 0)
+            held.append(last)
+        assert capacity + (1 in held) <= prefetch_count
+    if 1 not in held:
+        assert capacity == prefetch_count
+
+
+class Clock:
+    """Time stands still until it is set on."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_acks_go_together_unless_somebody_may_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The wake-ups of the I/O thread, and what it would send at each."""
+    clock = Clock()
+    woken: list[Callable[[], None]] = []
+    monkeypatch.setattr("domain_events.broker.rabbitmq.consumer.time", clock)
+    channels = cast(Channels, SimpleNamespace(link=SimpleNamespace(wake=woken.append)))
+    consumer = RabbitConsumer(
+        channels, cast(Any, None), "q", (), 200, cast(Any, None), careful=True
+    )
+
+    def settle() -> bool:
+        """Whether the I/O thread was woken for it, which then sends all."""
+        consumer.settle(cast(Delivery, SimpleNamespace(receipt=(0, 1))))
+        return look()
+
+    def look() -> bool:
+        for send in woken:
+            send()
+        number = len(woken)
+        woken.clear()
+        return number == 1
+
+    assert settle()  # the first one for long
+    assert [settle() for _ in range(25)] == [False] * 24 + [True]
+    for seconds, at_once in ((0.0005, False), (0.002, True), (10.0, True), (0.0, False)):
+        clock.now += seconds
+        assert settle() is at_once, seconds
+    consumer.flush()
+    assert look()
+    consumer.flush()
+    assert not look()

@@ -1,0 +1,210 @@
+"""What is declared on the broker, how often, and that whatever was deleted comes back."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import onlooker
+import pika.connection
+import pytest
+from bench import Bench, Events, running
+from support import wait_until
+
+from domain_events import DomainEvent, Retry, Subscriber, TopologyError
+from domain_events.broker.rabbitmq.channel import Channels
+from domain_events.broker.rabbitmq.stream import Connection
+from domain_events.topology import delays, undelivered_name
+
+pytestmark = pytest.mark.timeout(120)
+
+DECLARATIONS = {"Exchange.Declare", "Queue.Declare", "Queue.Bind", "Exchange.Bind"}
+
+# With the exchange itself; what each subscriber has besides: its queue, the one of its dead
+# letters, a binding, and the way back of its retries.
+SHARED = len(delays("x")) + 1
+OWN = 4
+
+
+class Wire:
+    """The methods that the library's connections send."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent: Counter[str] = Counter()
+        self.on_send: Callable[[Any], None] = lambda _method: None
+        send = pika.connection.Connection._send_method  # type: ignore[attr-defined, unused-ignore]
+
+        def counted(connection: Any, channel: int, method: Any, *content: Any) -> None:
+            self.sent[method.NAME] += 1
+            self.on_send(method)
+            send(connection, channel, method, *content)
+
+        monkeypatch.setattr(Connection, "_send_method", counted, raising=False)
+
+    def declarations(self) -> int:
+        """How many declarations were sent since the last look."""
+        number = sum(self.sent[name] for name in DECLARATIONS)
+        self.sent.clear()
+        return number
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
+    return Wire(monkeypatch)
+
+
+_numbers = itertools.count()
+
+
+def register(bench: Bench, subscriber: Subscriber, number: int) -> list[str]:
+    names = [bench.names.queue(f"q{next(_numbers)}") for _ in range(number)]
+    for name in names:
+        subscriber.register(lambda _event: None, name, ["a.*"], max_retries=3)
+    return names
+
+
+def test_what_subscribers_share_is_declared_once_on_each_connection(
+    bench: Bench, wire: Wire
+) -> None:
+    """At register, at start on the same connection, and after a lost one."""
+    number = 20
+    subscriber = bench.subscriber()
+    names = register(bench, subscriber, number)
+    assert wire.declarations() == SHARED + number * OWN
+    with subscriber, running(subscriber):
+        wait_until(lambda: wire.sent["Basic.Consume"] == number)
+        assert wire.declarations() == number * OWN
+        link = subscriber._consuming._link  # type: ignore[union-attr]
+        link.wake(link.cut)
+        wait_until(lambda: wire.sent["Basic.Consume"] == number)
+        assert wire.declarations() == SHARED + number * OWN
+        wait_until(lambda: all(onlooker.consumers(bench.url, name) == 1 for name in names))
+
+
+def test_subscribers_that_register_at_the_same_time_share_one_declaration(
+    bench: Bench, wire: Wire
+) -> None:
+    """One of their channels declares what they share, the others wait for it."""
+    subscriber = bench.subscriber()
+    threads = [
+        threading.Thread(target=register, args=(bench, subscriber, 1), daemon=True)
+        for _ in range(8)
+    ]
+    with subscriber:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(subscriber._subscriptions) == 8
+    assert wire.declarations() == SHARED + 8 * OWN
+
+
+def test_exchange_that_was_deleted_is_declared_again(bench: Bench) -> None:
+    """The broker refuses to bind to it, on a connection that has declared it before."""
+    subscriber = bench.subscriber()
+    seen: Events = []
+    with subscriber:
+        register(bench, subscriber, 1)
+        onlooker.delete(bench.url, exchanges=[bench.exchange])
+        subscriber.register(seen.append, bench.names.queue(), ["a.*"], max_retries=3)
+        with running(subscriber):
+            event = bench.publish("a.b")
+            wait_until(lambda: event in seen)
+
+
+def test_all_that_was_deleted_comes_back_with_the_queue(bench: Bench) -> None:
+    """When a subscriber's queue is deleted, nobody knows what else was: all is declared again."""
+    subscriber = bench.subscriber()
+    exchange, seen = bench.exchange, Events()
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        if len(seen) == 1:
+            raise Retry(0.1)
+
+    with subscriber:
+        queue = bench.names.queue()
+        subscriber.register(handle, queue, ["a.*"], max_retries=3)
+        with running(subscriber):
+            wait_until(lambda: onlooker.consumers(bench.url, queue) == 1)
+            level = f"{exchange}.delay.00"
+            onlooker.delete(bench.url, queues=[level], exchanges=[level])
+            onlooker.delete(bench.url, queues=[queue])
+            wait_until(lambda: onlooker.exists(bench.url, level))
+            wait_until(lambda: onlooker.exists(bench.url, queue))
+            wait_until(lambda: onlooker.consumers(bench.url, queue) == 1)
+            event = bench.publish("a.b")
+            wait_until(lambda: seen == [event, event])
+
+
+def test_delay_level_that_was_deleted_comes_back_when_a_retry_needs_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was declared on this connection is declared again to repair it."""
+    monkeypatch.setattr("domain_events.subscription._PAUSE_AFTER_A_FAILED_MOVE", 0.2)
+    subscriber = bench.subscriber()
+    exchange, seen = bench.exchange, Events()
+
+    def handle(event: DomainEvent) -> None:
+        seen.append(event)
+        if len(seen) < 4:
+            raise Retry(0.1)
+
+    with subscriber:
+        subscriber.register(handle, bench.names.queue(), ["a.*"], max_retries=3)
+        level = f"{exchange}.delay.00"
+        onlooker.delete(bench.url, queues=[level], exchanges=[level])
+        with running(subscriber):
+            event = bench.publish("a.b")
+            wait_until(lambda: len(seen) >= 4)
+            assert set(seen) == {event}
+            assert onlooker.exists(bench.url, level)
+
+
+def test_answer_that_was_under_way_is_not_remembered(bench: Bench, wire: Wire) -> None:
+    """Something was found missing meanwhile: it may be what was declared just before."""
+    subscriber = bench.subscriber()
+    level = f"{bench.exchange}.delay.05"
+    known_when_sent: list[bool] = []
+
+    def forget(method: Any) -> None:
+        if method.NAME == "Exchange.Declare" and method.exchange == level:
+            known_when_sent.append(is_known())
+            channels().forget()
+
+    def channels() -> Channels:
+        found: Channels = subscriber._consuming._channels  # type: ignore[union-attr]
+        return found
+
+    def is_known() -> bool:
+        return any(f"'{level}'" in known for known in channels().known)
+
+    with subscriber:
+        wire.on_send = forget
+        register(bench, subscriber, 1)
+        assert known_when_sent == [False]
+        assert not is_known()
+        wire.on_send = lambda _method: None
+        wire.declarations()
+        register(bench, subscriber, 1)
+        assert wire.sent["Exchange.Declare"] > 5
+        assert is_known()
+
+
+def test_error_names_the_declaration_it_is_about(bench: Bench, wire: Wire) -> None:
+    """Also among those that are sent together; and it is not remembered as declared."""
+    level, undelivered = f"{bench.exchange}.delay.05", undelivered_name(bench.exchange)
+    onlooker.bind_queue(bench.url, level, bench.exchange, "nothing")
+    with bench.subscriber() as subscriber:
+        for _ in range(2):
+            with pytest.raises(TopologyError, match=rf"The queue '{level}' exists with different"):
+                register(bench, subscriber, 1)
+        onlooker.delete(bench.url, queues=[level, undelivered])
+        wire.declarations()
+        (queue,) = register(bench, subscriber, 1)
+        assert wire.declarations() == SHARED + OWN
+        for name in (level, undelivered, queue):
+            assert onlooker.exists(bench.url, name)
