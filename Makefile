@@ -2,8 +2,9 @@
 # Needs Python >= 3.10; everything else is installed into .venv, RabbitMQ with apt-get.
 
 BIN := .venv/bin
-# Two workers: tests wait for brokers more than they compute. PYTEST_ARGS= runs them in one.
-PYTEST_ARGS ?= -n 2
+# Four workers, also on two cores: tests wait for brokers more than they compute. PYTEST_ARGS= runs
+# them in one process.
+PYTEST_ARGS ?= -n 4
 # Of `check`, whose tests wait for timeouts.
 CHECK_ARGS ?= -n 4
 # More of them: python -m benchmarks --help

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: this library beside its peers, on one broker, in one run."""
+"""``python -m benchmarks``: this library compared with its peers, on one broker, in one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import pieces, plots, profiling, running, samples, scenarios, ta
 from benchmarks.registry import BY_NAME, PEERS, Peer  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 
-# What a bench fills a private node with is more than its alarms like.
+# A bench fills a private node beyond the default limits of its alarms.
 _NODE_CONFIG = "vm_memory_high_watermark.absolute = 8GiB\ndisk_free_limit.absolute = 500MB\n"
 
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         help="RabbitMQ of the private node that is started",
     )
     broker.add_argument(
-        "--url", help="a broker to use instead; nothing that kills it is measured then"
+        "--url", help="a broker to use instead; scenarios that kill it are left out"
     )
     options.add_argument(
         "--only",
@@ -49,22 +49,24 @@ def parser() -> argparse.ArgumentParser:
         help=f"some of: {', '.join(BY_NAME)}",
     )
     options.add_argument("--quick", action="store_true", help="short samples, one round")
-    options.add_argument("--rounds", type=_at_least_one, help="how often each sample is taken")
-    options.add_argument("--json", type=Path, metavar="FILE", help="where to keep the results")
+    options.add_argument(
+        "--rounds", type=_at_least_one, help="number of times that each sample is taken"
+    )
+    options.add_argument("--json", type=Path, metavar="FILE", help="where to store the results")
     options.add_argument(
         "--show",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="measure nothing; show what was kept, of one run or of runs of different scenarios",
+        help="measure nothing; show stored results, of one run or of runs of different scenarios",
     )
     options.add_argument("--rst", type=Path, metavar="FILE", help="the tables for the docs")
     options.add_argument("--svg", type=Path, metavar="FOLDER", help="the plots")
     options.add_argument(
-        "--profile", choices=profiling.WHAT, help="show where our own time goes, and no more"
+        "--profile", choices=profiling.WHAT, help="only show where this library spends its time"
     )
     options.add_argument(
-        "--pieces", action="store_true", help="show what each step of an event costs, and no more"
+        "--pieces", action="store_true", help="only show the cost of each step of an event"
     )
     return options
 
@@ -77,7 +79,7 @@ def _at_least_one(text: str) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The whole of it; an exit code."""
+    """Run the command; returns its exit code."""
     options = parser().parse_args(words)
     try:
         if options.show:
@@ -101,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 class _Broker:
-    """The broker that is measured: a private node, or the one that the user names."""
+    """The broker to measure: a private node, or the one that the user specifies."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.node: Node | None = None
@@ -149,7 +151,7 @@ def _measure(options: argparse.Namespace) -> Results:
         try:
             running.run(results, turns, broker.url, broker.node)
         except KeyboardInterrupt:
-            running.say("interrupted; here is what there is")
+            running.say("interrupted; partial results follow")
     return results
 
 

@@ -1,4 +1,4 @@
-"""What the runner does on the broker: it declares queues, and fills them."""
+"""The runner's own work on the broker: it declares queues, and fills them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.peers.driver import EXCHANGE, ROUTING_KEY, data_of, envelope
 _COMPANIONS = ("", "-dl", ".DQ", ".XQ", ".dlq", ".retry.1", "-delay-1000", "-delay-6000")
 
 _FILL_SECONDS = 300.0
-# Seconds after which an unchanged count is taken to be final.
+# Seconds after which an unchanged count is considered final.
 _STALLED = 3.0
 _PERSISTENT = pyamqp.Properties(content_type="application/json", delivery_mode=2)
 
@@ -29,7 +29,7 @@ class ConnectionFailed(Exception):
 
 @dataclass(frozen=True)
 class Letter:
-    """What events look like for a client: a template, and where they go.
+    """The events of a client: a template, and their destination.
 
     ``__N__`` in the template is an event's number, ``__ID__`` its id.
     """
@@ -40,7 +40,7 @@ class Letter:
 
     @classmethod
     def asked_for(cls, told: dict[str, Any], options: dict[str, Any]) -> Letter:
-        """As a driver needs it, according to its report that it is ready."""
+        """The feed that a driver requested in its ready report."""
         if "body" in told:
             return cls(told["body"], told["exchange"], (told["routing_key"],))
         spread = options.get("handlers") or options.get("bindings") or 0
@@ -70,7 +70,7 @@ def event_template() -> str:
 
 @contextlib.contextmanager
 def channel(url: str) -> Iterator[Channel]:
-    """A channel on a connection of its own.
+    """A channel on its own connection.
 
     :raises ConnectionFailed: also within the block.
     """
@@ -91,7 +91,7 @@ def declare(url: str, queue: str | None, queue_type: str) -> None:
 
 
 def delete(url: str, queue: str, handlers: int = 0) -> None:
-    """Delete the queue and those that clients declare beside it."""
+    """Delete the queue and the related queues that clients declare."""
     with channel(url) as on:
         for name in [queue + each for each in _COMPANIONS]:
             on.queue_delete(name)

@@ -1,6 +1,6 @@
-"""What each peer runs in: a virtual environment of its own, or a compiled program.
+"""The environment of each peer: its own virtual environment, or a compiled program.
 
-They are kept below the user's cache folder and made again when what they need has changed.
+They are kept below the user's cache folder and rebuilt when their requirements have changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PEERS = Path(__file__).parent / "peers"
 
 
 class Unavailable(Exception):
-    """A peer cannot be measured here; the message says why."""
+    """A peer cannot be measured here; the message has the reason."""
 
 
 def folder() -> Path:
@@ -29,9 +29,9 @@ def folder() -> Path:
 
 
 def command(peer: Peer) -> list[str]:
-    """The beginning of the command line that runs its driver, all it needs being there.
+    """Install what the driver needs; returns the beginning of its command line.
 
-    :raises Unavailable: when that cannot be had.
+    :raises Unavailable: it cannot be installed.
     """
     if peer.is_c:
         return [str(_compiled(peer))]
@@ -39,9 +39,9 @@ def command(peer: Peer) -> list[str]:
 
 
 def python(peer: Peer) -> Path:
-    """The Python that can import it; ours is the one that runs this.
+    """The Python that can import it; for this library, the running one.
 
-    :raises Unavailable: when it cannot be installed.
+    :raises Unavailable: it cannot be installed.
     """
     if peer.is_ours:
         return Path(sys.executable)
@@ -51,7 +51,7 @@ def python(peer: Peer) -> Path:
     made_for = home / "made-for.json"
     if made_for.exists() and made_for.read_text() == wanted:
         return interpreter
-    print(f"bench: installing {peer.title} into an environment of its own", file=sys.stderr)
+    print(f"bench: installing {peer.title} into its own environment", file=sys.stderr)
     venv.create(home, clear=True, with_pip=True)
     pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, *peer.needs], f"{peer.title} cannot be installed")
@@ -60,7 +60,7 @@ def python(peer: Peer) -> Path:
 
 
 def version(peer: Peer) -> str:
-    """What is measured, for the table; empty if it does not say."""
+    """The measured version, for the table; empty if unknown."""
     if peer.is_c:
         found = subprocess.run(
             ["pkg-config", "--modversion", "librabbitmq"],

@@ -1,7 +1,7 @@
-"""What one event costs, step by step: each by itself, many times, with no broker and no threads.
+"""The cost of one event, step by step: each repeated many times, without a broker or threads.
 
-Real objects of this library and of pika. The sum is less than what a run takes for an event: the
-system calls, the changes of thread and the emptied caches are missing.
+It uses real objects of this library and of pika. The sum is less than the time of an event in a
+run: it does not include system calls, thread switches and cold caches.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from benchmarks.peers.driver import ROUTING_KEY, data_of
 from domain_events import DomainEvent, Subscriber
 from domain_events import message as messages
 from domain_events.broker import Settlement
-from domain_events.broker.rabbitmq.sending import properties
+from domain_events.broker.rabbitmq.envelope import RabbitDelivery, properties
 from domain_events.broker.rabbitmq.wire import Reader, ReceivedProperties, Writer
 from domain_events.message import Delivery
-from domain_events.topology import Topology
 
 _TIMES = 5_000
 _REPEATS = 7
@@ -69,10 +68,10 @@ def consuming() -> list[Piece]:
     reader = Reader(lambda _data: None)
     reader.delivered[1] = lambda *_: None
     received = ReceivedProperties(b"".join(sent.encode()))
-    delivery = Delivery("domain-events", ROUTING_KEY, False, received, message.body, (1, 1))
+    delivery = RabbitDelivery("domain-events", ROUTING_KEY, False, received, message.body, (1, 1))
     subscriber = Subscriber("memory://")
     subscriber.register(lambda _event: None, "pieces", ["bench.*"])
-    [subscription] = subscriber._subscriptions
+    [subscription] = subscriber.subscriptions
     consumer = _Consumer()
     from_json = _microseconds(lambda: json.loads(message.body))
     to_event = _microseconds(lambda: messages.to_event(delivery))
@@ -124,7 +123,7 @@ class _Consumer:
     def flush(self) -> None:
         pass
 
-    def repair(self, _seconds: float, _then: Callable[[bool], None], _also: Topology = ()) -> None:
+    def repair(self, seconds: float, then: Callable[[bool], None], *, delays: bool = False) -> None:
         pass
 
     def stop(self, _timeout: float) -> None:
@@ -132,7 +131,7 @@ class _Consumer:
 
 
 def _microseconds(step: Callable[[], object]) -> float:
-    """The best of several measurements: what disturbs only makes it longer."""
+    """The best of several measurements: disturbances only make it longer."""
     return min(timeit.repeat(step, number=_TIMES, repeat=_REPEATS)) / _TIMES * 1e6
 
 

@@ -1,4 +1,4 @@
-"""Results as pictures: SVG, written by hand, for there are only bars and lines to draw."""
+"""Results as SVG plots, written by hand, because they consist only of bars and lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.scenarios import Scenario, scenarios
 from benchmarks.summary import Summary, short
 
 _WIDTH = 760
-_LABELS = 170  # room for the names on the left
+_LABELS = 170  # space for the names on the left
 _BAR = 16
 _FONT = "font-family='sans-serif' font-size='12'"
 _OURS, _OTHERS, _INK, _GRID = "#c0392b", "#7f8c9b", "#333", "#ddd"
@@ -39,7 +39,7 @@ class Line:
 
 
 def write(results: Results, folder: Path) -> list[str]:
-    """One picture for each scenario and kind of queue; the names of the files."""
+    """Write one plot for each scenario and kind of queue; returns the file names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for name, picture in pictures(results):
@@ -148,7 +148,7 @@ def line_chart(title: str, axis: str, lines: Sequence[Line]) -> str:
 
 
 class _Scale:
-    """From values to places, logarithmic; a little room on both ends."""
+    """Maps values to coordinates, logarithmically, with a margin on both ends."""
 
     def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
         logs = [math.log10(max(value, 1e-9)) for value in values]
@@ -161,7 +161,7 @@ class _Scale:
         return self._begin + part * (self._end - self._begin)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 of each power of ten within."""
+        """1, 2 and 5 times each power of ten in the range."""
         powers = range(math.floor(self._low), math.ceil(self._high) + 1)
         candidates = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
         return [each for each in candidates if self._low <= math.log10(each) <= self._high]

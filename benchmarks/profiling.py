@@ -1,7 +1,7 @@
-"""Where our own time goes: every thread of this library under cProfile, publishing or consuming.
+"""Profiles every thread of this library with cProfile, while publishing or consuming.
 
-cProfile slows what it watches, and small functions most; read the order, not the seconds. What an
-event really costs, step by step, is in `pieces`.
+cProfile slows down the program, and small functions most; compare the order, not the seconds. The
+real cost of an event, step by step, is in `pieces`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUEUE = "bench-profile"
 
 
 def profile(what: str, url: str, count: int = 20_000) -> None:
-    """Print, for each thread, the functions in which it spends most time itself."""
+    """Print, for each thread, the functions with the highest own time."""
     brokerside.delete(url, _QUEUE)
     threads: dict[str, cProfile.Profile] = {}
     try:
@@ -65,7 +65,7 @@ def _consume(url: str, count: int) -> None:
 
 @contextmanager
 def _every_thread(threads: dict[str, cProfile.Profile]) -> Iterator[None]:
-    """Watch this thread, and each that is started meanwhile."""
+    """Profile this thread, and each that is started meanwhile."""
     run = threading.Thread.run
 
     def watched_run(self: threading.Thread) -> None:

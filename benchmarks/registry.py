@@ -1,4 +1,4 @@
-"""Who is measured, and what each can do and promise."""
+"""The measured clients, with their capabilities and guarantees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class Peer:
     """A client library, and the driver that uses it as its own documentation recommends.
 
-    :ivar needs: what pip installs into its virtual environment; empty for what needs none.
+    :ivar needs: what pip installs into its virtual environment; empty if it needs none.
     :ivar module: what a program imports before it can publish.
     :ivar synchronous: its best documented way to publish in bulk is a synchronous one.
     :ivar has_threads: it may be used from many; others have tasks, on one thread.
@@ -44,7 +44,7 @@ class Peer:
         return self.driver.endswith(".c")
 
     def takes_part(self, scenario: str) -> bool:
-        """Whether it is measured in a scenario, as far as it can say for itself."""
+        """Whether it is measured in a scenario, as far as the client itself decides."""
         return scenario not in self.cannot and (not self.can or scenario in self.can)
 
 

@@ -1,4 +1,4 @@
-"""What came out of a run, kept as JSON, so that it can be shown again in another form."""
+"""The results of a run, stored as JSON, so that they can be shown again in another form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.summary import Summary
 
 @dataclass(frozen=True)
 class Sample:
-    """One peer, once, in one variant of one scenario: figures, or why there are none."""
+    """One peer, once, in one variant of one scenario: figures, or the reason for their absence."""
 
     scenario: str
     variant: str
@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass
 class Results:
-    """All samples of one run, and where it was made."""
+    """All samples of one run, and the machine that it ran on."""
 
     rabbitmq: str
     release: str
@@ -36,7 +36,7 @@ class Results:
     samples: list[Sample] = field(default_factory=list)
 
     def summary(self, scenario: str, variant: str, peer: str, figure: str) -> Summary | None:
-        """What the samples of one figure come to, if there are any."""
+        """The summary of the samples of one figure, if there are any."""
         return Summary.of(
             [
                 sample.figures[figure]
@@ -50,11 +50,11 @@ class Results:
         return None if summary is None else summary.median
 
     def error(self, scenario: str, variant: str, peer: str) -> str:
-        """Why there is nothing, if something failed."""
+        """The reason for the absence of figures, if something failed."""
         return next((each.error for each in self._of(scenario, variant, peer) if each.error), "")
 
     def peers(self, scenario: str, variant: str | None = None) -> list[str]:
-        """Who was measured in it."""
+        """The peers that were measured in it."""
         names = [
             sample.peer
             for sample in self.samples
@@ -63,7 +63,7 @@ class Results:
         return list(dict.fromkeys(names))
 
     def variants(self, scenario: str) -> list[str]:
-        """In which variants it was measured."""
+        """The variants in which it was measured."""
         names = [sample.variant for sample in self.samples if sample.scenario == scenario]
         return list(dict.fromkeys(names))
 
@@ -75,10 +75,9 @@ class Results:
         ]
 
     def add(self, other: Results) -> None:
-        """Take in what a run of other scenarios gave, on the same RabbitMQ.
+        """Add the results of a run of other scenarios, on the same RabbitMQ.
 
-        :raises ValueError: when they have a scenario in common, for only samples of one run may
-            be compared.
+        :raises ValueError: they have a scenario in common: only samples of one run may be compared.
         """
         common = {each.scenario for each in self.samples} & {
             each.scenario for each in other.samples
@@ -97,7 +96,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """:raises ValueError: when the file has no results in it."""
+        """:raises ValueError: the file does not contain results."""
         kept: dict[str, Any] = json.loads(path.read_text())
         try:
             samples = [Sample(**sample) for sample in kept.pop("samples")]

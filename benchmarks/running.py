@@ -1,4 +1,4 @@
-"""A run: every sample of a plan, interleaved, one after the other, with the time that is left."""
+"""A run: every sample of a plan, interleaved, one after the other, with the remaining time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.scenarios import Scenario, Variant
 
 T = TypeVar("T")
 
-# A peer that fails so often in one variant is left out of its other rounds.
+# After this many failures in one variant, a peer is left out of its other rounds.
 _FAILURES = 2
 
 
@@ -39,16 +39,16 @@ class Turn:
 
 
 def shuffled(items: Sequence[T], seed: str) -> list[T]:
-    """The same items in an order that only the seed decides."""
+    """The same items in an order determined only by the seed."""
     order = list(items)
     random.Random(seed).shuffle(order)
     return order
 
 
 def plan(chosen: Sequence[Scenario], peers: tuple[Peer, ...], rounds: int | None) -> list[Turn]:
-    """The turns in their order: in each round everybody once, in another order each time.
+    """The turns in their order: in each round each peer once, in another order each time.
 
-    What drifts during a run (a busy machine, a warmer one) so hits all alike.
+    So a drift during a run (a busy machine, a warmer one) affects all peers alike.
     """
     turns = []
     for scenario in chosen:
@@ -62,7 +62,7 @@ def plan(chosen: Sequence[Scenario], peers: tuple[Peer, ...], rounds: int | None
 
 
 def machine() -> dict[str, str]:
-    """Where this runs, as far as it bears on the figures."""
+    """The properties of this machine that affect the figures."""
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
@@ -83,10 +83,9 @@ def _processor() -> str:
 
 
 def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) -> None:
-    """Take every sample, and add it to the results; one that fails is shown, no more.
+    """Take every sample, and add it to the results; a failed one is only shown.
 
-    Each scenario has a broker that was just started: one that has had millions of events through
-    it is slower.
+    Each scenario has a freshly started broker, because a broker is slower after millions of events.
     """
     begun = time.monotonic()
     current = turns[0].scenario if turns else None
@@ -103,7 +102,7 @@ def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) ->
         figures, error = {}, ""
         try:
             figures = samples.take(turn.peer, turn.scenario, turn.variant, url, node)
-        except Exception as problem:  # noqa: BLE001 - whatever it is, the others are measured
+        except Exception as problem:  # noqa: BLE001 - the others are measured in any case
             error = f"{problem}" or type(problem).__name__
             failures[key] = failures.get(key, 0) + 1
         sample = Sample(*key, turn.round, figures, error)
@@ -116,7 +115,7 @@ def run(results: Results, turns: Sequence[Turn], url: str, node: Node | None) ->
 
 
 def _with_progress(turns: Sequence[Turn]) -> Iterator[tuple[str, Turn]]:
-    """Each turn with a line's beginning: how far, and how long still."""
+    """Each turn with the beginning of its line: the progress, and the remaining time."""
     begun = time.monotonic()
     total = sum(turn.seconds for turn in turns)
     done = 0.0
@@ -133,7 +132,7 @@ def _named(turn: Turn) -> str:
 
 
 def _shown(turn: Turn, figures: dict[str, float]) -> str:
-    from benchmarks.tables import value  # noqa: PLC0415 - tables need what is above
+    from benchmarks.tables import value  # noqa: PLC0415 - tables need the definitions above
 
     return ", ".join(
         f"{figure.title} {value(figures[figure.key], figure)}"

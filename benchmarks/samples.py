@@ -1,4 +1,4 @@
-"""One sample: a fresh process of one peer, conducted through one scenario."""
+"""One sample: a fresh process of one peer, run through one scenario."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks import brokerside, environments
 from benchmarks.registry import Peer
 from benchmarks.scenarios import Scenario, Variant
 
-# What a sample may take beyond what it was told to; the client or the broker hangs then.
+# The time that a sample may take beyond its own; after that the client or the broker hangs.
 _GRACE = 60.0
 _FROM_AN_OUTAGE = 120.0
 
@@ -29,13 +29,13 @@ _numbers = itertools.count(1)
 
 
 class SampleFailed(Exception):
-    """There are no figures; the message says why."""
+    """There are no figures; the message has the reason."""
 
 
 def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node | None) -> Any:
     """The figures of one sample.
 
-    :raises SampleFailed: when there are none within the deadline.
+    :raises SampleFailed: there are none within the deadline.
     """
     if scenario.does == "import":
         return _import(peer)
@@ -44,11 +44,11 @@ def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node 
         "url": url,
         "queue": f"bench-{peer.name}-{next(_numbers)}",
         "window": _our_window(),
-        # Clients whose delays are fixed beforehand retry at their own pace.
+        # Clients with predefined delays retry at their own pace.
         "any_delay": peer.is_ours or peer.name == "dramatiq",
     }
     try:
-        # A publisher's events go into a queue that nobody reads, unless it has queues of its own.
+        # A publisher's events go into a queue without consumers, unless it has its own queues.
         own = peer.declares and (peer.is_task_queue or scenario.does not in _PUBLISHING)
         brokerside.declare(
             url, None if own else options["queue"], options.get("queue_type", "quorum")
@@ -58,7 +58,7 @@ def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node 
     except (environments.Unavailable, brokerside.ConnectionFailed, TimeoutError) as error:
         raise SampleFailed(str(error)) from error
     finally:
-        with contextlib.suppress(Exception):  # the next sample has a queue of its own
+        with contextlib.suppress(Exception):  # the next sample has its own queue
             brokerside.delete(url, options["queue"], options.get("handlers", 0))
 
 
@@ -66,7 +66,7 @@ _PUBLISHING = ("publish", "threads", "one", "first", "idle_publisher")
 
 
 def _our_window() -> int:
-    """How many messages this library has under way; librabbitmq gets the same."""
+    """How many messages this library keeps in flight; librabbitmq gets the same window."""
     from domain_events.broker.rabbitmq import publishing  # noqa: PLC0415
 
     return publishing._MOST_IN_FLIGHT
@@ -85,7 +85,7 @@ def _import(peer: Peer) -> Any:
 
 
 class _Driver:
-    """A driver's process: lines out of it, lines into it, and its end."""
+    """A driver's process: reads its output, writes its input, and ends it."""
 
     def __init__(self, peer: Peer, does: str, options: dict[str, Any]) -> None:
         words = environments.command(peer)
@@ -116,7 +116,7 @@ class _Driver:
         self._said.put("")
 
     def hear(self, seconds: float) -> dict[str, Any]:
-        """The next line that it says."""
+        """The next line of its output."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -126,7 +126,7 @@ class _Driver:
             if not line:
                 self._process.wait(5)
                 raise SampleFailed(f"ended with code {self._process.returncode}{self._reason()}")
-            with contextlib.suppress(ValueError):  # something that its library prints
+            with contextlib.suppress(ValueError):  # output of its library
                 said = json.loads(line)
                 if isinstance(said, dict):
                     if "error" in said:
@@ -134,7 +134,7 @@ class _Driver:
                     return said
 
     def go(self) -> None:
-        """Tell it that the runner has done its part."""
+        """Signal that the runner has done its part."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write("go\n")
@@ -220,9 +220,9 @@ def _lateness(driver: _Driver, options: dict[str, Any], _node: Node | None) -> A
 
 def _restart(driver: _Driver, options: dict[str, Any], node: Node | None) -> Any:
     if node is None:
-        raise SampleFailed("takes a broker of its own to kill")
+        raise SampleFailed("needs its own broker, to kill it")
     _fill(driver, options)
-    node.sync()  # else the broker may forget the queue when it is killed
+    node.sync()  # otherwise the broker may forget the queue when it is killed
     driver.go()
     driver.hear(_GRACE)
     node.kill()

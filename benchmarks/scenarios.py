@@ -1,4 +1,4 @@
-"""What is measured: scenarios, each in some variants, with the figures that they give."""
+"""The scenarios that are measured, each in some variants, with their figures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.registry import (
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a sample gives, and how to show it.
+    """One number of a sample, and how to show it.
 
-    :ivar key: its name in what a driver prints.
-    :ivar scale: what to multiply it with, for its unit.
+    :ivar key: its name in the output of a driver.
+    :ivar scale: the factor for its unit.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Variant:
-    """A scenario under one set of options, as drivers get them."""
+    """A scenario with one set of options for the drivers."""
 
     label: str
     options: dict[str, Any] = field(hash=False)
@@ -43,12 +43,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, by whom, and how often.
+    """What is measured, for which peers, and how often.
 
     :ivar does: the driver's scenario.
     :ivar series: its variants are numbers along one axis, to be drawn as lines.
-    :ivar peers: who takes part; everybody, if empty.
-    :ivar rounds: how often at most.
+    :ivar peers: the peers that take part; all, if empty.
+    :ivar rounds: the maximum number of rounds.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Scenario:
     note: str = ""
 
     def taking_part(self, variant: Variant, peers: tuple[Peer, ...]) -> list[Peer]:
-        """Who of these is measured in this variant."""
+        """The peers of these that are measured in this variant."""
         return [
             peer
             for peer in peers
@@ -73,7 +73,7 @@ class Scenario:
         ]
 
     def seconds(self, variant: Variant) -> float:
-        """About how long one sample takes, for the time that is left."""
+        """About how long one sample takes, for the remaining time."""
         options = variant.options
         filled = float(options.get("fill") or options.get("count", 0)) / 20_000
         delay = float(options.get("delay", 0))
@@ -88,7 +88,7 @@ _P99 = Figure("p99", "p99", "us")
 _MEMORY = Figure("bytes", "memory", "MiB", scale=1 / 2**20)
 _MILLISECONDS = Figure("seconds", "time", "ms", scale=1000)
 
-# So many events wait for a consumer, so that the fastest is not done at once.
+# Enough waiting events that the fastest consumer is not done at once.
 _EVENTS = (60_000, 10_000)
 
 _Choice = Callable[[Any, Any], Any]

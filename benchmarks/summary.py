@@ -1,4 +1,4 @@
-"""Median, lowest and highest of a few samples: all that so few can say."""
+"""Median, lowest and highest of a few samples; so few do not support more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Summary:
-    """What several samples of one figure come to."""
+    """The summary of several samples of one figure."""
 
     median: float
     low: float
@@ -18,7 +18,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary | None:
-        """None, of no values."""
+        """None, without values."""
         if not values:
             return None
         return cls(statistics.median(values), min(values), max(values), len(values))

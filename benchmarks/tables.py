@@ -29,7 +29,7 @@ def value(number: float, figure: Figure) -> str:
 
 
 def spread(summary: Summary, figure: Figure) -> str:
-    """Median (lowest-highest), in the figure's unit, which stands in the head."""
+    """Median (lowest-highest), in the figure's unit, which is in the table's head."""
     median, low, high = (
         short(number * figure.scale) for number in (summary.median, summary.low, summary.high)
     )
@@ -37,7 +37,7 @@ def spread(summary: Summary, figure: Figure) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    """All that was measured, and what it comes to."""
+    """All results, as tables."""
     shown = [
         _of_scenario(results, scenario)
         for scenario in scenarios(quick=results.quick)
@@ -51,7 +51,7 @@ def _of_scenario(results: Results, scenario: Scenario) -> Table:
     variants = results.variants(scenario.name)
     notes = [scenario.note] if scenario.note else []
     if scenario.series and len(names) == 1:
-        # One peer along an axis: the axis goes down, the figures go across.
+        # One peer along an axis: the axis is vertical, the figures are horizontal.
         head = (scenario.series, *(f"{each.title}, {each.unit}" for each in scenario.figures))
         rows = [
             (label, *(_cell(results, scenario, label, names[0], each) for each in scenario.figures))
@@ -105,7 +105,7 @@ def _of_peers(results: Results) -> Table:
 
 
 def heading(results: Results) -> str:
-    """Where and how these figures were made."""
+    """Where and how these figures were measured."""
     machine = results.machine
     rounds = max((sample.round for sample in results.samples), default=0)
     return (

@@ -1,4 +1,4 @@
-"""What this library is to reach, as ratios within one run, and whether it does."""
+"""The goals of this library, as ratios within one run, and whether it reaches them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.registry import DOMAIN_EVENT_BROKER, LIBRABBITMQ, OURS, PEERS, P
 from benchmarks.results import Results
 from benchmarks.summary import short
 
-#: From results and a variant: the ratio or the number, or None when something was not measured.
+#: From results and a variant: the ratio or the number, or None if something was not measured.
 Measure = Callable[[Results, str], float | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to reach."""
+    """One goal."""
 
     text: str
     scenario: str
@@ -38,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target, and what was measured; `reached` is None when it was not."""
+    """A target, and the measured value; `reached` is None if it was not measured."""
 
     text: str
     variant: str
@@ -125,7 +125,7 @@ def _import_beyond_pika(results: Results, variant: str) -> float | None:
 
 
 def _against_domain_event_broker(scenario: str) -> Measure:
-    """Our rate over its; it declares classic queues only."""
+    """Our rate over that of domain-event-broker, which declares classic queues only."""
     measure = _against(scenario, "rate", DOMAIN_EVENT_BROKER)
     return lambda results, _variant: measure(results, "classic")
 

@@ -25,9 +25,9 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|datetime|decimal|enum|types|typing|uuid)\..*"),
     (r"py:obj", r"Delivery"),
     (r"py:.*", r"(domain_events\.testing\.broker\.)?(Store|memory)"),
-    (r"py:.*", r"(domain_events\.subscription\.)?Handler"),
+    (r"py:.*", r"(domain_events\.handling\.)?Handler"),
     (r"py:.*", r"(domain_events\.subscriber\.)?AnyHandler"),
-    (r"py:.*", r"(domain_events\.(topology|options)\.)?(ExchangeType|QueueType|RegisterOptions)"),
+    (r"py:.*", r"(domain_events\.(names|options)\.)?(ExchangeType|QueueType|RegisterOptions)"),
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
 ]
 

@@ -1,7 +1,7 @@
 """Options of public calls, checked where they are given. Pure.
 
-Each returns the value as a plain one of its type (an Enum member or a numpy number may come in),
-or raises a `ConfigurationError` that names the option, the value, and what is right.
+Each returns the value as its exact type (also if given an Enum member or a numpy number), or raises
+a `ConfigurationError` that names the option, the value, and what it must be.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 
+from domain_events.address import Address
 from domain_events.errors import ConfigurationError
 from domain_events.text import plain, printable
 
@@ -26,7 +27,7 @@ def flag(value: object, option: str) -> bool:
 
 
 def seconds(value: object, option: str = "timeout", *, zero: bool = False) -> float:
-    """A positive number of seconds, or with ``zero`` none at all."""
+    """A positive number of seconds; with ``zero``, also 0."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -46,14 +47,12 @@ def refusal(value: object, option: str, right: str, hint: str = "") -> Configura
 
 
 def shown(value: object) -> str:
-    """The value in an error: on one line, short, a text in quotes; a URL without its password."""
+    """The value for an error: short, on one line, a str in quotes, a URL without its password."""
     if "://" in printable(value, sys.maxsize):
-        # A broker's URL in the place of another argument.
-        from domain_events.settings import Address  # noqa: PLC0415 - it imports this module
-
+        # A broker's URL passed as another argument.
         if isinstance(value, str):
             return repr(Address(plain(value)))
-        return f"<a {type(value).__name__} with a URL in it>"
-    # An exception's text alone may be empty, or look like a name.
+        return f"<a {type(value).__name__} that contains a URL>"
+    # An exception's str() may be empty, or look like a name.
     text = printable(repr(value) if isinstance(value, BaseException) else value, 80)
     return f"'{text}'" if isinstance(value, str) else text

@@ -12,14 +12,14 @@ from domain_events import __version__, demo, settings
 from domain_events.errors import DomainEventsError
 
 _BROKER_HELP = f"""
-    run it on a RabbitMQ: the one in the environment ({", ".join(settings.ENVIRONMENT)}), else the
-    one on this machine; or at URL, which other users of this machine may see for a moment, with
-    its password. Without this option, on an embedded broker, which needs no set-up
+    run it on RabbitMQ: at URL (whose password other users of this machine may see for a moment),
+    else at the URL in the environment ({", ".join(settings.ENVIRONMENT)}), else on localhost.
+    Without this option, run it on an embedded broker, which needs no set-up
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake is a line and exit status 1 or 2, no traceback."""
+    """Run the command; an error prints one line, not a traceback, with exit status 1 or 2."""
     parser = argparse.ArgumentParser(
         prog="domain-events", description="Domain events over RabbitMQ."
     )
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _hide(url: str) -> None:
-    """Begin again with the URL in the environment: all users can read a process's arguments."""
+    """Re-execute with the URL in the environment: all users can read a process's arguments."""
     words = sys.orig_argv[1:]
-    # It is the value of the last option, behind a space or behind "=".
+    # It is the value of the last option, after a space or "=".
     for at in reversed(range(len(words))):
         if words[at] == url:
             del words[at]

@@ -1,24 +1,25 @@
-"""Dead letters: what a subscriber failed on, to be browsed, replayed, discarded, or left.
+"""Dead letters: events that a subscriber failed on, to be browsed, replayed, discarded, or left.
 
-Browsing takes nothing out. A replay is one movement: the event is confirmed in the subscriber's
-queue before it is acked among the dead letters. What is left stays; each walk sees a dead letter
-once, so that a walk ends even while new ones arrive. How walks work: `domain_events.walks`.
+Browsing removes nothing. A replayed event is confirmed in the subscriber's queue before it is acked
+among the dead letters. Each walk visits a dead letter once, so that it ends even while new ones
+arrive. How walks work: `domain_events.walks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from domain_events import message as messages
-from domain_events import settings, topology
+from domain_events import settings
 from domain_events.checks import refusal, shown
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
 from domain_events.log import Log
-from domain_events.message import Delivery, Message
+from domain_events.message import Delivery, ToDeadLetters
+from domain_events.names import check_name
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.text import printable
 from domain_events.walks import Walks
@@ -32,9 +33,9 @@ DISCARD = "discard"
 
 @dataclass(frozen=True, eq=False)
 class DeadLetter:
-    """One dead letter. What is not known of it is None, as with those of other programs."""
+    """One dead letter. Unknown values are None, as with those of other programs."""
 
-    #: The event; None when the body is no envelope.
+    #: The event; None when the body is not an envelope.
     event: DomainEvent | None
     #: The body as it was received.
     body: bytes
@@ -50,7 +51,7 @@ class DeadLetter:
     failed_at: datetime | None
     host: str | None
     retries: int
-    #: What its first delivery failed on, if it was retried afterwards.
+    #: The error of its first delivery, if it was retried afterwards.
     first_error_type: str | None
     first_error_message: str | None
 
@@ -58,7 +59,7 @@ class DeadLetter:
     _owner: DeadLetters
 
     def replay(self) -> None:
-        """Back into the subscriber's queue, with ``retries == 0``; then out of the dead letters.
+        """Return it to the subscriber's queue, with ``retries == 0``; remove it from this one.
 
         :raises TopologyError: the subscriber's queue does not exist; the dead letter is left.
         :raises DomainEventsError: as `Publisher.publish` does; the dead letter is left.
@@ -71,13 +72,13 @@ class DeadLetter:
         self._owner._settle(self._delivery)
 
     def __repr__(self) -> str:
-        event = self.event or f"{len(self.body)} bytes that are no event"
+        event = self.event or f"{len(self.body)} bytes that are not an event"
         error = f"{printable(self.error_type)}: {printable(self.error_message)}"
         return f"<DeadLetter {event}: {error}>"
 
 
 class DeadLetters(Walks):
-    """The dead letters of the subscriber ``name``. Iterate to see each one once.
+    """The dead letters of the subscriber ``name``. Iterate to get each one once.
 
     ::
 
@@ -86,17 +87,17 @@ class DeadLetters(Walks):
                 if letter.error_type == 'TimeoutError':
                     letter.replay()
 
-    What is neither replayed nor discarded is left, in its order. The dead letters that a walk has
+    Those neither replayed nor discarded are left, in their order. The dead letters that a walk has
     passed are held until the next one begins or `close` is called; until then they can be settled,
-    and others do not see them. Their bodies are not: they live as long as each `DeadLetter`.
+    and others do not see them. Their bodies are only kept by each `DeadLetter`.
 
-    Up to RabbitMQ 4.2 a look counts as a delivery. Before a queue's delivery limit could delete
-    them, the next walk publishes all of them to their queue anew, which takes the permission to
+    Up to RabbitMQ 4.2 browsing counts as a delivery. Before a queue's delivery limit could delete
+    them, the next walk republishes all of them to their queue, which requires the permission to
     publish there.
 
     :param name: the subscriber's name.
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
-    :param timeout: seconds within which the broker must answer each question.
+    :param timeout: seconds within which the broker must answer each request.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -108,20 +109,19 @@ class DeadLetters(Walks):
         timeout: float = 10.0,
     ) -> None:
         connection_settings = settings.masked(connection_settings)
-        self.name = topology.check_name(name, "subscriber")
-        queue = topology.dead_letter_name(self.name)
-        super().__init__(queue, f"The dead letters of {self.name!r}", connection_settings, timeout)
+        self.name: str = check_name(name, "subscriber")
+        super().__init__(ToDeadLetters(self.name), connection_settings, timeout)
 
     def __iter__(self) -> Iterator[DeadLetter]:
         for delivery in self._deliveries():
             yield self._letter(delivery)
 
     def replay_all(self) -> int:
-        """Replay all that are there now, in their order; says how many that were."""
+        """Replay all that are there now, in their order. Returns how many were replayed."""
         return self._all(DeadLetter.replay)
 
     def discard_all(self) -> int:
-        """Delete all that are there now, for good; says how many that were."""
+        """Delete all that are there now, for good. Returns how many were deleted."""
         return self._all(DeadLetter.discard)
 
     def _all(self, action: Callable[[DeadLetter], None]) -> int:
@@ -134,10 +134,10 @@ class DeadLetters(Walks):
     def _replay(self, delivery: Delivery) -> None:
         if not delivery.is_verified:
             log.warning(
-                "%s: the broker itself has moved the dead letter %s there. Before RabbitMQ 4.0 its "
-                "routing key, %s, may have been forged by its publisher.",
+                "%s: the broker itself moved %s to the dead letters. Before RabbitMQ 4.0 its "
+                "publisher may have forged its routing key, %s.",
                 self.name,
-                printable(delivery.properties.message_id),
+                printable(delivery.message_id),
                 printable(delivery.original_routing_key),
             )
         self._check_held(delivery)
@@ -150,17 +150,11 @@ class DeadLetters(Walks):
             ) from error
         self._settle(delivery)
 
-    def _anew(self, delivery: Delivery) -> Message:
-        message = messages.replay(delivery, self._queue)
-        headers = {**message.headers, **_told(delivery), messages.RETRIES: delivery.retries}
-        return replace(message, headers=headers)
-
     def _letter(self, delivery: Delivery) -> DeadLetter:
         try:
             event = messages.to_event(delivery)
         except InvalidEvent:
             event = None
-        told = messages.told_by_a_dead_letter(delivery)
         return DeadLetter(
             event=event,
             body=delivery.body,
@@ -168,36 +162,12 @@ class DeadLetters(Walks):
             retries=delivery.retries,
             _delivery=delivery,
             _owner=self,
-            **told,
+            **vars(delivery.failure),
         )
 
 
-def _told(delivery: Delivery) -> dict[str, Any]:
-    """The headers from which the same is told again when it is in its queue anew."""
-    if not delivery.exchange and "x-death" not in delivery.headers:
-        # They are there already.
-        ours = [(str(name), value) for name, value in delivery.headers.items()]
-        return {
-            name: value
-            for name, value in ours
-            if name.startswith("domain-events-") and isinstance(value, str)
-        }
-    # The broker moved it: what is known of that stands in headers that do not survive.
-    told = messages.told_by_a_dead_letter(delivery)
-    failed_at = told["failed_at"]
-    headers = {
-        messages.SUBSCRIBER: told["subscriber"],
-        messages.ERROR_TYPE: told["error_type"],
-        messages.ERROR_MESSAGE: told["error_message"],
-        messages.TRACEBACK: told["traceback"],
-        messages.FAILED_AT: failed_at and failed_at.isoformat(),
-        messages.HOST: told["host"],
-    }
-    return {name: value for name, value in headers.items() if value is not None}
-
-
 def retry_event(body: bytes, **kwargs: Any) -> str:
-    """The default answer to each dead letter: replay it."""
+    """The default ``message_callback``: replay each dead letter."""
     return RETRY
 
 
@@ -212,7 +182,7 @@ def replay_event(
     :param message_callback: called with ``frame`` (a `Delivery`), ``header`` (its AMQP
         properties) and ``body`` as keyword arguments; returns RETRY, LEAVE or DISCARD.
     :return: how many dead letters there are behind that one.
-    :raises ValueError: another answer than these; the dead letter is left.
+    :raises ValueError: the callback returned anything else; the dead letter is left.
     """
     connection_settings = settings.masked(connection_settings)
     _check_callback(message_callback)
@@ -235,9 +205,11 @@ def replay_all(
     connection_settings = settings.masked(connection_settings)
     _check_callback(message_callback)
     with DeadLetters(queue_name, connection_settings) as dead_letters:
-        for delivery in dead_letters._deliveries():
-            _decide(dead_letters, delivery, message_callback)
-        return dead_letters._count_ready()
+        left = sum(
+            _decide(dead_letters, delivery, message_callback) == LEAVE
+            for delivery in dead_letters._deliveries()
+        )
+        return dead_letters.count() - left
 
 
 def _check_callback(message_callback: object) -> None:
@@ -248,11 +220,12 @@ def _check_callback(message_callback: object) -> None:
 
 def _decide(
     dead_letters: DeadLetters, delivery: Delivery, message_callback: Callable[..., str]
-) -> None:
+) -> str:
     answer = message_callback(frame=delivery, header=delivery.properties, body=delivery.body)
     if answer == RETRY:
         dead_letters._replay(delivery)
     elif answer == DISCARD:
         dead_letters._settle(delivery)
     elif answer != LEAVE:
-        raise ValueError(f"Answer RETRY, LEAVE or DISCARD to a dead letter, not {shown(answer)}.")
+        raise ValueError(f"The callback must return RETRY, LEAVE or DISCARD, not {shown(answer)}.")
+    return answer

@@ -1,4 +1,4 @@
-"""The main job, told as it happens: publish, subscribe, a retry, a dead letter, its replay.
+"""A day in the life of an event: publish, subscribe, a retry, a dead letter, its replay.
 
 Two services subscribe, each on a thread and connections of its own; a third one publishes. The demo
 decides when the next thing happens. It works on an exchange and queues of its own and deletes them
@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from domain_events import log, settings, topology
+from domain_events import log
+from domain_events.address import shown
 from domain_events.broker import connect
 from domain_events.dead_letters import DeadLetters
 from domain_events.events import DomainEvent
@@ -29,7 +30,7 @@ MAILER, LEDGER = "demo-mailer", "demo-ledger"
 EMBEDDED = ("memory://demo",)
 
 # Seconds that any step may take; on a slow machine the first declaration of all queues is one.
-_PATIENCE = 30.0
+_STEP_TIMEOUT = 30.0
 _BROKER_TIMEOUT = 10.0
 
 
@@ -38,11 +39,11 @@ def run(urls: Sequence[str] = EMBEDDED) -> None:
 
     :raises DomainEventsError: no broker there, for example.
     """
-    _say("A domain event is a fact that other services may want to hear.")
+    _say("A domain event is a fact that other services may want to know.")
     embedded = " (embedded in this process)" if tuple(urls) == EMBEDDED else ""
-    _say(f"Broker: {', '.join(map(settings.shown, urls))}{embedded}")
+    _say(f"Broker: {', '.join(map(shown, urls))}{embedded}")
     with _quiet():
-        _clean_up(urls)  # after an earlier one that was killed; also says when there is no broker
+        _clean_up(urls)  # after a demo that was killed; raises at once if there is no broker
         try:
             _show(urls)
         finally:
@@ -60,12 +61,12 @@ def _show(urls: Sequence[str]) -> None:
         DeadLetters(LEDGER, urls) as dead_letters,
     ):
         with ledger.running(_book, LEDGER, ["#"]):
-            _title("A third one publishes, without knowing them: both hear of it")
+            _title("A third one publishes, without knowing them: both get the event")
             _publish(publisher, "user.registered", {"user": "Ada"})
             mailer.wait_for("mail to Ada is sent")
             ledger.wait_for("entry for user.registered")
 
-            _title("A handler asks for a retry: the event comes back to it alone, a second later")
+            _title("A handler requests a retry: the event returns to it alone, a second later")
             _publish(publisher, "user.imported", {"user": "Grace"})
             mailer.wait_for("mail to Grace is sent")
             ledger.wait_for("entry for user.imported")
@@ -78,8 +79,8 @@ def _show(urls: Sequence[str]) -> None:
                 _say(f"dead letter of {letter.subscriber}: {letter.routing_key}")
                 _say(f"  {letter.error_type}: {printable(letter.error_message)}")
 
-        _title("The service is stopped, mended and started again")
-        with ledger.running(_book_mended, LEDGER, ["#"]):
+        _title("The service is stopped, fixed and started again")
+        with ledger.running(_book_fixed, LEDGER, ["#"]):
             _title("The dead letter is replayed: nothing was lost")
             _say(f"replayed: {dead_letters.replay_all()}")
             ledger.wait_for("12.50 is booked")
@@ -110,12 +111,12 @@ def _book(event: DomainEvent, say: Callable[[str], None]) -> None:
     say(f"entry for {event.routing_key}")
 
 
-def _book_mended(event: DomainEvent, say: Callable[[str], None]) -> None:
+def _book_fixed(event: DomainEvent, say: Callable[[str], None]) -> None:
     say(f"{float(event.data['amount']):.2f} is booked (retries: {event.retries})")
 
 
 class _Service:
-    """A service that subscribes, and what it has said."""
+    """A service that subscribes, and the lines it has printed."""
 
     def __init__(self, label: str, urls: Sequence[str]) -> None:
         self._label = label
@@ -137,16 +138,16 @@ class _Service:
         )
         thread = threading.Thread(target=subscriber.start_consuming, daemon=True)
         thread.start()
-        self._say("listens")
+        self._say("is consuming")
         try:
             yield
         finally:
             subscriber.stop_consuming()
-            thread.join(_PATIENCE)
+            thread.join(_STEP_TIMEOUT)
         self._say("has stopped in order")
 
     def wait_for(self, words: str) -> None:
-        """Until the service has said so."""
+        """Wait until the service has printed this."""
         _wait_until(lambda: any(words in line for line in self._lines), f"{self._label}: {words}")
 
     def _say(self, text: str) -> None:
@@ -157,19 +158,14 @@ class _Service:
 def _clean_up(urls: Sequence[str]) -> None:
     consuming = connect(tuple(urls)).consuming("demo", lambda: None)
     try:
-        queues = [topology.subscriber_queue(name) for name in (MAILER, LEDGER)]
-        letters = [topology.dead_letter_queue(name) for name in (MAILER, LEDGER)]
-        exchange = topology.Exchange(EXCHANGE)
-        consuming.delete(
-            [exchange, *queues, *letters, *topology.delays(EXCHANGE)], timeout=_BROKER_TIMEOUT
-        )
+        consuming.delete([MAILER, LEDGER], EXCHANGE, _BROKER_TIMEOUT)
     finally:
         consuming.close(_BROKER_TIMEOUT)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The demo tells what happens in its own words, without log lines between them."""
+    """No log lines between those of the demo."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -180,10 +176,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _STEP_TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
-            raise SystemExit(f"The demo got stuck; it waited for {what}.")
+            raise SystemExit(f"The demo got stuck while waiting for {what}.")
         time.sleep(0.05)
 
 

@@ -4,19 +4,19 @@
 
     DomainEventsError
     ├── InvalidEvent          this event can never be sent as it is; nothing was sent
-    ├── BrokerUnavailable     no broker in time; surely not sent
-    ├── EventNotConfirmed     sent, but not confirmed in time; perhaps the broker has it
-    ├── EventRejected         the broker said no; at least one queue does not have the event
-    ├── EventUnroutable       nobody listens (only with ``mandatory``)
-    ├── TopologyError         a queue or an exchange is not as it is asked for
+    ├── BrokerUnavailable     no broker in time; definitely not sent
+    ├── EventNotConfirmed     sent, but not confirmed in time; the broker may have it
+    ├── EventRejected         the broker refused it; at least one queue does not have the event
+    ├── EventUnroutable       no queue is bound for it (only with ``mandatory``)
+    ├── TopologyError         a queue or an exchange is missing, or has other settings
     └── ConfigurationError    wrong settings: address, password, permission, option
 
-After `BrokerUnavailable` a caller may publish the event again and it happens once. After
+After `BrokerUnavailable` a caller may publish the event again without a duplicate. After
 `EventNotConfirmed` it should publish *the same* event again (``error.event``): the id is the
-same, so that a subscriber can tell.
+same, so that a subscriber can recognize it.
 
-``Retry`` and ``Reject`` (`domain_events.retry`) are not here: a handler raises them to say
-something; they are not errors.
+``Retry`` and ``Reject`` (`domain_events.retry`) are not here: they are signals that a
+handler raises, not errors.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from domain_events.events import DomainEvent
+    import domain_events
 
 
 class DomainEventsError(Exception):
     """The root of every error of this library."""
 
-    #: The event this is about, where it is about one.
-    event: DomainEvent | None = None
+    #: The event that failed, if the error concerns one event.
+    event: domain_events.DomainEvent | None = None
 
-    #: What ``publish_many`` had taken and not seen confirmed when it raised this, oldest first.
-    unconfirmed: Sequence[DomainEvent] = ()
+    #: The events that ``publish_many`` had taken and that were not confirmed, oldest first.
+    unconfirmed: Sequence[domain_events.DomainEvent] = ()
 
-    #: Those of ``unconfirmed`` that may be stored, in a queue at least; the others surely are not.
-    perhaps: Sequence[DomainEvent] = ()
+    #: Those of ``unconfirmed`` that may be stored in a queue; the others surely are not.
+    perhaps: Sequence[domain_events.DomainEvent] = ()
 
-    #: How many events ``publish_many`` had read from its iterable; the rest it has not taken.
+    #: How many events ``publish_many`` had read from its iterable.
     taken: int = 0
 
     #: How many of them are confirmed: all but the ``unconfirmed``.
@@ -49,7 +49,7 @@ class DomainEventsError(Exception):
 
 
 class InvalidEvent(DomainEventsError):
-    """The event cannot be an event: data that is not JSON, a bad routing key, too large."""
+    """The event can never be sent: data that is not JSON, a bad routing key, too large a body."""
 
 
 class BrokerUnavailable(DomainEventsError):
@@ -63,7 +63,7 @@ class EventNotConfirmed(DomainEventsError):
 class EventRejected(DomainEventsError):
     """The broker refused the event, for example because a queue is at its length limit.
 
-    Other queues that it was bound for may have it.
+    Other queues that it was routed to may have it.
     """
 
 
@@ -72,7 +72,7 @@ class EventUnroutable(DomainEventsError):
 
 
 class TopologyError(DomainEventsError):
-    """A queue or an exchange exists otherwise than asked for, or is missing, or is taken."""
+    """A queue or an exchange exists with different settings, is missing, or is not available."""
 
 
 class ConfigurationError(DomainEventsError):

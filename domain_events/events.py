@@ -1,8 +1,8 @@
-"""``DomainEvent`` and its JSON. Pure: knows no broker.
+"""``DomainEvent`` and its JSON. Pure.
 
 The JSON is an object of exactly five keys (``routing_key, data, domain_object_id, uuid_string,
-timestamp``), since consumers of domain-event-broker fail on a sixth. Reading is lenient: what
-it does not know it ignores.
+timestamp``), since consumers of domain-event-broker fail on a sixth. Reading is lenient: unknown
+keys are ignored.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from domain_events.text import plain, printable
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
 class DomainEvent:
-    """A fact from inside a bounded context that others may want to hear.
+    """A fact from inside a bounded context that other services may want to know.
 
-    Two events are equal when the five fields that travel are; ``retries`` does not travel in
-    the envelope.
+    Two events are equal when the five fields of their envelopes are; ``retries`` is not one of
+    them.
 
     :param routing_key: ``<DOMAIN>.<EVENT_TYPE>``, such as ``user.registered``.
     :param data: what happened: a dict or a dataclass of JSON values; datetime, date, time,
         UUID, Decimal (all as text) and Enum (as its value) may be among them. A tuple, also a
         named one, arrives as a list, and a key that is a number as text. None is an empty dict.
     :param domain_object_id: the id of the object it happened to; optional.
-    :param uuid_string: the event's own id: the key by which a handler can tell that it has
-        seen the event before. A new one if left out.
+    :param uuid_string: the event's own id: the key by which a handler can recognize an
+        event that it has seen before. A new one if left out.
     :param timestamp: when it happened, in Unix seconds (UTC). Now if left out.
-    :param retries: how often a handler has asked to try again; 0 on the first delivery.
-    :raises InvalidEvent: when ``retries`` is not a whole number from 0 up.
+    :param retries: how often it was retried; 0 on the first delivery.
+    :raises InvalidEvent: when ``retries`` is not an int >= 0.
     """
 
     routing_key: str
@@ -80,8 +80,8 @@ class DomainEvent:
     if not TYPE_CHECKING:  # for a type checker, every attribute would exist
 
         def __getattr__(self, name: str) -> Any:
-            # Only called for what is not there. Not `self.data`, which is not there either while
-            # an event is being unpickled.
+            # Only called for missing attributes. Not `self.data`, which is missing, too, while an
+            # event is being unpickled.
             error = f"A DomainEvent has no attribute {name!r}"
             data = self.__dict__.get("data")
             if isinstance(data, dict) and name in data:
@@ -92,7 +92,7 @@ class DomainEvent:
 
     @property
     def event_data(self) -> dict[str, Any]:
-        """The envelope as a dict: the five fields that travel."""
+        """The envelope as a dict of its five fields."""
         return {
             "routing_key": self.routing_key,
             "data": self.data,
@@ -110,14 +110,14 @@ class DomainEvent:
         """
         data, about = self.data, self.domain_object_id
         if about is not None and type(about) is not str and not _is_id(about):
-            raise self._invalid(
+            raise self._invalid_error(
                 "domain_object_id must be a str, an int, a UUID or None, not of type "
                 f"{type(about).__name__}; give the object's id, such as str(user.id)."
             )
         try:
             text = _encode(self.event_data)
-            # Most events need not be walked: no brace behind the first character of their data,
-            # hence no object within it, and all keys are text, of which join() makes sure.
+            # Most events need no walk: without a brace after the first character, the data has no
+            # nested object, and join() checks that all its keys are str.
             if text.find("{", text.index('"data": ') + 9) > 0:
                 _refuse_clashing_keys(data)
             elif isinstance(data, dict):
@@ -134,10 +134,10 @@ class DomainEvent:
                 why = f"its timestamp must be Unix seconds, not {printable(self.timestamp, 80)}"
             else:
                 why = f"{error}{_where(data)}"
-            raise self._invalid(f"it is not JSON: {why}") from error
+            raise self._invalid_error(f"it is not JSON: {why}") from error
         return text
 
-    def _invalid(self, why: str) -> InvalidEvent:
+    def _invalid_error(self, why: str) -> InvalidEvent:
         error = InvalidEvent(
             f"The event {printable(repr(self.routing_key))} cannot be published: {why}"
         )
@@ -148,7 +148,7 @@ class DomainEvent:
     def from_json(cls, json_data: bytes | str) -> DomainEvent:
         """The event of an envelope.
 
-        :param json_data: JSON in UTF-8; a byte order mark before it does no harm.
+        :param json_data: JSON in UTF-8; a byte order mark before it is ignored.
         :raises InvalidEvent: when it is not a JSON object with a routing key and data.
         """
         return from_envelope(read_envelope(json_data), kind=cls)
@@ -162,7 +162,7 @@ class DomainEvent:
         return hash(self.uuid_string)
 
     def __repr__(self) -> str:
-        # Others may have written each of these: on one line, and short.
+        # Other programs may have written each of these: on one line, and short.
         about = ""
         if self.domain_object_id is not None:
             about = f", about {_shown(self.domain_object_id)}"
@@ -176,7 +176,7 @@ def _shown(value: object) -> str:
 
 
 class Envelope(TypedDict):
-    """The fields that travel, as they were read; an id or a timestamp that is missing is None."""
+    """The fields of an envelope, as read; a missing id or timestamp is None."""
 
     routing_key: str
     data: Any
@@ -190,7 +190,7 @@ def from_envelope(
 ) -> DomainEvent:
     """The event that was read.
 
-    Not by its constructor, for which None as data is an empty dict: null in an envelope is null.
+    Not by its constructor, which replaces None as data by an empty dict: here, null stays null.
     """
     event = kind.__new__(kind)
     event.__dict__.update(envelope, retries=retries)
@@ -208,8 +208,8 @@ def read_envelope(json_data: bytes | str) -> Envelope:
     """
     if not isinstance(json_data, bytes | str):
         raise InvalidEvent(
-            f"Not an event: JSON is a str or bytes, not of type {type(json_data).__name__}; of a "
-            "dict of the five fields make one with DomainEvent(**fields)."
+            f"Not an event: JSON is a str or bytes, not of type {type(json_data).__name__}; with a "
+            "dict of the five fields, call DomainEvent(**fields)."
         )
     try:
         text = json_data.decode() if isinstance(json_data, bytes) else json_data
@@ -237,7 +237,7 @@ def read_envelope(json_data: bytes | str) -> Envelope:
 
 
 def _decode(text: str) -> Any:
-    """What json.loads makes of it, in two thirds of the time where nothing surrounds the value."""
+    """The same as json.loads, in two thirds of the time if no whitespace surrounds the value."""
     try:
         value, end = _raw_decode(text)
     except ValueError:
@@ -246,18 +246,18 @@ def _decode(text: str) -> Any:
     return value if end == len(text) else json.loads(text.removeprefix("\ufeff"))
 
 
-# Random numbers that no event has yet, and the process they belong to.
+# Unused random numbers, and the process they belong to.
 _numbers: deque[int] = deque()
 _numbers_of = os.getpid()
 _NUMBERS_AT_ONCE = 256
 
 
 def _new_id() -> str:
-    """What ``str(uuid.uuid4())`` gives (RFC 9562), without letting other threads run.
+    """The same as ``str(uuid.uuid4())`` (RFC 9562), without releasing the GIL each time.
 
-    Each request for randomness does, and that cost a quarter of all that publishing in bulk
-    computes. So it is fetched for many ids at once. The time goes into each, too: a virtual
-    machine may be resumed from one snapshot twice, and two events must never have one id.
+    ``os.urandom`` releases it, which cost a quarter of the CPU time of publishing in bulk. So
+    random numbers are fetched for many ids at once. The time goes into each id, too: a virtual
+    machine may be resumed twice from one snapshot, and two events must never share an id.
     """
     global _numbers_of
     if os.getpid() != _numbers_of:  # a fork: these numbers are the parent's
@@ -277,7 +277,7 @@ def _new_id() -> str:
 
 
 def _exact(value: Any) -> Any:
-    """A text or a number without its subclass: an Enum member, a numpy.float64, a SafeString."""
+    """A str or a number as its exact type, also of an Enum member, numpy.float64, SafeString."""
     if type(value) in _EXACT:
         return value
     if isinstance(value, str):
@@ -292,17 +292,17 @@ def _is_id(value: object) -> bool:
 
 
 def is_timestamp(value: object) -> bool:
-    """Whether an envelope may have it as its timestamp."""
+    """Whether it is valid as the timestamp of an envelope."""
     if value is None:
         return True
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    # Not math.isfinite: it raises for an integer that no float can be. NaN compares false.
+    # Not math.isfinite: it raises for an int that is too large for a float. NaN compares false.
     return abs(value) <= sys.float_info.max
 
 
-def _plain(value: object) -> object:
-    """What the JSON encoder does not know, in terms that it does."""
+def _default(value: object) -> object:
+    """Convert a type that the JSON encoder does not support."""
     if isinstance(value, date | time_of_day):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, UUID | Decimal):
@@ -318,9 +318,9 @@ def _plain(value: object) -> object:
 
 
 def _refuse_clashing_keys(data: object) -> None:
-    """Raise where two keys of a dict are one in JSON: one of their values would be lost.
+    """Raise if two keys of a dict are the same in JSON: one of their values would be lost.
 
-    :param data: what the encoder has taken, so that it has an end.
+    :param data: encoded before, hence not cyclic.
     """
     waiting = [data]
     for value in waiting:  # which grows meanwhile
@@ -335,7 +335,7 @@ def _refuse_clashing_keys(data: object) -> None:
         elif isinstance(value, list | tuple):
             waiting += [part for part in value if type(part) not in _EXACT]
         elif not isinstance(value, str | int | float):
-            waiting.append(_plain(value))
+            waiting.append(_default(value))
 
 
 def _refuse_clash(keys: Iterable[object]) -> None:
@@ -351,7 +351,7 @@ def _refuse_clash(keys: Iterable[object]) -> None:
 
 
 def _where(data: object) -> str:
-    """In words, where in the data the value is that the encoder refuses; empty if not there."""
+    """For an error: where in the data the value is that cannot be encoded; empty if not there."""
     if _is_json(data):
         return ""
     path = "event.data"
@@ -390,15 +390,15 @@ _LONGEST_PATH = 200
 
 
 def _encoder() -> Callable[[object], str]:
-    """One encoder for all events. What contains itself ends as what is nested too deeply does."""
-    encoder = json.JSONEncoder(allow_nan=False, check_circular=False, default=_plain)
+    """One encoder for all events. Cyclic data raises RecursionError, as too deep data does."""
+    encoder = json.JSONEncoder(allow_nan=False, check_circular=False, default=_default)
     quote = json.encoder.encode_basestring_ascii
     try:
         # JSONEncoder.encode() makes one of these at each call: a fifth of all its time.
         chunks = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-            None, _plain, quote, None, ": ", ", ", False, False, False
+            None, _default, quote, None, ": ", ", ", False, False, False
         )
-    except (AttributeError, TypeError):  # a Python that has none, or another one
+    except (AttributeError, TypeError):  # this Python has none, or another one
         return encoder.encode
     return lambda value: "".join(chunks(value, 0))
 

@@ -1,17 +1,17 @@
-"""The library's log lines, and a wall between them and everything else. Knows no broker.
+"""The library's log lines, isolated from everything else.
 
 Logging runs the application's code: filters, handlers, formatters, record factories. They may
-raise (a filter that reads ``flask.request`` on a thread that has none), take their time, wait for
-a lock that somebody holds who waits for us, or publish an event. None of that may reach the state
-of a connection or of a delivery. Therefore:
+raise (a filter that reads ``flask.request`` on a thread that has none), take long, deadlock with a
+thread that waits for this library, or publish an event. None of that may affect the state of a
+connection or of a delivery. Therefore:
 
-- A line never raises into the code that logs it. What the application's logging could not write
-  goes to standard error, with the reason.
-- Within `elsewhere`, which a connection's I/O thread never leaves, lines are handed to a thread
+- Logging never raises. Lines that the application's logging could not write go to standard error,
+  with the reason.
+- Within `in_background`, which a connection's I/O thread never leaves, lines are handed to a thread
   that does nothing else, so that however long they take, heartbeats and confirms go on.
 
 Threads. ``_Writer`` owns the queue; its thread starts with the first line, and ends soon after the
-last. At the program's end what is left is waited for, for a second.
+last. At the program's end the remaining lines get a second.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from typing import Any, NamedTuple, TypeAlias
 from domain_events.process import check_fork, on_fork
 from domain_events.text import printable
 
-# Lines that wait to be written; beyond that they are counted and dropped.
+# The most lines that wait to be written; further ones are counted and dropped.
 _MOST_WAITING = 1000
 # Seconds without a line after which the writer's thread ends.
 _LINGER = 0.5
-# Characters of a line of a traceback.
+# The most characters in a line of a traceback.
 _LONGEST_LINE = 2000
 _FLUSH_TIMEOUT = 1.0
 
@@ -55,7 +55,7 @@ class _Line(NamedTuple):
 
 
 class Log:
-    """A logger whose methods are those of ``logging.Logger``, and never raise."""
+    """A logger with methods of ``logging.Logger`` that never raise."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -84,28 +84,28 @@ class Log:
         exc_info: ExcInfo = None,
     ) -> None:
         line = _Line(self._logger, level, message, arguments, exc_info)
-        if getattr(_here, "depth", 0):
+        if getattr(_local, "depth", 0):
             _writer.put(line)
         else:
             # From this method's caller's caller, which is where the line was logged.
             _write(line, stacklevel=4)
 
 
-class _Elsewhere:
+class _InBackground:
     def __enter__(self) -> None:
-        _here.depth = getattr(_here, "depth", 0) + 1
+        _local.depth = getattr(_local, "depth", 0) + 1
 
     def __exit__(self, *_error: object) -> None:
-        _here.depth -= 1
+        _local.depth -= 1
 
 
-def elsewhere() -> _Elsewhere:
-    """What this thread logs within this block is written by another one."""
-    return _ELSEWHERE
+def in_background() -> _InBackground:
+    """Within this block, another thread writes what this one logs."""
+    return _IN_BACKGROUND
 
 
 def redirect(library: str) -> None:
-    """Have all lines of another library's loggers written by the other thread."""
+    """Write all lines of another library's loggers on the writer's thread."""
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and f"{name}.".startswith(f"{library}."):
             _redirect(logger)
@@ -123,8 +123,8 @@ def _redirect(logger: logging.Logger) -> None:
             raised = sys.exc_info() if exc_info is True else exc_info
             _writer.put(_Line(logger, level, str(message), arguments, raised))
 
-    # Where it is decided already that the line is wanted, and before anything of the
-    # application's is called: filters, handlers, the record's factory.
+    # After the check of the level, and before any code of the application is called: filters,
+    # handlers, the record factory.
     logger._log = log  # type: ignore[method-assign, assignment]
 
 
@@ -140,7 +140,7 @@ class _Writer:
         self.reset()
 
     def reset(self) -> None:
-        """Begin with nothing (at first, and in the child of a fork)."""
+        """Reset all state (at first, and in the child of a fork)."""
         # Re-entrant: a finalizer that interrupts `put` may log as well.
         self._changed = threading.Condition(threading.RLock())
         self._lines: deque[_Line] = deque()
@@ -194,8 +194,8 @@ class _Writer:
                 self._writing = True
             if dropped:
                 lost = "%d log lines were dropped: logging takes too long."
-                _write_whatever(line._replace(message=lost, arguments=(dropped,), exc_info=None))
-            _write_whatever(line)
+                _write_safely(_Line(line.logger, line.level, lost, (dropped,), None))
+            _write_safely(line)
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
@@ -210,14 +210,14 @@ def _write(line: _Line, stacklevel: int = 1) -> None:
         if error is None:
             logger.log(level, message, *arguments, stacklevel=stacklevel)
             return
-        # Until 3.11, two frames of logging's own are taken for granted.
+        # Before Python 3.11, findCaller() itself skips two frames of logging.
         own = 0 if sys.version_info >= (3, 11) else 2
         file, number, function, _ = logger.findCaller(False, max(1, stacklevel - own))
         exception = (type(error), error, error.__traceback__)
         record = logger.makeRecord(
             logger.name, level, file, number, message, arguments, exception, function
         )
-        # Formatters take it as it is; a message may have in it what others have written.
+        # Formatters use it as it is; an exception's message may contain text of other programs.
         record.exc_text = _printable_traceback(error)
         logger.handle(record)
     except Exception as broken:  # noqa: BLE001 - whatever the application's logging raises
@@ -225,7 +225,7 @@ def _write(line: _Line, stacklevel: int = 1) -> None:
 
 
 def _printable_traceback(error: BaseException) -> str:
-    """As Python shows it, but with each exception's text on one line, and without control codes."""
+    """As Python's, but with each exception's text on one line, without control characters."""
     parts = []
     for part in traceback.format_exception(type(error), error, error.__traceback__):
         text = part.rstrip("\n")
@@ -235,7 +235,7 @@ def _printable_traceback(error: BaseException) -> str:
     return "\n".join(parts)
 
 
-def _write_whatever(line: _Line) -> None:
+def _write_safely(line: _Line) -> None:
     try:
         _write(line)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a filter, for example
@@ -243,14 +243,14 @@ def _write_whatever(line: _Line) -> None:
 
 
 def _to_stderr(line: _Line, error: BaseException) -> None:
-    with contextlib.suppress(BaseException):  # standard error may be the application's, too
+    with contextlib.suppress(BaseException):  # the application may have replaced sys.stderr
         text = line.message % line.arguments if line.arguments else line.message
         why = f"{type(error).__name__}: {error}"
         print(f"domain_events: {text} (logging failed: {why})", file=sys.stderr)
 
 
-_here = threading.local()
-_ELSEWHERE = _Elsewhere()  # without any state: it is entered for each operation of a broker
+_local = threading.local()
+_IN_BACKGROUND = _InBackground()  # stateless, since it is entered for each operation of a broker
 _writer = _Writer()
 on_fork(_writer.reset)
 atexit.register(_writer.flush, _FLUSH_TIMEOUT)

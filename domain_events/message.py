@@ -1,8 +1,7 @@
-"""A domain event as a message, and back: properties, headers, body. Knows no broker.
+"""Messages: their destinations and content; how domain events become messages, and back.
 
-Everything that a domain event has besides its envelope travels in AMQP properties and in
-headers named ``domain-events-*``; a message that is sent on (a retry, a dead letter, a replay)
-keeps its body byte for byte, and its properties but for those that the broker would act upon.
+Everything besides the envelope (the cause, the number of retries, the reason of a dead letter) is a
+field here; how fields travel is up to the broker.
 """
 
 from __future__ import annotations
@@ -13,243 +12,235 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from uuid import UUID
 
-from domain_events import topology
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent, from_envelope, is_timestamp, read_envelope
 from domain_events.log import Log
+from domain_events.names import LONGEST_NAME, fits, has_wildcards, oddity
 from domain_events.retry import Retry
-from domain_events.text import printable
+from domain_events.text import printable, truncate
 
 log = Log("domain_events")
 
-# Our headers. Never `x-*`: the broker keeps that room for itself.
-RETRIES = "domain-events-retries"
-ROUTING_KEY = "domain-events-routing-key"
-CAUSE = "domain-events-cause"
-SUBSCRIBER = "domain-events-subscriber"
-ERROR_TYPE = "domain-events-error-type"
-ERROR_MESSAGE = "domain-events-error-message"
-TRACEBACK = "domain-events-traceback"
-FAILED_AT = "domain-events-failed-at"
-HOST = "domain-events-host"
-FIRST_ERROR_TYPE = "domain-events-first-error-type"
-FIRST_ERROR_MESSAGE = "domain-events-first-error-message"
-HAND_BACKS = "domain-events-hand-backs"
-
-_OURS = "domain-events-"
-_OF_A_DEAD_LETTER = (
-    SUBSCRIBER,
-    ERROR_TYPE,
-    ERROR_MESSAGE,
-    TRACEBACK,
-    FAILED_AT,
-    HOST,
-    FIRST_ERROR_TYPE,
-    FIRST_ERROR_MESSAGE,
-)
-
-# The broker acts upon these: CC and BCC route, and x-death makes it drop a message that it
-# takes for one going in circles.
-_OF_THE_BROKER = ("CC", "BCC", "x-delivery-count", "x-acquired-count", "x-death")
-_OF_THE_BROKER_TOO = ("x-first-death-", "x-last-death-")
-
-#: The largest body that any RabbitMQ takes (3.10); from 4.0 on the default is 16 MiB.
+#: The largest body that any RabbitMQ accepts (3.10); from 4.0 on the default is 16 MiB.
 LARGEST_BODY = 128 * 2**20
 
-# All headers must fit one frame of 128 KiB together with the other properties.
-_ROOM_FOR_HEADERS = 124 * 1024
 _LONGEST_MESSAGE = 2 * 1024
 _LONGEST_TRACEBACK = 16 * 1024
-_DEEPEST_HEADER = 32
-_MOST_RETRIES = 2**31 - 1
 
 
-class Properties(Protocol):
-    """The AMQP properties we read; whichever broker delivers has an object with these."""
+@dataclass(frozen=True)
+class ToExchange:
+    """To all queues bound to the exchange for the routing key."""
 
-    headers: Any
-    content_type: Any
-    content_encoding: Any
-    correlation_id: Any
-    reply_to: Any
-    message_id: Any
-    timestamp: Any
-    type: Any
-    app_id: Any
+    exchange: str
+
+    def __str__(self) -> str:
+        return f"the exchange {self.exchange!r}"
+
+
+@dataclass(frozen=True)
+class ToSubscriber:
+    """Into the queue of one subscriber, at its end."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the queue {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Later:
+    """Into the queue of one subscriber, so many seconds later."""
+
+    exchange: str
+    name: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"the queue {self.name!r} in {self.seconds:g} s"
+
+
+@dataclass(frozen=True)
+class ToDeadLetters:
+    """Among the dead letters of one subscriber."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"the dead letters of {self.name!r}"
+
+
+@dataclass(frozen=True)
+class UndeliveredOf:
+    """The retries on an exchange whose subscriber's queue was gone when they were due."""
+
+    exchange: str
+
+    def __str__(self) -> str:
+        return f"the undelivered retries of {self.exchange!r}"
+
+
+Destination: TypeAlias = ToExchange | ToSubscriber | Later | ToDeadLetters
+#: Where messages wait.
+Place: TypeAlias = ToSubscriber | ToDeadLetters | UndeliveredOf
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a delivery was given up. Unknown values are None."""
+
+    subscriber: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    traceback: str | None = None
+    failed_at: datetime | None = None
+    host: str | None = None
+    #: The error of a retried event's first delivery.
+    first_error_type: str | None = None
+    first_error_message: str | None = None
+
+
+NO_FAILURE = Failure()
+#: The reason of a dead letter on which no handler had failed.
+DELIVERY_LIMIT = "delivery limit"
+NEVER_SETTLED = (
+    "Delivered again and again, and never settled: each time the process or its connection ended, "
+    "or the event was given back."
+)
 
 
 @dataclass
 class Message:
-    """What is published: to where, the body, the properties. Always persistent."""
+    """A message to publish. Always persistent."""
 
-    exchange: str
+    destination: Destination
+    #: The event's own, wherever the message goes.
     routing_key: str
     body: bytes
-    headers: Mapping[str, Any] = field(default_factory=dict)
-    content_type: str | None = "application/json"
-    content_encoding: str | None = None
-    correlation_id: str | None = None
-    reply_to: str | None = None
     message_id: str | None = None
+    correlation_id: str | None = None
     timestamp: int | None = None
-    type: str | None = None
     app_id: str | None = None
+    #: It is an error if no queue takes it.
     mandatory: bool = False
+    #: The id of the event during whose handling this one was published.
+    cause: str | None = None
+    retries: int = 0
+    hand_backs: int = 0
+    failure: Failure = NO_FAILURE
+    #: The delivery to forward, with everything that other programs put into it.
+    source: Delivery | None = None
 
     def __repr__(self) -> str:
-        return _without_data(self, self.message_id)
+        # Debuggers and error trackers show the variables of functions: no data, and no headers.
+        return (
+            f"<Message '{printable(self.routing_key)}' {printable(self.message_id)}, "
+            f"{printable(self.destination)}, {len(self.body):,} bytes>"
+        )
 
 
-@dataclass(eq=False)
-class Delivery:
-    """What is received. ``receipt`` belongs to the broker that made the delivery."""
+class Delivery(Protocol):
+    """A message as received.
 
-    exchange: str
-    routing_key: str
-    redelivered: bool
-    properties: Properties
-    body: bytes
-    receipt: Any = None
-    #: How many more wait in the queue, where it was fetched and not pushed.
-    message_count: int = 0
-    #: Whether this library put it where it was found, so that the headers named
-    #: ``domain-events-*`` are its own. None: see `is_ours`.
-    ours: bool | None = None
-    #: The broker's release: what its own headers are worth depends on it.
-    release: tuple[int, int] = (0, 0)
+    Values of other programs (ids, a routing key) are text that AMQP can carry, or None; counts
+    are 0 unless this library wrote them.
+    """
 
-    def __repr__(self) -> str:
-        return _without_data(self, getattr(self.properties, "message_id", None))
+    #: Belongs to the broker that made the delivery.
+    receipt: Any
+
+    @property
+    def body(self) -> bytes:
+        """The body as it was published, byte for byte."""
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether it was delivered before, and not settled."""
+
+    @property
+    def message_count(self) -> int:
+        """How many more wait in the queue, if it was fetched and not pushed."""
 
     @property
     def headers(self) -> Mapping[str, Any]:
-        return self.properties.headers or {}
+        """All headers, whoever wrote them; none on the embedded broker."""
 
     @property
-    def is_ours(self) -> bool:
-        """Whether our own headers can be believed.
-
-        Dead letters and replays come through the default exchange, to which only those may write
-        who may write to the queues themselves; so do retries through exchanges of ours, which a
-        subscriber knows (`Subscription.handle`). On any other delivery the headers are the
-        publisher's, whatever their names; also on one that the broker then moved to the dead
-        letters by itself, which its ``x-death`` shows.
-        """
-        if self.ours is None:
-            self.ours = not self.exchange and self.death is None
-        return self.ours
+    def properties(self) -> Any:
+        """The AMQP properties: ``headers``, ``message_id`` and the others."""
 
     @property
-    def is_verified(self) -> bool:
-        """Whether the routing key is surely the one that it was published with.
-
-        Before RabbitMQ 4.0 a publisher may send an ``x-death`` of its own, which the broker then
-        goes on with when it moves the message to the dead letters.
-        """
-        return bool(self.exchange) or self.is_ours or self.release >= (4, 0)
+    def message_id(self) -> str | None:
+        """The event's id, from the message's properties."""
 
     @property
-    def death(self) -> Mapping[str, Any] | None:
-        """What the broker noted when it last moved the message: the first entry of ``x-death``.
+    def correlation_id(self) -> str | None:
+        """Shared by all events that one event has caused."""
 
-        It is the broker's own only on what was dead-lettered; publishers may send such a header.
-        """
-        deaths = self.headers.get("x-death")
-        first = deaths[0] if isinstance(deaths, list) and deaths else None
-        return first if isinstance(first, Mapping) else None
+    @property
+    def timestamp(self) -> int | None:
+        """When it happened, in whole Unix seconds."""
+
+    @property
+    def app_id(self) -> str | None:
+        """The program that published it."""
+
+    @property
+    def cause(self) -> str | None:
+        """The id of the event during whose handling this one was published."""
 
     @property
     def published_routing_key(self) -> str | None:
-        """The routing key that the event was published with; None if only its envelope knows.
+        """The routing key that the event was published with; None if only its envelope has it.
 
-        For an event that comes from its publisher it is the one the broker routed by, having
-        checked that the publisher may use it.
+        For an event that comes from its publisher it is the one the broker routed by, after
+        checking that the publisher may use it.
         """
-        if self.is_ours:
-            key = self.headers.get(ROUTING_KEY)
-        elif self.exchange:
-            key = self.routing_key
-        else:
-            # The broker moved it to the dead letters, and noted which key it had.
-            key = None
-            with contextlib.suppress(KeyError, IndexError, TypeError):
-                key = (self.death or {})["routing-keys"][0]
-        if not isinstance(key, str) or not key:
-            return None
-        # What is not UTF-8 grows when it is read; too long a key would not fit our own headers.
-        return key if topology.fits(key) else _cut(key, topology.LONGEST_NAME)
 
     @property
     def original_routing_key(self) -> str:
-        """The routing key to show and to carry on, also where the body cannot be read."""
-        key = self.published_routing_key
-        if key is None:
-            # Another program put it into the queue, through the default exchange.
-            with contextlib.suppress(InvalidEvent):
-                key = read_envelope(self.body)["routing_key"]
-        return key if key and topology.fits(key) else self.routing_key
+        """The routing key to log and to forward, even if the body cannot be read."""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the routing key is surely the one that it was published with."""
 
     @property
     def retries(self) -> int:
-        """How often the event was retried; what others may have put there counts as never."""
-        return self._count(RETRIES)
+        """How often the event was retried."""
 
     @property
     def hand_backs(self) -> int:
         """How often it was handed back, since no process that got it listed its routing key."""
-        return self._count(HAND_BACKS)
 
     @property
     def failures(self) -> int:
-        """How often it was delivered before and came back unsettled, as the queue counts it.
-
-        Quorum queues count lost connections and rejections; up to RabbitMQ 4.2 also what was
-        given back (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling). 0 with
-        classic queues, which do not count.
-        """
-        failures = self._count_of_the_queue("x-delivery-count")
-        if self.counts_returns:
-            # The other count may be the publisher's header, until the first failure.
-            failures = min(failures, self.returns)
-        return failures
+        """How often it was delivered and failed, where the queue counts that; otherwise 0."""
 
     @property
-    def returns(self) -> int:
-        """How often it was delivered before, whatever the reason why it came back."""
-        return self._count_of_the_queue(
-            "x-acquired-count" if self.counts_returns else "x-delivery-count"
-        )
+    def give_back_counts(self) -> bool:
+        """Whether the queue also counts a delivery as failed that is given back."""
 
     @property
-    def counts_returns(self) -> bool:
-        """Whether the queue counts what was given back apart from what failed."""
-        return self.release >= (4, 3)
+    def failure(self) -> Failure:
+        """Of a dead letter, why it was given up; of a retry, the first error."""
 
-    def _count_of_the_queue(self, header: str) -> int:
-        # On a first delivery the headers are the publisher's, whatever their names.
-        number = self.headers.get(header) if self.redelivered else 0
-        return max(0, int(number)) if isinstance(number, int) else 0
-
-    def _count(self, header: str) -> int:
-        # Without the look at whose it is, the headers of each delivery would have to be decoded.
-        number = self.headers.get(header) if self.is_ours else 0
-        if isinstance(number, bool) or not isinstance(number, int):
-            return 0
-        # pika reads a large one as a type of its own, and would not write the largest again.
-        return max(0, min(int(number), _MOST_RETRIES))
+    @property
+    def subscriber(self) -> str | None:
+        """Of an undelivered retry, the subscriber; others may have forged it."""
 
 
 class GivenUp(Exception):
     """Why an event is a dead letter on which no handler has failed; never raised to a user.
 
-    :param error_type: what its dead letter has as ``error_type``.
+    :param error_type: the ``error_type`` of its dead letter.
     """
 
     def __init__(self, error_type: str, message: str) -> None:
@@ -257,16 +248,8 @@ class GivenUp(Exception):
         self.error_type = error_type
 
 
-def _without_data(message: Message | Delivery, message_id: object) -> str:
-    # Whatever shows the variables of a function shows this: no data, and no headers.
-    return (
-        f"<{type(message).__name__} '{printable(message.routing_key)}' {printable(message_id)}, "
-        f"exchange '{printable(message.exchange)}', {len(message.body):,} bytes>"
-    )
-
-
-#: The event that this thread (or task) is handling, and its delivery, if any. What is published
-#: meanwhile names it as its cause and carries its correlation id on.
+#: The event that this thread (or task) is handling, and its delivery, if any. Events published
+#: meanwhile name it as their cause and inherit its correlation id.
 handling: ContextVar[tuple[DomainEvent, Delivery] | None] = ContextVar(
     "domain-events-handling", default=None
 )
@@ -275,7 +258,7 @@ handling: ContextVar[tuple[DomainEvent, Delivery] | None] = ContextVar(
 def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) -> Message:
     """The message that carries an event.
 
-    :raises InvalidEvent: when it could not be an event for anybody.
+    :raises InvalidEvent: when it cannot be sent, or no subscriber could read it.
     """
     try:
         _check_routing_key(event.routing_key)
@@ -283,25 +266,27 @@ def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) 
         body = event.to_json().encode()
         if len(body) > LARGEST_BODY:
             raise InvalidEvent(
-                f"The event {event.routing_key!r} has {len(body):,} bytes; no RabbitMQ takes "
-                f"more than {LARGEST_BODY:,}. Store the data and publish where it is."
+                f"The event {event.routing_key!r} has {len(body):,} bytes; RabbitMQ accepts "
+                f"at most {LARGEST_BODY:,}. Store the data and publish where it is."
             )
         cause, correlation_id = _inherited(message_id)
         return Message(
-            exchange,
+            _to_exchange(exchange),
             event.routing_key,
             body,
-            headers={CAUSE: cause} if cause else {},
-            correlation_id=correlation_id,
-            message_id=message_id,
-            timestamp=_seconds(event.timestamp),
-            type=event.routing_key,
-            app_id=app_id,
-            mandatory=mandatory,
+            message_id,
+            correlation_id,
+            _seconds(event.timestamp),
+            app_id,
+            mandatory,
+            cause,
         )
     except InvalidEvent as error:
         error.event = event
         raise
+
+
+_to_exchange = lru_cache(maxsize=64)(ToExchange)
 
 
 def to_event(delivery: Delivery) -> DomainEvent:
@@ -316,16 +301,15 @@ def to_event(delivery: Delivery) -> DomainEvent:
 def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
     """The event in a delivery, and the routing key that its envelope claims.
 
-    The event's own is that of `Delivery.published_routing_key`, where it is known: a publisher who
-    may only write ``user.*`` cannot make others believe that a payment was approved.
+    The event's own is `Delivery.published_routing_key`, if that is known: a publisher who may only
+    write ``user.*`` cannot forge the event of an approved payment.
 
     :raises InvalidEvent: when the body is not an envelope.
     """
     envelope = read_envelope(delivery.body)
     if not envelope["uuid_string"]:
         # A new id at each delivery would make every redelivery look like another event.
-        message_id = delivery.properties.message_id
-        if not isinstance(message_id, str) or not message_id:
+        if not (message_id := delivery.message_id):
             raise InvalidEvent("Not an event: neither the envelope nor the message has an id.")
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
@@ -333,99 +317,86 @@ def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
     return from_envelope(envelope, delivery.retries), claimed
 
 
-def retry(
-    delivery: Delivery, exchange: str, name: str, delay: float, error: BaseException
-) -> Message:
-    """The delivery again, back at subscriber ``name`` after ``delay`` seconds."""
-    own = {RETRIES: delivery.retries + 1, ROUTING_KEY: delivery.original_routing_key}
-    if delivery.retries == 0:
-        own |= {
-            FIRST_ERROR_TYPE: type_name(error)[:_LONGEST_MESSAGE],
-            FIRST_ERROR_MESSAGE: _cut(_text(error), _LONGEST_MESSAGE),
-        }
-    return _delayed(delivery, exchange, name, delay, own)
+def routing_key_in(body: bytes) -> str | None:
+    """The routing key that an envelope claims, if it can be read and AMQP can carry it."""
+    with contextlib.suppress(InvalidEvent):
+        key = read_envelope(body)["routing_key"]
+        return key if key and fits(key) else None
+    return None
 
 
-def hand_back(delivery: Delivery, exchange: str, name: str, delay: float) -> Message:
-    """The delivery again after ``delay`` seconds, for a process that lists its routing key."""
-    own = {HAND_BACKS: delivery.hand_backs + 1, ROUTING_KEY: delivery.original_routing_key}
-    return _delayed(delivery, exchange, name, delay, own)
+# --- forwarding ----------------------------------------------------------------------------------
 
 
-def renewed(delivery: Delivery, name: str, *, handed_back: bool = False) -> Message:
-    """The delivery again, at the end of its queue, where the broker then counts from 0."""
-    own: dict[str, Any] = {ROUTING_KEY: delivery.original_routing_key}
-    if handed_back:
-        own[HAND_BACKS] = delivery.hand_backs + 1
-    return _sent_on(delivery, "", name, _with_kept_headers(delivery, own))
+def sent_on(delivery: Delivery, destination: Destination) -> Message:
+    """The delivery as it is, for another destination."""
+    return Message(
+        destination,
+        delivery.original_routing_key,
+        delivery.body,
+        delivery.message_id,
+        delivery.correlation_id,
+        delivery.timestamp,
+        delivery.app_id,
+        # A queue must take it, since the original is acked next.
+        True,
+        delivery.cause,
+        delivery.retries,
+        delivery.hand_backs,
+        delivery.failure,
+        delivery,
+    )
+
+
+def retry(delivery: Delivery, later: Later, error: BaseException) -> Message:
+    """The delivery again, later, after its handler has failed."""
+    message = sent_on(delivery, later)
+    message.retries += 1
+    if message.retries == 1:
+        message.failure = replace(
+            message.failure,
+            first_error_type=type_name(error)[:_LONGEST_MESSAGE],
+            first_error_message=truncate(_text(error), _LONGEST_MESSAGE),
+        )
+    return message
+
+
+def hand_back(delivery: Delivery, destination: Later | ToSubscriber) -> Message:
+    """The delivery again, for a process that lists its routing key."""
+    message = sent_on(delivery, destination)
+    message.hand_backs += 1
+    return message
 
 
 def dead_letter(delivery: Delivery, name: str, error: BaseException) -> Message:
     """The delivery as a dead letter of subscriber ``name``, with the reason."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     reason = reason_of(error)
-    own: dict[str, Any] = {
-        RETRIES: delivery.retries,
-        ROUTING_KEY: delivery.original_routing_key,
-        SUBSCRIBER: name,
-        ERROR_TYPE: _error_type(reason)[:_LONGEST_MESSAGE],
-        FAILED_AT: datetime.now(timezone.utc).isoformat(),
-        HOST: socket.gethostname(),
-        ERROR_MESSAGE: _cut(_text(reason), _LONGEST_MESSAGE),
-        TRACEBACK: _cut(trace, _LONGEST_TRACEBACK, keep_end=True),
-    }
-    address = topology.dead_letter_name(name)
-    return _sent_on(delivery, "", address, _with_kept_headers(delivery, own))
+    message = sent_on(delivery, ToDeadLetters(name))
+    message.failure = replace(
+        message.failure,
+        subscriber=name,
+        error_type=_error_type(reason)[:_LONGEST_MESSAGE],
+        error_message=truncate(_text(reason), _LONGEST_MESSAGE),
+        traceback=truncate(trace, _LONGEST_TRACEBACK, keep_end=True),
+        failed_at=datetime.now(timezone.utc),
+        host=socket.gethostname(),
+    )
+    return message
 
 
 def replay(delivery: Delivery, name: str) -> Message:
     """A dead letter as it was before it failed, back in the queue of subscriber ``name``."""
-    own = {ROUTING_KEY: delivery.original_routing_key}
-    left_out = (RETRIES, HAND_BACKS, *_OF_A_DEAD_LETTER)
-    return _sent_on(delivery, "", name, _with_kept_headers(delivery, own, left_out))
-
-
-def told_by_a_dead_letter(delivery: Delivery) -> dict[str, Any]:
-    """What `dead_letter` wrote, as far as it is there, and as far as it can be read.
-
-    Of one that the broker moved itself (its handler had killed the process again and again)
-    only the broker's reason is known.
-    """
-    headers = delivery.headers
-    ours = {name: headers.get(name) for name in _OF_A_DEAD_LETTER if delivery.is_ours}
-    death = delivery.death
-    if death is not None:
-        # Moved by the broker after all that our headers tell of, but for the first failure.
-        reason = death.get("reason")
-        ours[SUBSCRIBER] = death.get("queue")
-        ours[ERROR_TYPE] = "delivery limit" if reason == "delivery_limit" else reason
-        for name in (ERROR_MESSAGE, TRACEBACK, FAILED_AT, HOST):
-            ours[name] = None
-        if reason == "delivery_limit":
-            ours[ERROR_MESSAGE] = (
-                "Delivered again and again, and never settled: each time the process or its "
-                "connection ended, or the event was given back."
-            )
-    try:
-        failed_at = datetime.fromisoformat(ours[FAILED_AT] or "")
-    except (KeyError, TypeError, ValueError):
-        failed_at = None
-    return {
-        "subscriber": _text_or_none(ours.get(SUBSCRIBER)),
-        "error_type": _text_or_none(ours.get(ERROR_TYPE)),
-        "error_message": _text_or_none(ours.get(ERROR_MESSAGE)),
-        "traceback": _text_or_none(ours.get(TRACEBACK)),
-        "failed_at": failed_at,
-        "host": _text_or_none(ours.get(HOST)),
-        "first_error_type": _text_or_none(ours.get(FIRST_ERROR_TYPE)),
-        "first_error_message": _text_or_none(ours.get(FIRST_ERROR_MESSAGE)),
-    }
+    message = sent_on(delivery, ToSubscriber(name))
+    message.retries = message.hand_backs = 0
+    message.failure = NO_FAILURE
+    return message
 
 
 def reason_of(error: BaseException) -> BaseException:
-    """What the handler failed on: behind a `Retry`, the error that it was raised for."""
+    """The error that the handler failed on; of a `Retry`, the one that it was raised for."""
     if isinstance(error, Retry):
-        # As a traceback shows it: the cause, else what was being handled, unless suppressed.
+        # As in a traceback: the cause, else the context, unless suppressed.
         behind = error.__cause__
         if behind is None and not error.__suppress_context__:
             behind = error.__context__
@@ -437,8 +408,7 @@ def reason_of(error: BaseException) -> BaseException:
 def type_name(error: BaseException) -> str:
     """The class of an error as it is imported: ``ValueError``, ``shop.errors.OutOfStock``.
 
-    Also of a class in the program that was started with ``python -m``, which calls itself
-    ``__main__`` there.
+    Also in a program started by ``python -m``, whose classes have the module ``__main__``.
     """
     kind = type(error)
     module = kind.__module__
@@ -448,79 +418,24 @@ def type_name(error: BaseException) -> str:
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
+# --- inside --------------------------------------------------------------------------------------
+
+
 def _inherited(message_id: str) -> tuple[str | None, str]:
     """The cause and the correlation id of an event that is published now."""
     current = handling.get()
     if current is None:
         return None, message_id
     event, delivery = current
-    # An id that was not made by us may be longer than AMQP lets us carry it on.
-    cause = _cut(str(event.uuid_string), topology.LONGEST_NAME)
-    correlation_id = delivery.properties.correlation_id
-    if not isinstance(correlation_id, str) or not correlation_id:
-        correlation_id = cause
-    return cause, correlation_id
-
-
-def _sent_on(
-    delivery: Delivery, exchange: str, routing_key: str, headers: Mapping[str, Any]
-) -> Message:
-    old = delivery.properties
-    return Message(
-        exchange,
-        routing_key,
-        delivery.body,
-        headers,
-        content_type=old.content_type,
-        content_encoding=old.content_encoding,
-        correlation_id=old.correlation_id,
-        reply_to=old.reply_to,
-        message_id=old.message_id,
-        timestamp=old.timestamp,
-        type=old.type,
-        app_id=old.app_id,
-        # There must be a queue that takes it, for the original is acked next.
-        mandatory=True,
-    )
-
-
-def _delayed(
-    delivery: Delivery, exchange: str, name: str, delay: float, own: Mapping[str, Any]
-) -> Message:
-    delayed_by, address = topology.delay_address(exchange, name, delay)
-    return _sent_on(delivery, delayed_by, address, _with_kept_headers(delivery, own))
-
-
-def _with_kept_headers(
-    delivery: Delivery, own: Mapping[str, Any], left_out: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Our headers, and those that the delivery had, without what the broker would act upon.
-
-    A publisher's headers may fill a frame; then the largest of them are left out, never ours.
-    """
-    kept = {
-        name: _sendable(value)
-        for name, value in delivery.headers.items()
-        if name not in own
-        and name not in left_out
-        and name not in _OF_THE_BROKER
-        and not str(name).startswith(_OF_THE_BROKER_TOO)
-        # A publisher writes the cause and nothing else that has such a name.
-        and (delivery.is_ours or name == CAUSE or not str(name).startswith(_OURS))
-    }
-    room = _ROOM_FOR_HEADERS - _size(own) - _size(kept)
-    for name in sorted(kept, key=lambda name: _size({name: kept[name]}), reverse=True):
-        if room >= 0:
-            break
-        if not (delivery.is_ours and str(name).startswith(_OURS)):
-            room += _size({name: kept.pop(name)})
-    return {**kept, **own}
+    # An id of another program may be too long for AMQP.
+    cause = truncate(str(event.uuid_string), LONGEST_NAME)
+    return cause, delivery.correlation_id or cause
 
 
 def _check_routing_key(key: object) -> None:
-    if _short(key, "routing key") and topology.has_wildcards(str(key)):
+    if _short(key, "routing key") and has_wildcards(str(key)):
         raise InvalidEvent(
-            f"The routing key {shown(key)} has a wildcard for a word; '*' and '#' are for the "
+            f"The routing key {shown(key)} has a wildcard as a word; '*' and '#' are for the "
             "binding keys of subscribers."
         )
     if isinstance(key, str):
@@ -529,43 +444,42 @@ def _check_routing_key(key: object) -> None:
 
 @lru_cache(maxsize=4096)
 def _warn_of_mistyped(key: str) -> None:
-    if why := topology.mistyped(key):
+    if why := oddity(key):
         log.warning(
-            "The routing key %s %s; binding keys match it word by word, and perhaps none does.",
+            "The routing key %s %s; binding keys match word by word, so perhaps none matches it.",
             shown(key),
             why,
         )
 
 
 def _short(value: object, what: str) -> str:
-    """The value, if it is text that AMQP carries as a short string."""
+    """The value, if it fits an AMQP short string."""
     if isinstance(value, UUID):
         return str(value)
     if not isinstance(value, str) or not value:
-        # Not the value itself: arguments that are swapped would show the event's data.
+        # Not the value itself: with swapped arguments, it is the event's data.
         given = repr(value) if value in (None, "") else f"of type {type(value).__name__}"
         raise InvalidEvent(
-            f"An event's {what} must be a text that is not empty, not {given}; the call is "
+            f"An event's {what} must be a non-empty str, not {given}; the call is "
             "publish_domain_event('user.registered', {'user_id': 1})."
         )
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
-        raise InvalidEvent(f"An event's {what} is no valid Unicode: {value[:60]!r}") from error
-    if size > topology.LONGEST_NAME:
+        raise InvalidEvent(f"An event's {what} is not valid Unicode: {value[:60]!r}") from error
+    if size > LONGEST_NAME:
         raise InvalidEvent(
-            f"An event's {what} has at most {topology.LONGEST_NAME} bytes, not {size}: "
-            f"{value[:60]!r}..."
+            f"An event's {what} must be at most {LONGEST_NAME} bytes, not {size}: {value[:60]!r}..."
         )
     return value
 
 
 def _seconds(timestamp: object) -> int | None:
-    """The timestamp as AMQP has it, where it can: whole seconds since 1970."""
+    """The timestamp for AMQP, in whole Unix seconds; None if AMQP cannot carry it."""
     if not isinstance(timestamp, int | float) or not is_timestamp(timestamp):
         hint = "; give its timestamp()" if hasattr(timestamp, "timestamp") else ""
         raise InvalidEvent(
-            f"An event's timestamp is Unix seconds, a float, not {printable(timestamp, 80)}{hint}."
+            f"An event's timestamp must be Unix seconds, not {printable(timestamp, 80)}{hint}."
         )
     if timestamp > _MILLISECONDS:
         _warn_of_milliseconds()
@@ -578,29 +492,9 @@ _MILLISECONDS = 1e11  # in the year 5138, or in 1973
 @lru_cache(maxsize=1)
 def _warn_of_milliseconds() -> None:
     log.warning(
-        "An event's timestamp is far in the future; perhaps it is in milliseconds, and not in "
-        "Unix seconds. This is logged once."
+        "An event's timestamp is far in the future; it must be in seconds, perhaps it is in "
+        "milliseconds. This is logged once."
     )
-
-
-def _sendable(value: object, depth: int = 0) -> object:
-    """A received header's value, as text where pika can read it but not write it.
-
-    What is nested deeper than anybody means is left out, for it could be too deep to be walked.
-    """
-    if isinstance(value, Mapping | list) and depth == _DEEPEST_HEADER:
-        return "..."
-    if isinstance(value, Mapping):
-        return {name: _sendable(entry, depth + 1) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_sendable(entry, depth + 1) for entry in value]
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return str(value)
-    return str(value) if isinstance(value, float) else value
-
-
-def _text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _error_type(error: BaseException) -> str:
@@ -611,26 +505,5 @@ def _text(error: BaseException) -> str:
     try:
         return str(error)
     except BaseException:  # noqa: BLE001
-        # A broken __str__ must not keep the event from its dead letters.
+        # A broken __str__ must not keep the event from the dead letters.
         return f"<{type_name(error)} that cannot be shown>"
-
-
-def _cut(text: str, most: int, *, keep_end: bool = False) -> str:
-    """At most ``most`` bytes of the text, and no half characters."""
-    data = text.encode("utf-8", "replace")
-    if len(data) > most:
-        data = b"... " + data[4 - most :] if keep_end else data[: most - 4] + b" ..."
-    return data.decode("utf-8", "ignore")
-
-
-def _size(value: object) -> int:
-    """About how many bytes a header takes in a frame; never too few."""
-    if isinstance(value, Mapping):
-        return 5 + sum(2 + 4 * len(str(name)) + _size(entry) for name, entry in value.items())
-    if isinstance(value, list | tuple):
-        return 5 + sum(_size(entry) for entry in value)
-    if isinstance(value, str):
-        return 5 + len(value.encode("utf-8", "replace"))
-    if isinstance(value, bytes | bytearray):
-        return 5 + len(value)
-    return 10

@@ -1,4 +1,4 @@
-"""How a subscriber wants its events: what `Subscriber.register` is given, checked. Pure."""
+"""The options of `Subscriber.register`, checked. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from domain_events import topology
+from domain_events.broker import Exchange, Queue
 from domain_events.checks import flag, refusal, shown, whole_number
 from domain_events.errors import ConfigurationError
+from domain_events.names import check_binding_key, check_name, matches
 from domain_events.retry import Backoff
-from domain_events.topology import Declaration
 
 _MOST_RETRIES = 2**31 - 1
 _MOST_PREFETCHED = 65_535  # AMQP's own limit
@@ -21,7 +21,7 @@ QueueType = Literal["quorum", "classic"]
 
 
 class RegisterOptions(TypedDict, total=False):
-    """The options of `Subscriber.register`, for those of `Subscriber.on`."""
+    """The options of `Subscriber.register` that `Subscriber.on` accepts."""
 
     dead_letter: bool | None
     durable: bool
@@ -36,88 +36,47 @@ class RegisterOptions(TypedDict, total=False):
     retired_keys: Sequence[str]
 
 
-# Deliveries held by a process, where the user has not said how many, and at least for each worker.
+# The default of prefetch_count, and the least for each worker.
 _PREFETCH_COUNT = 200
 _FOR_EACH_WORKER = 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a subscriber wants its events; `Subscriber.register` says what each means."""
+    """A subscriber's options; `Subscriber.register` documents each."""
 
-    name: str
-    binding_keys: tuple[str, ...]
-    exchange: str
-    exchange_type: str
-    dead_letter: bool
-    durable: bool
-    exclusive: bool
-    auto_delete: bool
+    queue: Queue
     max_retries: int
     retry_on: tuple[type[BaseException], ...]
     backoff: Backoff
-    queue_type: QueueType
     prefetch_count: int | None
     ordered: bool
-    retired_keys: tuple[str, ...] = ()
 
-    def topology(self) -> list[Declaration]:
-        """All that must exist on the broker for this subscriber."""
-        name, classic = self.name, self.queue_type == "classic"
-        declarations: list[Declaration] = [topology.Exchange(self.exchange, self.exchange_type)]
-        if self.dead_letter:
-            declarations.append(topology.dead_letter_queue(name, classic=classic))
-        if self._is_temporary:
-            declarations.append(
-                topology.temporary_queue(
-                    name,
-                    exclusive=self.exclusive,
-                    auto_delete=self.auto_delete,
-                    as_found=classic,
-                )
-            )
-        elif classic:
-            declarations.append(topology.classic_queue(name, self.dead_letter))
-        else:
-            declarations.append(topology.subscriber_queue(name))
-        declarations += topology.bindings(self.exchange, name, self.binding_keys)
-        declarations += topology.unbindings(self.exchange, name, self.retired_keys)
-        if self.max_retries:
-            declarations += self.delays()
-        return declarations
-
-    def delays(self) -> list[Declaration]:
-        """What must exist so that an event can come back to this subscriber after a delay."""
-        way_back = topology.way_back(self.exchange, self.name)
-        return [*topology.delays(self.exchange), way_back]
+    @property
+    def name(self) -> str:
+        """The subscriber's name."""
+        return self.queue.name
 
     def prefetch(self, workers: int) -> int:
-        """How many deliveries a process with so many workers holds at most."""
+        """The most deliveries that a process with so many workers holds."""
         if self.prefetch_count is not None:
             return self.prefetch_count
         return max(_PREFETCH_COUNT, _FOR_EACH_WORKER * workers)
 
-    @property
-    def counts_failures(self) -> bool:
-        """Whether the subscriber's queue counts how often a delivery failed."""
-        return self.durable and self.queue_type == "quorum" and not self._is_temporary
-
-    @property
-    def _is_temporary(self) -> bool:
-        return self.exclusive or self.auto_delete or not self.durable
-
     def lists(self, routing_key: str) -> bool:
-        """Whether events with this routing key are asked for."""
-        if self.exchange_type == "topic":
-            return _matches_any(self.binding_keys, routing_key)
-        # A fanout exchange has no use for the keys, and those of plugins have uses of their own.
-        return self.exchange_type != "direct" or routing_key in self.binding_keys
+        """Whether events with this routing key match one of the binding keys."""
+        # A fanout exchange ignores the keys, and exchanges of plugins interpret them as they like.
+        used = self.queue.exchange.type in ("topic", "direct")
+        return not used or self._match(self.queue.binding_keys, routing_key)
 
     def has_retired(self, routing_key: str) -> bool:
-        """Whether events with this routing key were asked for once, and are not kept any more."""
-        if self.exchange_type == "topic":
-            return _matches_any(self.retired_keys, routing_key)
-        return routing_key in self.retired_keys
+        """Whether events with this routing key match one of the retired keys."""
+        return self._match(self.queue.retired_keys, routing_key)
+
+    def _match(self, keys: tuple[str, ...], routing_key: str) -> bool:
+        # The plain lookup first: there may be a thousand binding keys.
+        topic = self.queue.exchange.type == "topic"
+        return routing_key in keys or (topic and any(matches(key, routing_key) for key in keys))
 
 
 def make_options(
@@ -128,8 +87,7 @@ def make_options(
     backoff: Backoff | None,
     retired_keys: Sequence[str] = (),
     *,
-    exchange: str,
-    exchange_type: str,
+    exchange: Exchange,
     durable: bool,
     exclusive: bool,
     auto_delete: bool,
@@ -147,7 +105,7 @@ def make_options(
             f"name is {shown(name)} and binding_keys is {shown(binding_keys)}: they are swapped; "
             "it is register(handler, name, binding_keys)."
         )
-    name = topology.check_name(name, "subscriber", exchange)
+    name = check_name(name, "subscriber", exchange.name)
     durable = flag(durable, f"{name}: durable")
     exclusive = flag(exclusive, f"{name}: exclusive")
     auto_delete = flag(auto_delete, f"{name}: auto_delete")
@@ -170,32 +128,27 @@ def make_options(
     if prefetch_count is not None:
         option = f"{name}: prefetch_count"
         prefetch_count = whole_number(prefetch_count, option, 1, _MOST_PREFETCHED)
-    keys = _binding_keys(binding_keys, name, exchange_type)
+    keys = _binding_keys(binding_keys, name, exchange.type)
     return Options(
-        name=name,
-        binding_keys=keys,
-        exchange=exchange,
-        exchange_type=exchange_type,
-        dead_letter=(
-            not temporary if dead_letter is None else flag(dead_letter, f"{name}: dead_letter")
+        Queue(
+            name,
+            exchange,
+            keys,
+            _retired_keys(retired_keys, name, exchange.type, keys),
+            dead_letters=(
+                not temporary if dead_letter is None else flag(dead_letter, f"{name}: dead_letter")
+            ),
+            delays=max_retries > 0,
+            durable=durable,
+            exclusive=exclusive,
+            auto_delete=auto_delete,
+            classic=_queue_type(queue_type, f"{name}: queue_type") == "classic",
         ),
-        durable=durable,
-        exclusive=exclusive,
-        auto_delete=auto_delete,
-        max_retries=max_retries,
-        retry_on=kinds,
-        backoff=backoff or Backoff(),
-        queue_type=_queue_type(queue_type, f"{name}: queue_type"),
-        prefetch_count=prefetch_count,
-        ordered=flag(ordered, f"{name}: ordered"),
-        retired_keys=_retired_keys(retired_keys, name, exchange_type, keys),
-    )
-
-
-def _matches_any(binding_keys: tuple[str, ...], routing_key: str) -> bool:
-    # The plain look first: there may be a thousand binding keys.
-    return routing_key in binding_keys or any(
-        topology.matches(key, routing_key) for key in binding_keys
+        max_retries,
+        kinds,
+        backoff or Backoff(),
+        prefetch_count,
+        flag(ordered, f"{name}: ordered"),
     )
 
 
@@ -214,12 +167,12 @@ def _retired_keys(
 
 
 def check_handler(handler: Any, name: object) -> None:
-    """Make sure that calling the handler with an event is what handles the event.
+    """Check that a call of the handler with an event handles the event.
 
-    :raises ConfigurationError: it cannot be called so, or the call would only make a coroutine
-        or a generator, which nobody runs.
+    :raises ConfigurationError: it cannot be called so, or the call would only return a coroutine
+        or a generator.
     """
-    # Its name may be a mistake as well.
+    # The name may be wrong as well.
     what = f"{shown(name)[1:-1]}: the handler" if isinstance(name, str) else "The handler"
     what += f" {shown(handler)}"
     if not callable(handler):
@@ -240,7 +193,7 @@ def check_handler(handler: Any, name: object) -> None:
     called = handler
     while isinstance(called, functools.partial | staticmethod | classmethod):
         called = called.func if isinstance(called, functools.partial) else called.__func__
-    for each in (called, getattr(called, "__call__", None)):  # noqa: B004 - to look into it
+    for each in (called, getattr(called, "__call__", None)):  # noqa: B004 - it is inspected
         if inspect.iscoroutinefunction(each):
             raise ConfigurationError(
                 f"{what} is an async function: calling it runs nothing. Give a plain "
@@ -274,7 +227,7 @@ def _binding_keys(
             f"{name}: {option} is empty; give at least one, such as 'user.*', or '#' for all."
         )
     try:
-        return tuple(topology.check_binding_key(key, exchange_type) for key in keys)
+        return tuple(check_binding_key(key, exchange_type) for key in keys)
     except ConfigurationError as error:
         raise ConfigurationError(f"{name}: {error}") from None
 
@@ -286,7 +239,7 @@ def _exceptions(given: object, option: str) -> tuple[type[BaseException], ...]:
         else (given,)
     )
     for kind in kinds:
-        # Also those of gevent and asyncio, but not what ends the process.
+        # Including those of gevent and asyncio, but not those that end the process.
         right = isinstance(kind, type) and issubclass(kind, BaseException)
         if not right or issubclass(kind, SystemExit | KeyboardInterrupt):
             right_ones = "exception classes, such as (ConnectionError, TimeoutError)"

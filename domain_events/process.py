@@ -1,12 +1,12 @@
-"""Notices that this process is the child of a fork, also of one that Python did not see.
+"""Detects that this process is the child of a fork, even of one made in C.
 
-A child inherits the parent's sockets, locks and queues, but none of its threads. Whoever keeps
-such things at module level or in connections registers a hook with `on_fork`, which lets go of
-them without touching the parent's. Python runs the hooks after ``os.fork``; servers that fork in
-C (uWSGI) do not tell Python, so whoever is about to use such a thing calls `check_fork` first,
+A child inherits the parent's sockets, locks and queues, but none of its threads. Code that keeps
+such things at module level or in connections registers a hook with `on_fork`, which drops them
+without affecting the parent's. Python runs the hooks after ``os.fork``; servers that fork in
+C (uWSGI) do not run them, so code that is about to use such a thing calls `check_fork` first,
 before it takes any lock: the parent may have held it.
 
-Where there is no fork (Windows), nothing ever happens here.
+On Windows, which has no fork, this does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _running_in = _pid
 
 
 def on_fork(hook: Callable[[], None]) -> None:
-    """Have ``hook`` called in each child of a fork, before anything is used there."""
+    """Call ``hook`` in each child of a fork, before anything is used there."""
     _hooks.append(hook)
 
 
@@ -38,7 +38,7 @@ def _in_child() -> None:
     global _pid, _running_in
     pid = os.getpid()
     with _locks.setdefault(pid, threading.RLock()):
-        # A hook may itself come by `check_fork`, on this same thread.
+        # A hook may itself call `check_fork`, on this thread.
         if pid in (_pid, _running_in):
             return
         _running_in = pid

@@ -1,6 +1,6 @@
 """``Publisher`` and ``publish_domain_event``: an event is confirmed, or there is an error.
 
-Knows deadlines and windows; how messages travel is the broker's.
+Deadlines and windows are kept here; the broker carries the messages.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
+from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
 from domain_events import message as messages
-from domain_events import settings, topology
-from domain_events.broker import Publication, Publishing, close_dropped, connect
+from domain_events import settings
+from domain_events.broker import (
+    Connections,
+    Exchange,
+    Owner,
+    Publication,
+    Publishing,
+    confirm,
+    why_unconfirmed,
+)
 from domain_events.checks import flag, seconds
 from domain_events.errors import (
     BrokerUnavailable,
@@ -28,16 +35,16 @@ from domain_events.errors import (
 )
 from domain_events.events import DomainEvent
 from domain_events.message import Message
+from domain_events.names import ExchangeType, check_exchange_type, check_name
 from domain_events.process import check_fork, on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
-from domain_events.topology import ExchangeType
 
-# What `publish_many` has under way at most. Larger than the connection's own window, so that
-# the connection is never out of work while the next events are made ready.
+# The most that `publish_many` has under way. Larger than the connection's own window, so that the
+# connection is never out of work while the next events are prepared.
 _MOST_UNDER_WAY = 4000
 _MOST_BYTES_UNDER_WAY = 32 * 2**20
 
-# How long `close` waits for the confirms of what is under way.
+# How long `close` waits for outstanding confirms.
 _CLOSE_TIMEOUT = 10.0
 
 # After these, at least one queue may have the event.
@@ -46,20 +53,20 @@ _PERHAPS_STORED = (EventNotConfirmed, EventRejected)
 _GIVEN_UP = EventNotConfirmed("It was not waited for.")
 
 
-class Publisher:
+class Publisher(Owner):
     """Publishes domain events on a connection of its own, kept open; each one is confirmed.
 
-    Made without any I/O; the connection comes with the first event. Safe from any thread, in
+    The constructor does no I/O; the first event opens the connection. Safe from any thread, in
     the child of a fork, and after hours of idling. May be used as a context manager.
 
     When the broker refuses an event (a queue may be at its length limit), it is sent again three
-    times within two seconds, for in a cluster that may be an election; `publish` waits for that,
-    and raises `EventRejected` if it did not help. Other threads' events go on meanwhile.
+    times within two seconds, since in a cluster the reason may be a leader election; `publish`
+    waits for that, and raises `EventRejected` if it did not help. Other threads are not held up.
 
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
     :param exchange: where to publish. It is declared, if this user may.
     :param exchange_type: its type; ``topic`` is what subscribers expect.
-    :param timeout: seconds after which an event that is not confirmed is an error.
+    :param timeout: seconds after which an unconfirmed event is an error.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -72,14 +79,13 @@ class Publisher:
         timeout: float = 10.0,
     ) -> None:
         connection_settings = settings.masked(connection_settings)
-        self._urls = settings.resolve(connection_settings)
-        self._exchange = topology.check_name(exchange, "exchange")
-        self._exchange_type = topology.check_exchange_type(exchange_type)
+        urls = settings.resolve(connection_settings)
+        self._exchange = check_name(exchange, "exchange")
+        exchange_type = check_exchange_type(exchange_type)
         self._timeout = seconds(timeout)
         self._closed = False
-        self._publishing = self._connect(self._urls)
-        # In a test that has replaced the broker: by what, and the connection to it.
-        self._replaced: tuple[tuple[str, ...] | None, Publishing | None] = (None, None)
+        declare = Exchange(self._exchange, exchange_type)
+        self.connections = Connections(urls, "publisher", declare=declare)
 
     def publish(
         self, event: DomainEvent, *, mandatory: bool = False, timeout: float | None = None
@@ -87,14 +93,14 @@ class Publisher:
         """Publish the event and wait until the broker has confirmed it.
 
         When this returns, the event is on disk in every queue that was bound (and on a majority
-        of a cluster). A connection that is lost meanwhile is made again and the same event sent
+        of a cluster). If the connection is lost meanwhile, it reconnects and sends the same event
         again, until the deadline.
 
         :param mandatory: raise `EventUnroutable` when no queue is bound for its routing key.
         :param timeout: seconds until the deadline; the publisher's own if left out.
         :raises InvalidEvent: it can never be sent; nothing was sent.
-        :raises BrokerUnavailable: no broker in time; surely not sent.
-        :raises EventNotConfirmed: sent, not confirmed in time; perhaps stored.
+        :raises BrokerUnavailable: no broker in time; definitely not sent.
+        :raises EventNotConfirmed: sent, not confirmed in time; possibly stored.
         :raises EventRejected: the broker refused it.
         :raises ConfigurationError: wrong password, host, vhost or permissions.
         :raises TopologyError: the exchange exists with another type, or cannot be declared.
@@ -103,9 +109,9 @@ class Publisher:
         flag(mandatory, "mandatory")
         try:
             message = self._message(event, mandatory)
-            publishing = self._connection()
+            publishing = self._publishing()
             if publishing is not None:
-                confirmed(publishing, message, within)
+                confirm(publishing, message, within)
         except DomainEventsError as error:
             error.event, error.taken = event, 1
             error.unconfirmed = (event,)
@@ -122,15 +128,15 @@ class Publisher:
     ) -> int:
         """Publish all the events, many under way at a time, and wait for every confirm.
 
-        The iterable is read as far as the window allows, so it may be long. At the first error
-        it is read no further, and what is under way is waited for. After any error its attributes
-        say what became of the events (see `DomainEventsError`): how many were ``taken`` from the
+        The iterable is read as far as the window allows, so it may be long. After the first error
+        it is read no further, and events under way are waited for. The attributes of an error
+        show what became of the events (see `DomainEventsError`): how many were ``taken`` from the
         iterable and how many of these ``published``; which are ``unconfirmed``, and which of those
-        are ``perhaps`` stored. An exception of the iterable's own has them too, and so has
+        are ``perhaps`` stored. An exception raised by the iterable has them, too, and so has
         KeyboardInterrupt, which waits for no confirm.
 
-        :param timeout: seconds without any confirm after which it is given up; however long all
-            of it takes, as long as confirms come.
+        :param timeout: seconds without any confirm after which it gives up; in all it may take as
+            long as it likes, as long as confirms arrive.
         :return: how many were published.
         :raises TypeError: it is not an iterable, or something in it is not a `DomainEvent`.
         :raises DomainEventsError: as `publish` does, for the first event that failed.
@@ -144,7 +150,7 @@ class Publisher:
                 f"publish_many() takes an iterable of DomainEvents, not a {type(events).__name__}; "
                 "publish() takes one event."
             )
-        batch = _Batch(self._connection(), within)
+        batch = _Batch(self._publishing(), within)
         try:
             try:
                 for event in events:
@@ -158,61 +164,34 @@ class Publisher:
                         break
             except Exception:
                 if batch.current is None:
-                    batch.wait()  # it is the iterable's own
+                    batch.wait()  # the iterable raised it
                 raise
             batch.wait()
         except BaseException as error:
-            # Else it is Ctrl-C, or a signal handler that raises: not waited for.
+            # Otherwise Ctrl-C, or a signal handler that raises: does not wait.
             batch.give_up()
             batch.describe(error)
             raise
         return batch.result()
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """Wait for what is under way in other threads, then close the connection, for good.
+        """Wait for events under way in other threads, then close the connection, for good.
 
-        What is published from now on is refused. When nothing is under way it takes no time.
+        Later publishes fail. When nothing is under way, it returns at once.
 
-        :param timeout: seconds after which what is not confirmed is an error.
+        :param timeout: seconds after which unconfirmed events are errors.
         :raises ConfigurationError: when ``timeout`` is not such a number; nothing is closed.
         """
         timeout = seconds(timeout, zero=True)
         self._closed = True
-        if self._publishing is not None:
-            self._publishing.close(timeout)
+        self.connections.close(timeout)
 
-    def __del__(self, close_dropped: Callable[..., None] = close_dropped) -> None:
-        # Without it, the connection and its thread would stay for ever.
-        close_dropped(self, getattr(self, "_publishing", None))
-
-    def __enter__(self) -> Publisher:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _connect(self, urls: tuple[str, ...] | None) -> Publishing | None:
-        if urls is None:
-            return None
-        declare = [topology.Exchange(self._exchange, self._exchange_type)]
-        return connect(urls).publishing(declare, "publisher")
-
-    def _connection(self) -> Publishing | None:
-        check_fork()
-        if self._closed:
+    def _publishing(self) -> Publishing | None:
+        publishing = None if self._closed else self.connections.publishing()
+        if self._closed:  # perhaps by another thread, while this one opened it
+            self.connections.close_soon()
             raise BrokerUnavailable("This Publisher was closed; make a new one.")
-        urls = settings.replaced(self._urls)
-        if urls == self._urls:
-            return self._publishing
-        replaced = self._replaced
-        if urls != replaced[0]:
-            replaced = self._replaced = (urls, self._connect(urls))
-        return replaced[1]
+        return publishing
 
     def _message(self, event: DomainEvent, mandatory: bool) -> Message:
         if not isinstance(event, DomainEvent):
@@ -224,9 +203,9 @@ class Publisher:
 
 
 class _Batch:
-    """The events of one `publish_many`, and the window through which they go.
+    """The events of one `publish_many`, and its window.
 
-    The caller's thread owns everything but what ``_lock`` guards, with which the I/O thread
+    The caller's thread owns everything except what ``_lock`` guards; with that, the I/O thread
     wakes it when there is room again.
 
     :param publishing: None publishes nothing.
@@ -244,8 +223,8 @@ class _Batch:
         self._unconfirmed: list[DomainEvent] = []
         self._perhaps: list[DomainEvent] = []
         self._error: Exception | None = None  # of the first event that failed
-        # The lock itself where nobody waits: a condition's way to it is longer. Re-entrant, since
-        # a signal handler may publish, fail, and with it all that waits.
+        # Used itself where no thread waits, since a condition is slower. Re-entrant, since a signal
+        # handler may publish, and fail, and with it all that are under way.
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
         self._open = 0
@@ -268,23 +247,23 @@ class _Batch:
             self._open += 1
         publishing.submit(publication)
         if len(self._under_way) >= _MOST_UNDER_WAY or self._bytes >= _MOST_BYTES_UNDER_WAY:
-            # Down to a half before the next is taken: changing threads for each one is dear.
+            # Drain to half before taking more: a thread switch per event is expensive.
             self._wait_until_under_way(len(self._under_way) // 2)
         return not self._failed
 
     def refuse(self, event: DomainEvent, error: InvalidEvent | TypeError) -> None:
-        """An event that cannot be sent, or something that is not an event."""
+        """Fail over an event that cannot be sent, or something that is not an event."""
         self.wait()
         error.args = (f"Item {self._taken} (counted from 0): {error}",)
         self._fail(event, error, perhaps=False)
         self.current = None
 
     def wait(self) -> None:
-        """Wait until the fate of all is known, or no confirm comes any more."""
+        """Wait until all are done, or no confirm has arrived in time."""
         self._wait_until_under_way(0)
 
     def give_up(self) -> None:
-        """Wait for none of them any more."""
+        """Stop waiting for any of them."""
         for publication, _, _ in self._under_way:
             if self._withdraw(publication):
                 publication.error = _GIVEN_UP
@@ -294,7 +273,7 @@ class _Batch:
             self.current = None
 
     def result(self) -> int:
-        """How many were published, if all were; else the first error."""
+        """How many were published; raises the first error, if there is one."""
         if self._error is None:
             return self._count
         error, self._error = self._error, None
@@ -305,7 +284,7 @@ class _Batch:
             del error  # this frame is in its traceback
 
     def describe(self, error: BaseException) -> None:
-        """Say in attributes of the error, and in a note, what became of the events."""
+        """Set the attributes of the error, and add a note, about what became of the events."""
         note = (
             f"publish_many: {self._taken:,} events taken, {self._count:,} of them published, "
             f"{len(self._unconfirmed):,} unconfirmed, {len(self._perhaps):,} of these perhaps "
@@ -314,11 +293,11 @@ class _Batch:
         if self._error is not None:
             _chain(error, self._error)
             note += f" Before this: {type(self._error).__name__}: {self._error}"
-        said: Any = error
-        with contextlib.suppress(Exception):  # whatever an exception of others has against it
-            said.taken, said.published = self._taken, self._count
-            said.unconfirmed, said.perhaps = self._unconfirmed, self._perhaps
-            said.add_note(note)  # from Python 3.11 on
+        described: Any = error
+        with contextlib.suppress(Exception):  # an exception may not allow attributes
+            described.taken, described.published = self._taken, self._count
+            described.unconfirmed, described.perhaps = self._unconfirmed, self._perhaps
+            described.add_note(note)  # from Python 3.11 on
 
     @property
     def _taken(self) -> int:
@@ -347,12 +326,12 @@ class _Batch:
                     if not oldest.done:
                         self._moved.wait(remaining)
                     continue
-            self._end_in_silence(silent_since)
+            self._time_out(silent_since)
 
-    def _end_in_silence(self, since: float) -> None:
-        """No confirm came in time: give up all that is under way."""
+    def _time_out(self, since: float) -> None:
+        """No confirm arrived in time: give up all that are under way."""
         assert self._publishing is not None
-        why = _why(self._publishing, self._under_way[0][0])
+        why = why_unconfirmed(self._publishing, self._under_way[0][0])
         withdrawn = [each for each, _, _ in self._under_way if self._withdraw(each)]
         sent = sum(each.sent for each in withdrawn)
         unsent = len(withdrawn) - sent
@@ -362,7 +341,7 @@ class _Batch:
             f"{self._timeout:g} s ({why}). Of {self._taken:,} events taken, "
             f"{self._count + others:,} are confirmed, {sent:,} were sent and may be stored (the "
             f"error's .perhaps), {unsent:,} were not sent. Publish the same ones again (its "
-            ".unconfirmed), so that subscribers can tell by their ids."
+            ".unconfirmed), so that subscribers can recognize them by their ids."
         )
         error = EventNotConfirmed(text) if sent else BrokerUnavailable(text)
         for each in withdrawn:
@@ -398,51 +377,8 @@ class _Batch:
             self._perhaps.append(event)
 
 
-def confirmed(publishing: Publishing, message: Message, timeout: float) -> None:
-    """Publish one message and wait until it is confirmed.
-
-    :raises DomainEventsError: when it is not; see `Publisher.publish`.
-    """
-    known = threading.Lock()
-    known.acquire()
-    publication = Publication(message, lambda _publication: known.release())
-    try:
-        publishing.submit(publication)
-        in_time = known.acquire(timeout=timeout)
-    except BaseException:  # Ctrl-C, or a signal that raises: nobody waits for it any more
-        publishing.withdraw(publication)
-        raise
-    if not in_time and publishing.withdraw(publication):
-        raise _overdue(publishing, publication, timeout)
-    error = publication.error
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error, publication  # this frame is in its traceback
-
-
-def _overdue(publishing: Publishing, publication: Publication, timeout: float) -> DomainEventsError:
-    why = _why(publishing, publication)
-    if publication.sent:
-        return EventNotConfirmed(
-            f"No confirm within {timeout:g} s ({why}). The broker may have the event: publish "
-            "the same one again (the error's .event), so that subscribers can tell by its id."
-        )
-    return BrokerUnavailable(f"No broker within {timeout:g} s ({why}). The event was not sent.")
-
-
-def _why(publishing: Publishing, publication: Publication) -> str:
-    """Why it is not confirmed yet."""
-    if publishing.trouble:
-        return publishing.trouble
-    if publication.nacks:
-        return "the broker refuses it so far; a queue may be at its length limit"
-    return "the broker has not answered"
-
-
 def _chain(error: BaseException, earlier: BaseException) -> None:
-    """Have ``earlier`` shown in the traceback of ``error``, as what happened before all else."""
+    """Show ``earlier`` in the traceback of ``error``, before everything else."""
     seen = {id(earlier)}
     while error.__context__ is not None and id(error) not in seen:
         seen.add(id(error))
@@ -472,7 +408,7 @@ def publish_domain_event(
 ) -> DomainEvent:
     """Publish a domain event and wait until the broker has confirmed it.
 
-    One connection per broker and exchange serves the whole process; it is made with the first
+    One connection per broker and exchange serves the whole process; it is opened with the first
     event and closed when the program ends, or by `close_publishers`. See `DomainEvent` for what
     the arguments mean and `Publisher.publish` for what is promised.
 
@@ -493,12 +429,12 @@ def publish_domain_event(
 def _publisher(urls: tuple[str, ...] | None, exchange: str) -> Publisher:
     check_fork()
     if type(exchange) is not str:
-        exchange = topology.check_name(exchange, "exchange")
+        exchange = check_name(exchange, "exchange")
     publisher = _publishers.get((urls, exchange))
     if publisher is None:
         with _publishers_lock:
             if not _publishers:
-                atexit.unregister(close_publishers)  # of publishers that are closed already
+                atexit.unregister(close_publishers)  # for publishers that are closed already
                 atexit.register(close_publishers)
             publisher = _publishers.get((urls, exchange)) or Publisher(urls, exchange)
             _publishers[urls, exchange] = publisher
@@ -506,12 +442,12 @@ def _publisher(urls: tuple[str, ...] | None, exchange: str) -> Publisher:
 
 
 def close_publishers(timeout: float = _CLOSE_TIMEOUT) -> None:
-    """Close the connections of `publish_domain_event`, after what is under way in other threads.
+    """Close the connections of `publish_domain_event`, after events under way in other threads.
 
-    They are made again with the next event. The end of the program does so by itself; this is for
+    The next event opens them again. They are closed at the end of the program anyway; this is for
     one that goes on without publishing, or that ends its threads in an order of its own.
 
-    :param timeout: seconds that all of this takes at most.
+    :param timeout: the most seconds that all of this takes.
     :raises ConfigurationError: when ``timeout`` is not a positive number.
     """
     deadline = time.monotonic() + seconds(timeout)
@@ -521,15 +457,6 @@ def close_publishers(timeout: float = _CLOSE_TIMEOUT) -> None:
         _publishers.clear()
     for publisher in publishers:
         publisher.close(max(0.0, deadline - time.monotonic()))
-
-
-def close_publisher(urls: tuple[str, ...]) -> None:
-    """For `testing`: close the process's publishers for this broker, and forget them."""
-    check_fork()
-    with _publishers_lock:
-        publishers = [_publishers.pop(key) for key in list(_publishers) if key[0] == urls]
-    for publisher in publishers:
-        publisher.close()
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""The pytest fixture; pytest finds it by itself where this library is installed."""
+"""The pytest fixture; pytest loads it automatically where this library is installed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def event_broker() -> Iterator[EventBroker]:
-    """An embedded broker in the place of every broker, for this test, with virtual time."""
-    # Here and not above: pytest loads this module in every run, also where no test needs it.
+    """An embedded broker with virtual time that replaces every broker for this test."""
+    # Here and not above: pytest loads this module in every run, even if no test needs it.
     from domain_events.testing import EventBroker  # noqa: PLC0415
 
     with EventBroker() as broker:

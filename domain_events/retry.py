@@ -1,4 +1,4 @@
-"""What a handler may say, and how long to wait: ``Retry``, ``Reject``, ``Backoff``. Pure."""
+"""The signals of a handler, and the delays of retries: ``Retry``, ``Reject``, ``Backoff``. Pure."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class Retry(Exception):
     ``max_retries`` times (see ``Subscriber.register``); after that it is a dead letter.
 
     :param delay: seconds, up to 19 days; less than 0.1 counts as 0.1.
-    :raises ValueError: for a negative delay, a longer one, or one that is no number.
+    :raises ValueError: for a negative delay, a longer one, or one that is not a number.
     """
 
     def __init__(self, delay: float = 10.0) -> None:
         super().__init__(delay)
-        self.delay = checked_delay(delay, "Retry")
+        self.delay: float = checked_delay(delay, "Retry")
 
     def __str__(self) -> str:
         return f"try again in {self.delay:g} s"
 
 
 class Reject(Exception):
-    """A handler raises it: no retry can help; put the event with the dead letters at once.
+    """A handler raises it: no retry can help; move the event to the dead letters at once.
 
     :param reason: for the person who reads the dead letter.
     """
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason: str = reason
 
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long to wait before each retry: ever longer, up to a maximum, with some chance.
+    """How long to wait before each retry: ever longer, up to a maximum, with jitter.
 
-    The n-th retry waits ``first * factor ** (n - 1)`` seconds, at most ``maximum``. Of that,
-    the share ``jitter`` is left to chance, so that events which failed together do not all
-    return together: a delay of 10 s with a jitter of 0.2 lies between 8 and 10 s.
+    The n-th retry waits ``first * factor ** (n - 1)`` seconds, at most ``maximum``. The share
+    ``jitter`` of that is random, so that events which failed together do not all return
+    together: a delay of 10 s with a jitter of 0.2 lies between 8 and 10 s.
     """
 
     first: float = 1.0
@@ -63,7 +63,7 @@ class Backoff:
         if not _is_number(self.factor) or not self.factor >= 1:
             raise ValueError(f"Backoff.factor must be 1 or more, not {shown(self.factor)}.")
         if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
-            raise ValueError(f"Backoff.jitter is a share from 0 to 1, not {shown(self.jitter)}.")
+            raise ValueError(f"Backoff.jitter must be from 0 to 1, not {shown(self.jitter)}.")
 
     def delay(self, retry: int) -> float:
         """Seconds to wait before the ``retry``-th retry, counted from 1."""
@@ -81,15 +81,16 @@ def units_of(delay: float) -> int:
 
 
 def checked_delay(delay: float, name: str) -> float:
-    """The delay, if the delay levels can keep it; else a `ValueError` that says the bounds."""
+    """The delay, if the delay levels can hold it.
+
+    :raises ValueError: it is out of bounds, or not a number.
+    """
     # A NaN compares false.
     if not _is_number(delay) or not 0 <= delay <= LONGEST_DELAY:
         what = shown(delay)
         if hasattr(delay, "total_seconds"):
             what += "; give its total_seconds()"
-        raise ValueError(
-            f"{name} takes seconds from 0 to {LONGEST_DELAY:.0f} (19 days), not {what}."
-        )
+        raise ValueError(f"{name} must be 0 to {LONGEST_DELAY:.0f} seconds (19 days), not {what}.")
     return delay
 
 

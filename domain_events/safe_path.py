@@ -1,9 +1,8 @@
-"""Imported first of all: ``python -m domain_events`` runs no file of the current folder.
+"""Imported first: keeps ``python -m domain_events`` from importing files of the current folder.
 
-``python -m`` puts that folder in front of the path for imports, where a ``json.py`` or ``pika.py``
-that happens to lie there would be taken for the real one. It is the package itself that takes it
-out, since it is imported before its ``__main__``. Whoever imports the package in a program of
-their own, also by ``python -m program``, keeps the path they have.
+``python -m`` puts that folder first in ``sys.path``, where a ``json.py`` or ``pika.py`` would
+shadow the real one. The package removes it, since it is imported before its ``__main__``. Other
+programs that import the package, also by ``python -m program``, keep their path.
 """
 
 import os
@@ -11,7 +10,7 @@ import sys
 
 
 def _is_the_program() -> bool:
-    # While Python looks for the module to run, this stands for the program's name.
+    # While Python locates the module to run, this is the program's name.
     if sys.argv[:1] != ["-m"]:
         return False
     words = iter(sys.orig_argv[1:])

@@ -1,26 +1,27 @@
 """Which broker: the argument, else ``configure()``, else the environment, else localhost.
 
-Resolved late, at each use, so that it does not matter who imports whom first. A password never
-leaves this room but towards the broker: what is shown of an address is `shown`.
+Resolved at each use, so that the order of imports does not matter. Passwords are only ever sent to
+the broker; logs and errors use `shown`.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, NoReturn, TypeAlias, cast
 
+from domain_events.address import BETWEEN_URLS, Address, shown
 from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
-from domain_events.text import plain, printable
-from domain_events.topology import LONGEST_NAME, fits
+from domain_events.names import LONGEST_NAME, fits
+from domain_events.text import plain
 from domain_events.urls import trouble, trouble_together
 
 log = Log("domain_events")
@@ -42,35 +43,21 @@ DEFAULT: Final = _Default.DEFAULT
 ConnectionSettings: TypeAlias = str | Sequence[str] | Literal[_Default.DEFAULT] | None
 
 _configured: ConnectionSettings = DEFAULT
-_replacements: list[tuple[str, ...]] = []
 _app_id: str | None = None
 
-# Where None was given, by way of what; and whether that was said.
+# How None was given, and where; how, if that was logged.
 _switched_off: dict[str, str] = {}
-_said: set[str] = set()
-
-
-class Address(str):
-    """A broker's URL, or several, which shows no password, whatever shows it.
-
-    A debugger, pytest and reports of errors show the arguments and variables of every function
-    that an exception came through.
-    """
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return repr(", ".join(map(shown, _BETWEEN_URLS.split(self.strip()))))
+_warned: set[str] = set()
 
 
 class _Addresses(tuple[Address, ...]):
-    """Several of them, apart from each other."""
+    """Several URLs, one by one."""
 
     __slots__ = ()
 
 
 class _Unusable:
-    """Settings of a wrong type, of which nothing is shown but the type."""
+    """Settings of a wrong type, of which only the type is shown."""
 
     def __init__(self, settings: object) -> None:
         self.type = type(settings).__name__
@@ -83,28 +70,17 @@ class _Unusable:
 
 _PACKAGE = __name__.partition(".")[0] + "."
 
-# A comma may also stand inside a URL (in ssl_options); one between URLs has a scheme behind it.
-_BETWEEN_URLS = re.compile(r"\s*,\s*(?=[a-z]+://)", re.IGNORECASE)
-
-
-# What does not match may have its password anywhere.
-_WELL_FORMED = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:(?P<user>[^:/?#@]*)(?::[^/?#@]*)?@)?"
-    r"(?P<rest>(?:[^:/?#@\[\]]*|\[[0-9a-f:.]+\])(?::[0-9]+)?(?:/[^?#@]*)?)(?:[?#][^@]*)?",
-    re.IGNORECASE,
-)
-
 
 def configure(
     connection_settings: ConnectionSettings = DEFAULT, *, app_id: str | None = None
 ) -> None:
-    """Set the process's default broker; what is left out goes back to the environment's.
+    """Set the process's default broker; arguments left out are reset to the environment's.
 
     :param connection_settings: an AMQP URL; several for the nodes of a cluster (a sequence, or
         separated by commas); ``memory://`` for the embedded broker, which lives in this process
-        and is for trying and testing; ``None`` to switch publishing and subscribing off, which
-        the log says once, as a warning, at the first use. A URL without a vhost, or with nothing
-        behind the last slash, means the vhost ``/``.
+        and is for trying and testing; ``None`` to switch publishing and subscribing off, which is
+        logged as a warning, once, at the first use. A URL without a vhost, or with nothing after
+        the last slash, means the vhost ``/``.
     :param app_id: the name under which this program publishes; its file's name if left out.
     :raises ConfigurationError: when it is none of these.
     """
@@ -117,7 +93,7 @@ def configure(
         app_id = plain(app_id)
     _configured, _app_id = urls or connection_settings, app_id
     _switched_off.pop("to configure()", None)
-    _said.discard("to configure()")
+    _warned.discard("to configure()")
     if urls is None:
         _switched_off["to configure()"] = _caller()
 
@@ -125,13 +101,11 @@ def configure(
 def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...] | None:
     """The broker's URLs, or None when publishing and subscribing are switched off.
 
-    An empty string is the default too: domain-event-broker has it so.
+    An empty string is the default too, as in domain-event-broker.
 
-    :raises ConfigurationError: when the settings are no URL and no URLs.
+    :raises ConfigurationError: when the settings are neither a URL nor several.
     """
     connection_settings = masked(connection_settings)
-    if _replacements:
-        return _replacements[-1]
     if connection_settings is None:
         if not _switched_off:  # else it may be what `configure` was given, on its way inside
             _switched_off["as an argument"] = _caller()
@@ -143,33 +117,18 @@ def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...
     return _split(connection_settings)
 
 
-def replaced(urls: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """What has taken the place of these URLs, which `resolve` gave earlier; else the same.
-
-    Asked at each use of a broker; says so once when there is none.
-    """
-    if _replacements:
-        return _replacements[-1]
-    if urls is None and not _said.issuperset(_switched_off):
-        _said.update(_switched_off)
-        given = "; ".join(f"{way} in {place}" for way, place in _switched_off.items())
-        log.warning(
-            "Publishing and subscribing are switched off, since connection_settings is None (given "
-            "%s): no event is sent or received. If that is not meant, give an AMQP URL; the "
-            "environment variable that it comes from may not be set.",
-            given,
-        )
-    return urls
-
-
-@contextmanager
-def replacement(urls: tuple[str, ...]) -> Iterator[None]:
-    """For `testing`: while this lasts, whatever broker is asked for, it is this one."""
-    _replacements.append(urls)
-    try:
-        yield
-    finally:
-        _replacements.remove(urls)
+def warn_switched_off() -> None:
+    """Log once that events are neither sent nor received; called at each use without a broker."""
+    if _warned.issuperset(_switched_off):
+        return
+    _warned.update(_switched_off)
+    given = "; ".join(f"{way} in {place}" for way, place in _switched_off.items())
+    log.warning(
+        "Publishing and subscribing are switched off, since connection_settings is None (given "
+        "%s): no event is sent or received. If that is not intended, give an AMQP URL; the "
+        "environment variable that it comes from may not be set.",
+        given,
+    )
 
 
 def app_id() -> str:
@@ -186,9 +145,9 @@ def _program_name() -> str:
 
 
 def masked(connection_settings: ConnectionSettings) -> ConnectionSettings:
-    """The same settings, without a password where somebody looks at them; raises nothing.
+    """The same settings, without the password in their repr; never raises.
 
-    For the first line of each function that is given them.
+    Called first in each function that takes settings.
     """
     if isinstance(connection_settings, Address | _Addresses | _Unusable | _Default | None):
         return connection_settings
@@ -199,15 +158,6 @@ def masked(connection_settings: ConnectionSettings) -> ConnectionSettings:
     ):
         return _Addresses(Address(plain(url)) for url in connection_settings)
     return cast(ConnectionSettings, _Unusable(connection_settings))
-
-
-def shown(url: str) -> str:
-    """The address without the password and the options, for logs and errors."""
-    found = _WELL_FORMED.fullmatch(url)
-    if found is None:
-        return "a malformed URL"
-    user = f"{found['user']}@" if found["user"] else ""
-    return printable(f"{found['scheme']}{user}{found['rest']}")
 
 
 def _of_environment() -> tuple[str, ...]:
@@ -239,21 +189,21 @@ def _split(connection_settings: ConnectionSettings) -> tuple[str, ...] | None:
                 )
             )
         _refuse("connection_settings: one of the URLs is empty.")
-    # Not shown themselves: there may be a password in them.
+    # Not shown: they may contain a password.
     kind = getattr(connection_settings, "type", "")
     if not kind:
         _refuse("connection_settings is an empty sequence; give at least one AMQP URL, or None.")
     return _refuse(
         "connection_settings must be an AMQP URL (a str, such as "
         "amqp://user:password@host:5672/vhost), a list of such URLs, or None, not of type "
-        f"{kind}. Of another library's URL give str(url), of bytes url.decode()."
+        f"{kind}. For another library's URL give str(url), for bytes url.decode()."
     )
 
 
 @lru_cache(maxsize=64)
 def _addresses(text: Address) -> _Addresses:
     """The URLs in a text."""
-    addresses = _Addresses(map(Address, _BETWEEN_URLS.split(text.strip())))
+    addresses = _Addresses(map(Address, BETWEEN_URLS.split(text.strip())))
     for url in addresses:
         if why := trouble(url):
             _refuse(f"connection_settings: {shown(url)} cannot be a broker's URL: {why}")
@@ -267,13 +217,14 @@ def _together(addresses: _Addresses) -> _Addresses:
 
 
 def _refuse(why: str) -> NoReturn:
-    # Here, where no variable has a password in it: pytest shows those of the function that raises.
+    # Here, where no variable contains a password: pytest shows those of the raising function.
     raise ConfigurationError(why)
 
 
 def _caller() -> str:
-    """Where the application has called us: its file and line."""
-    frame = sys._getframe()
+    """File and line of the application's call."""
+    frame = inspect.currentframe()
+    assert frame is not None
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}, line {frame.f_lineno}"

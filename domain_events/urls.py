@@ -1,10 +1,10 @@
-"""What is wrong with a broker's URL, in words for whoever wrote it.
+"""Explains what is wrong with a broker's URL.
 
-Pure, but for a look at whether the files that it names exist.
+Pure, except that it checks whether the files named in the URL exist.
 
-pika takes some mistakes without a word (of the vhost ``a/b`` it takes ``a``), and turns others into
-a connection to somewhere else: in ``amqp://user:12/34@host``, whose password is not
-percent-encoded, ``user`` is the host. Nothing that may be a password is repeated here.
+pika silently accepts some mistakes (of the vhost ``a/b`` it uses ``a``), and connects to the wrong
+host over others: in ``amqp://user:12/34@host``, whose password is not percent-encoded, ``user`` is
+the host (tests/test_mistakes.py has more). No error repeats a part that may be a password.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from domain_events.text import printable
 
 _FORM = "amqp://user:password@host:5672/vhost"
 
-# What the query may set, as in pika's URLParameters; those that are numbers, within which bounds.
+# The query options of pika's URLParameters; of numbers, their bounds.
 _WHOLE = {
     "channel_max": (1, 65_535),
     "connection_attempts": (1, 2**31 - 1),
@@ -41,7 +41,7 @@ _SSL_FILES = ("ca_certs", "cafile", "ca_path", "capath", "certfile", "keyfile")
 _SSL_OPTIONS = (
     *_SSL_FILES,
     *("ca_data", "cadata", "ciphers", "password", "protocol", "server_hostname"),
-    # Of ssl.wrap_socket; pika once passed them on, and passes over them now.
+    # Of ssl.wrap_socket; pika once passed them on, and ignores them now.
     *("cert_reqs", "ssl_version", "verify_mode", "check_hostname", "suppress_ragged_eofs"),
     "do_handshake_on_connect",
 )
@@ -61,7 +61,7 @@ def trouble_together(urls: Sequence[str]) -> str:
     if len({_scheme(url) == "memory" for url in urls}) > 1 or (
         len(urls) > 1 and _scheme(urls[0]) == "memory"
     ):
-        return "the embedded broker's URL stands alone: memory:// or memory://NAME, and only one."
+        return "the embedded broker's URL must be the only one: memory:// or memory://NAME."
     if len({_uses_tls(url) for url in urls}) > 1:
         return (
             "only some of them use TLS; to the others the password would go unprotected. Give "
@@ -81,7 +81,7 @@ def _uses_tls(url: str) -> bool:
 def trouble(url: str) -> str:
     """What is wrong with the URL and what would be right; empty if nothing is.
 
-    Whether there is such a broker, or anything at all that depends on one, is not looked at.
+    Whether there is such a broker is not checked.
     """
     scheme, colon, rest = url.partition("://")
     scheme = scheme.lower()
@@ -98,7 +98,7 @@ def trouble(url: str) -> str:
         character.isspace() or character in "'\""
         for character in found["authority"] + found["path"]
     ):
-        return "it has a space or a quotation mark in it; leave it out, or percent-encode it."
+        return "it contains a space or a quotation mark; remove it, or percent-encode it."
     return (
         _encoding_trouble(found)
         or _host_trouble(found["authority"].rpartition("@")[2])
@@ -116,7 +116,7 @@ def _scheme_trouble(scheme: str) -> str:
         return f"it has no scheme; {right}"
     if scheme in ("http", "https"):
         return f"http:// is for the management interface (port 15672); {right}"
-    # "Known" as in: the embedded broker is not for production, and so comes last.
+    # The embedded broker is not for production, and so comes last.
     return f"its scheme is unknown; {right} (memory:// is the embedded broker.)"
 
 
@@ -126,7 +126,7 @@ def _encoding_trouble(found: re.Match[str]) -> str:
     fragment = found["fragment"] or ""
     if "@" in path or fragment or ("@" in query and "@" not in authority):
         return (
-            "it has a '/', '?', '#' or '@' where none can be; within the user, the password or "
+            "it has a '/', '?', '#' or '@' in the wrong place; in the user, the password or "
             "the vhost write %2F, %3F, %23, %40 (urllib.parse.quote(password, safe=''))."
         )
     user, at, _ = authority.rpartition("@")
@@ -147,15 +147,15 @@ def _host_trouble(address: str) -> str:
         try:
             ipaddress.IPv6Address(host[1:].replace("%25", "%"))
         except ValueError:
-            return "what it has in brackets is not an IPv6 address, such as amqp://[::1]:5672."
+            return "the part in brackets is not an IPv6 address, such as amqp://[::1]:5672."
     elif ":" in host:
         return "an IPv6 address must be in brackets: amqp://[::1]:5672."
     elif (name := host if colon else address) and not _HOST.fullmatch(name):
         return (
-            "its host is not a host's name: words of letters, digits and '-' of at most 63 "
-            f"characters with dots between them, as in {_FORM}."
+            "its host is not a valid host name: labels of letters, digits and '-', at most 63 "
+            f"characters each, separated by dots, as in {_FORM}."
         )
-    # Not shown: of a URL that lacks its host, it is the password.
+    # Not shown: in a URL without a host, it is the password.
     if colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         return f"its port must be a number from 1 to 65,535, as in {_FORM}."
     return ""
@@ -169,7 +169,7 @@ def _vhost_trouble(path: str) -> str:
             "its vhost is '//', which is how Celery writes the vhost '/'; write %2F "
             "(amqp://host/%2F), or nothing."
         )
-    return "its vhost has a '/' in it; write %2F if it belongs to the name, else leave it out."
+    return "its vhost contains a '/'; write %2F if it belongs to the name, otherwise remove it."
 
 
 def _length_trouble(found: re.Match[str]) -> str:
@@ -178,7 +178,7 @@ def _length_trouble(found: re.Match[str]) -> str:
         try:
             size = len(unquote(part, errors="strict").encode())
         except UnicodeError:
-            return f"its {what} cannot be read: percent-encoded, it must be UTF-8."
+            return f"its {what} cannot be decoded: it must be percent-encoded UTF-8."
         if size > _LONGEST_PART:
             return f"its {what} is longer than {_LONGEST_PART} bytes."
     return ""
@@ -189,9 +189,9 @@ def _query_trouble(query: str, scheme: str) -> str:
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in _OPTIONS:
             close = _close(name, _OPTIONS)
-            # Anything else may be the rest of a password with a '?' in it.
+            # Anything else may be the rest of a password that contains a '?'.
             what = f"{name[:40]!r}; did you mean {close!r}?" if close else "(or a bare '?')."
-            return f"it has an unknown option {what} There are {', '.join(_OPTIONS)}."
+            return f"it has an unknown option {what} The options are {', '.join(_OPTIONS)}."
         if name in seen:
             return f"it has the option {name!r} twice."
         if why := _option_trouble(name, value):
@@ -203,7 +203,7 @@ def _query_trouble(query: str, scheme: str) -> str:
 
 
 def _option_trouble(name: str, value: str) -> str:
-    # No value is shown: of a password with a '?' in it, it may be a part.
+    # No value is shown: it may be part of a password that contains a '?'.
     if name in _WHOLE:
         least, most = _WHOLE[name]
         if not re.fullmatch(r"[0-9]{1,10}", value) or not least <= int(value) <= most:
@@ -242,21 +242,21 @@ def _dict_trouble(name: str, value: str) -> str:
             what = (
                 f"has the unknown {key[:40]!r}; did you mean {close!r}?"
                 if close
-                else ("has something unknown in it.")
+                else ("has an unknown key.")
             )
-            return f"option 'ssl_options' {what} There are {', '.join(_SSL_OPTIONS)}."
+            return f"option 'ssl_options' {what} The keys are {', '.join(_SSL_OPTIONS)}."
         if key in _SSL_FILES:
             if setting is not None and not isinstance(setting, str):
                 return f"option 'ssl_options': {key!r} must be a path, in quotes."
             if setting and not os.path.exists(setting):  # noqa: PTH110 - which takes what a Path may not
-                return f"option 'ssl_options': {key!r} names no file: {printable(setting)}."
+                return f"option 'ssl_options': {key!r} does not exist: {printable(setting)}."
     if "keyfile" in options and "certfile" not in options:
         return "option 'ssl_options' has a 'keyfile' and no 'certfile'."
     return ""
 
 
 def _close(name: str, names: Sequence[str]) -> str:
-    """The name that was meant, if one is near."""
+    """The most similar name, if one is similar enough."""
     import difflib  # noqa: PLC0415 - for this mistake only
 
     found = difflib.get_close_matches(name.lower(), names, 1)

@@ -46,8 +46,9 @@ settings.load_profile("patient")
 settings.register_profile("thorough", max_examples=300, deadline=None)
 
 # With pytest-xdist. Runs of the fault harness keep a core busy, and its verdict counts seconds: two
-# at a time would be in each other's way. The others have a server that takes seconds to start.
-ON_ONE_WORKER = ("test_fault_runs.py", "test_recipes.py", "test_security.py")
+# at a time would be in each other's way. Samples of the bench have the same queues. The others have
+# a server that takes seconds to start.
+ON_ONE_WORKER = ("test_fault_runs.py", "test_benchmarks.py", "test_recipes.py", "test_security.py")
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None

@@ -14,7 +14,7 @@ import embedded
 import pyamqp
 from pyamqp import Channel
 
-from domain_events.message import Properties
+from domain_events.broker.rabbitmq.envelope import Properties
 
 
 @contextmanager

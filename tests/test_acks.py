@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domain_events.broker import Exchange, Queue
 from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.consumer import CarefulStart, RabbitConsumer, Tags
 from domain_events.message import Delivery
@@ -89,9 +90,8 @@ def test_acks_go_together_unless_somebody_may_wait_for_them(
     woken: list[Callable[[], None]] = []
     monkeypatch.setattr("domain_events.broker.rabbitmq.consumer.time", clock)
     channels = cast(Channels, SimpleNamespace(link=SimpleNamespace(wake=woken.append)))
-    consumer = RabbitConsumer(
-        channels, cast(Any, None), "q", (), 200, cast(Any, None), careful=True
-    )
+    queue = Queue("q", Exchange("x"))
+    consumer = RabbitConsumer(channels, cast(Any, None), queue, 200, cast(Any, None))
 
     def settle() -> bool:
         """Whether the I/O thread was woken for it, which then sends all."""

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import onlooker
@@ -14,10 +15,11 @@ import pytest
 from bench import Bench, Events, running
 from support import wait_until
 
-from domain_events import DomainEvent, Retry, Subscriber, TopologyError
+from domain_events import DomainEvent, DomainEventsError, Retry, Subscriber, TopologyError
 from domain_events.broker.rabbitmq.channel import Channels
-from domain_events.broker.rabbitmq.stream import Connection
-from domain_events.topology import delays, undelivered_name
+from domain_events.broker.rabbitmq.topology import delays, undelivered_name
+from domain_events.broker.rabbitmq.transport import Connection
+from domain_events.retry import Backoff
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -77,8 +79,8 @@ def test_what_subscribers_share_is_declared_once_on_each_connection(
     with subscriber, running(subscriber):
         wait_until(lambda: wire.sent["Basic.Consume"] == number)
         assert wire.declarations() == number * OWN
-        link = subscriber._consuming._link  # type: ignore[union-attr]
-        link.wake(link.cut)
+        link = subscriber.connections.consuming()._link  # type: ignore[union-attr]
+        link.wake(link.drop)
         wait_until(lambda: wire.sent["Basic.Consume"] == number)
         assert wire.declarations() == SHARED + number * OWN
         wait_until(lambda: all(onlooker.consumers(bench.url, name) == 1 for name in names))
@@ -98,7 +100,7 @@ def test_subscribers_that_register_at_the_same_time_share_one_declaration(
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert len(subscriber._subscriptions) == 8
+        assert len(subscriber.subscriptions) == 8
     assert wire.declarations() == SHARED + 8 * OWN
 
 
@@ -144,7 +146,7 @@ def test_delay_level_that_was_deleted_comes_back_when_a_retry_needs_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was declared on this connection is declared again to repair it."""
-    monkeypatch.setattr("domain_events.subscription._PAUSE_AFTER_A_FAILED_MOVE", 0.2)
+    monkeypatch.setattr("domain_events.forwarding._PAUSES", Backoff(0.2))
     subscriber = bench.subscriber()
     exchange, seen = bench.exchange, Events()
 
@@ -176,7 +178,7 @@ def test_answer_that_was_under_way_is_not_remembered(bench: Bench, wire: Wire) -
             channels().forget()
 
     def channels() -> Channels:
-        found: Channels = subscriber._consuming._channels  # type: ignore[union-attr]
+        found: Channels = subscriber.connections.consuming()._channels  # type: ignore[union-attr]
         return found
 
     def is_known() -> bool:
@@ -208,3 +210,34 @@ def test_error_names_the_declaration_it_is_about(bench: Bench, wire: Wire) -> No
         assert wire.declarations() == SHARED + OWN
         for name in (level, undelivered, queue):
             assert onlooker.exists(bench.url, name)
+
+
+def test_only_channel_is_enough_to_declare_again(bench: Bench) -> None:
+    """Its number is free again when the broker has closed it, here over a missing exchange."""
+    one = f"{bench.url}?channel_max=1"
+    with Subscriber(one, bench.exchange) as subscriber:
+        register(bench, subscriber, 1)
+        onlooker.delete(bench.url, exchanges=[bench.exchange, f"{bench.exchange}.due"])
+        subscriber.register(print, bench.names.queue(), ["a.*"], max_retries=3)
+
+
+def test_close_while_it_declares_is_no_internal_error(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer that comes meanwhile is not followed by the next declaration."""
+    for number in range(12):
+        exchange = bench.names.exchange(f"closed{number}")
+        subscriber = Subscriber(bench.url, exchange)
+        queue = bench.names.queue()
+
+        def declare(subscriber: Subscriber = subscriber, queue: str = queue) -> None:
+            with suppress(DomainEventsError):
+                subscriber.register(print, queue, ["a.*"], max_retries=3)
+
+        thread = threading.Thread(target=declare)
+        thread.start()
+        thread.join(0.01 * number)
+        subscriber.close()
+        thread.join(30)
+        subscriber.close()
+    assert "Internal error" not in caplog.text

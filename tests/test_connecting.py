@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -30,10 +31,11 @@ from domain_events import (
     Subscriber,
     TopologyError,
 )
+from domain_events.broker import Exchange, Queue
 from domain_events.broker.rabbitmq import attempts as attempts_module
 from domain_events.broker.rabbitmq.transport import Attempt
+from domain_events.handling import Subscription
 from domain_events.retry import Backoff
-from domain_events.topology import Exchange, Queue
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -103,6 +105,24 @@ def test_refused_password_is_tried_once_by_many_threads() -> None:
         assert len(set(errors)) == 1
 
 
+def test_refusal_is_known_before_its_attempt_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another connection could log in between the two."""
+    attempts = attempts_module.attempts
+    known: list[str | None] = []
+    ended = attempts.ended
+
+    def end(url: str, owner: object, **options: bool) -> None:
+        known.append(attempts.refusal(url, login_only=True))
+        ended(url, owner, **options)
+
+    with serving(None) as server:
+        monkeypatch.setattr(attempts, "ended", end)
+        with Publisher(f"amqp://guest:wrong@127.0.0.1:{server.port}/") as publisher:
+            errors_of(lambda: publisher.publish(EVENT), 1)
+    assert known
+    assert all(known)
+
+
 def test_host_with_two_addresses_is_logged_in_to_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the same broker's; a refusal by one is not asked of the other."""
     with serving(None) as server:
@@ -118,7 +138,7 @@ def test_host_with_two_addresses_is_logged_in_to_once(monkeypatch: pytest.Monkey
 
 def test_mended_password_is_found(killable_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the pause, by the publisher that was refused; the broker's log counts the logins."""
-    monkeypatch.setattr(attempts_module, "_BELIEF", 2.0)
+    monkeypatch.setattr(attempts_module, "_REFUSAL_TTL", 2.0)
     killable_node.ctl("add_user", "mended", "old")
     killable_node.ctl("set_permissions", "mended", ".*", ".*", ".*")
     try:
@@ -178,7 +198,7 @@ def test_other_servers_are_waited_for_and_named(scheme: str, answer: bytes, gree
         text = unavailable(f"{scheme}://guest:guest@127.0.0.1:{server.port}/", 0.7)
     words = "TLS failed"
     if scheme == "amqp":
-        words = "speaks TLS" if answer.startswith(b"\x15\x03") else "does not speak AMQP 0-9-1"
+        words = "uses TLS" if answer.startswith(b"\x15\x03") else "does not use AMQP 0-9-1"
     assert text.count(words) == 2
 
 
@@ -314,7 +334,7 @@ def test_name_server_that_hangs_holds_up_no_other_node(
     monkeypatch.setattr("domain_events.broker.rabbitmq.link._LONGEST_ATTEMPT", 0.5)
     hanging = broker_url.replace("127.0.0.1", "broker.invalid") + "?stack_timeout=0.1"
     try:
-        assert unavailable(hanging, 2).count("cannot be looked up") == 2
+        assert unavailable(hanging, 2).count("cannot be resolved") == 2
         for _ in range(5):  # in whatever order they are tried
             with Publisher(f"{hanging},{broker_url}") as publisher:
                 publisher.publish(EVENT, timeout=30)
@@ -375,7 +395,7 @@ def test_mistake_of_one_leaves_the_others_be(bench: Bench) -> None:
     for queue in queues:
         subscriber.register(seen.append, queue, ["#"])
     with consuming(subscriber, bench.url, queues[-1]):
-        consumer = subscriber._consuming
+        consumer = subscriber.connections.consuming()
         assert consumer is not None
         errors: dict[int, DomainEventsError] = {}
         barrier = threading.Barrier(6)
@@ -384,7 +404,8 @@ def test_mistake_of_one_leaves_the_others_be(bench: Bench) -> None:
             barrier.wait(30)
             kind = "x-no-such" if number in (2, 4) else "topic"
             try:
-                consumer.declare([Exchange(bench.names.exchange(f"x{number}"), kind)], 30)
+                exchange = Exchange(bench.names.exchange(f"x{number}"), kind)
+                consumer.declare(Queue(bench.names.queue(f"q{number}"), exchange), 30)
             except DomainEventsError as error:
                 errors[number] = error
 
@@ -399,6 +420,12 @@ def test_mistake_of_one_leaves_the_others_be(bench: Bench) -> None:
         wait_until(lambda: [each.uuid_string for each in seen].count(event.uuid_string) >= 3)
 
 
+def rewire(subscription: Subscription, **changes: Any) -> None:
+    """Change the queue that a subscriber wants, after it was registered."""
+    options = subscription.options
+    subscription.options = replace(options, queue=replace(options.queue, **changes))
+
+
 def test_consumer_that_closes_the_connection_leaves_the_others_be(
     bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,9 +437,8 @@ def test_consumer_that_closes_the_connection_leaves_the_others_be(
         subscriber.register(seen.append, queue, ["#"])
     started = started_attempts(monkeypatch)
     # As if the plugin had been switched off since it was registered.
-    options = subscriber._subscriptions[1].options
-    object.__setattr__(options, "exchange", bench.names.exchange("gone"))
-    object.__setattr__(options, "exchange_type", "x-no-such")
+    gone = Exchange(bench.names.exchange("gone"), "x-no-such")
+    rewire(subscriber.subscriptions[1], exchange=gone)
     with consuming(subscriber, bench.url, queues[-1]):
         event = bench.publish("a.b")
         wait_until(lambda: [each.uuid_string for each in seen].count(event.uuid_string) >= 3)
@@ -459,8 +485,9 @@ def test_too_few_channels_are_an_error_of_those_that_have_none(
             # The channel that `register` used last may still be closing as it begins.
             assert len(refused) == len({line.split()[0] for line in refused}) in (3, 4)
             assert all("No channel is free" in line for line in refused)
+            never = Queue(f"{unique}-never", Exchange(bench.exchange))
             with pytest.raises(DomainEventsError, match="No channel is free"):
-                subscriber._consuming.declare([Queue(f"{unique}-never")], 1)  # type: ignore[union-attr]
+                subscriber.connections.consuming().declare(never, 1)  # type: ignore[union-attr]
         finally:
             subscriber.stop_consuming()
             thread.join(30)
@@ -476,15 +503,14 @@ def test_exclusive_queue_that_is_taken_is_told_once(
     seen: Events = []
     subscriber = bench.subscriber()
     subscriber.register(seen.append, queue, ["#"])
-    object.__setattr__(subscriber._subscriptions[0].options, "durable", False)
-    object.__setattr__(subscriber._subscriptions[0].options, "exclusive", True)
+    rewire(subscriber.subscriptions[0], durable=False, exclusive=True)
     with onlooker.channel(bench.url) as channel:
         channel.queue_delete(queue)
         channel.queue_declare(queue, exclusive=True)
         thread = threading.Thread(target=subscriber.start_consuming)
         thread.start()
         wait_until(lambda: "cannot consume" in caplog.text)
-        (consumer,) = subscriber._consuming._consumers  # type: ignore[union-attr]
+        (consumer,) = subscriber.connections.consuming()._consumers  # type: ignore[union-attr]
         wait_until(lambda: consumer._trouble.failures >= 4, timeout=30)
         assert caplog.text.count("cannot consume") == 1
     try:
@@ -512,7 +538,7 @@ def test_requests_that_were_given_up_leave_nothing(unused_port: int) -> None:
 
         before = register(50)
         after = register(300)
-        consuming = subscriber._consuming
+        consuming = subscriber.connections.consuming()
         assert consuming is not None
         assert not consuming._requests  # type: ignore[attr-defined]
         assert not consuming._running  # type: ignore[attr-defined]
@@ -543,7 +569,7 @@ def test_abandoned_link_closes_in_order(bench: Bench) -> None:
     """Without anybody waiting for it: its thread ends, and so does its connection."""
     with Publisher(bench.url, bench.exchange) as publisher:
         publisher.publish(EVENT)
-        link = publisher._publishing._link  # type: ignore[union-attr]
+        link = publisher._publishing()._link  # type: ignore[union-attr]
         thread = link._thread
         assert thread is not None
         begun = time.monotonic()

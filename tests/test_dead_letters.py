@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import onlooker
 import pytest
+import raw_amqp as raw
 from bench import Bench
 from pyamqp import Properties
 from rabbitmq_node import Node
@@ -23,8 +24,11 @@ from domain_events import (
     DeadLetters,
     DomainEvent,
     Reject,
+    TopologyError,
 )
-from domain_events.message import Delivery, Message
+from domain_events.broker.rabbitmq import envelope, walk
+from domain_events.broker.rabbitmq.envelope import RabbitDelivery
+from domain_events.message import Message, Place
 
 # As many as come back in pieces, and a whole number of windows and a rest.
 MANY = 230
@@ -128,7 +132,7 @@ def test_queue_of_another_program_does_not_lose_what_is_looked_at(bench: Bench) 
 
 
 @pytest.mark.usefixtures("policy")
-def test_look_that_is_broken_off_while_it_publishes_anew_loses_nothing(
+def test_look_that_is_broken_off_while_it_republishes_loses_nothing(
     target: Bench, killable_node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Ctrl-C; the next look sees each one, once. On 4.3 a look does not count."""
@@ -138,20 +142,20 @@ def test_look_that_is_broken_off_while_it_publishes_anew_loses_nothing(
         with DeadLetters(queue, target.url) as dead_letters:
             seen = [described(letter) for letter in dead_letters]
     published = 0
-    anew = DeadLetters._anew
+    republished = envelope.republished
 
-    def interrupted(dead_letters: DeadLetters, delivery: Delivery) -> Message:
+    def interrupted(delivery: RabbitDelivery, place: Place) -> Message:
         nonlocal published
         published += 1
         if published == 120:
             raise KeyboardInterrupt
-        return anew(dead_letters, delivery)
+        return republished(delivery, place)
 
     def look() -> None:
         with DeadLetters(queue, target.url) as dead_letters:
             list(dead_letters)
 
-    monkeypatch.setattr(DeadLetters, "_anew", interrupted)
+    monkeypatch.setattr(walk, "republished", interrupted)
     if not killable_node.version.startswith("4.3"):
         with pytest.raises(KeyboardInterrupt):
             look()
@@ -183,7 +187,7 @@ def test_look_that_could_delete_is_refused_to_who_may_not_publish(
         assert not refused
     else:
         assert len(refused) == 2
-        for words in (queue, "came back 3 times", "delivery limit", "amq.default"):
+        for words in (queue, "were requeued 3 times", "delivery limit", "amq.default"):
             assert words in refused[0]
     with DeadLetters(queue, target.url) as dead_letters:
         assert len(list(dead_letters)) == 10
@@ -284,3 +288,21 @@ def test_connection_that_was_cut_between_two_walks_is_made_again(
                 letter.discard()
         new[0].discard()
         assert dead_letters.count() == 4
+
+
+@pytest.mark.parametrize("message_id", [b"", b"\xff", b"id-1"])
+def test_letter_that_cannot_be_replayed_is_left_whatever_its_id(
+    bench: Bench, message_id: bytes
+) -> None:
+    """What the broker returns is known by the id that was sent, be it empty or not text."""
+    queue = bench.names.queue()
+    with onlooker.channel(bench.url) as channel:
+        channel.confirm_delivery()
+        channel.queue_declare(f"{queue}-dl", durable=True)
+        body = DomainEvent("a.b", 1).to_json().encode()
+        channel.basic_publish("", f"{queue}-dl", body, raw.Properties(message_id=message_id))
+    with DeadLetters(queue, bench.url) as dead_letters:
+        with pytest.raises(TopologyError, match="There is no queue"):
+            dead_letters.replay_all()
+        assert dead_letters.count() == 1
+    assert onlooker.count(bench.url, f"{queue}-dl") == 1

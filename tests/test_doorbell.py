@@ -60,8 +60,13 @@ class Yard:
 
 
 def traced(act: Callable[[], None], at_line: Callable[[int], None]) -> int:
-    """Do it, calling ``at_line`` before each line of `Doorbell`; how many lines there were."""
+    """Do it, calling ``at_line`` before each line of `Doorbell`; how many lines there were.
+
+    The outermost on a thread of its own, since the trace function of the main thread may be that of
+    coverage.
+    """
     lines = 0
+    raised: list[BaseException] = []
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         nonlocal lines
@@ -78,11 +83,21 @@ def traced(act: Callable[[], None], at_line: Callable[[int], None]) -> int:
                 sys.settrace(trace)
         return trace
 
-    sys.settrace(trace)
-    try:
-        act()
-    finally:
-        sys.settrace(None)
+    def run() -> None:
+        sys.settrace(trace)
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            raised.append(error)
+        finally:
+            sys.settrace(None)
+
+    if threading.current_thread() is threading.main_thread():
+        elsewhere(run)
+    else:
+        run()
+    if raised:
+        raise raised[0]
     return lines
 
 

@@ -28,7 +28,7 @@ from domain_events import (
     Subscriber,
 )
 from domain_events.broker import Publication
-from domain_events.message import Message
+from domain_events.message import Message, ToExchange
 
 LARGE = "x" * 100_000
 NUMBER = 500
@@ -105,7 +105,7 @@ def waiting_for_an_hour(publisher: Publisher) -> Iterator[None]:
 
     thread = threading.Thread(target=publish)
     thread.start()
-    rabbit = publisher._publishing
+    rabbit = publisher._publishing()
     wait_until(lambda: rabbit._waiting or rabbit._under_way())  # type: ignore[union-attr]
     yield
     assert not errors  # it waits still
@@ -147,7 +147,7 @@ def test_events_that_a_blocked_broker_did_not_take_are_let_go(
         killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
         try:
             with waiting_for_an_hour(publisher):
-                wait_until(lambda: "blocks publishers" in publisher._publishing.trouble)  # type: ignore[union-attr]
+                wait_until(lambda: "blocks publishers" in publisher._publishing().trouble)  # type: ignore[union-attr]
                 with keeping_less_than(ALLOWED):
                     give_up(publisher, NUMBER, timeout=0.05)
                 with keeping_less_than(ALLOWED):
@@ -166,7 +166,7 @@ def test_events_in_flight_to_a_silent_broker_are_let_go(killable_node: Node, uni
                 for _ in range(20):
                     with suppress(DomainEventsError):
                         publisher.publish(DomainEvent("n.n", LARGE), timeout=0.05)
-            flight = publisher._publishing._main.in_flight  # type: ignore[union-attr]
+            flight = publisher._publishing()._main.in_flight  # type: ignore[union-attr]
             assert len(flight) == 20
             assert not any(each.message.body for each in flight.values())
         finally:
@@ -175,9 +175,11 @@ def test_events_in_flight_to_a_silent_broker_are_let_go(killable_node: Node, uni
 
 def test_order_of_giving_up_costs_nothing_noticeable(nowhere: Publisher) -> None:
     """Also when the last ones are given up first."""
-    rabbit = nowhere._publishing
+    rabbit = nowhere._publishing()
     assert rabbit is not None
-    publications = [Publication(Message("", "", b""), lambda _: None) for _ in range(4000)]
+    publications = [
+        Publication(Message(ToExchange(""), "", b""), lambda _: None) for _ in range(4000)
+    ]
     for each in publications:
         rabbit.submit(each)
     began = time.thread_time()  # of this thread alone, whatever the load
@@ -290,7 +292,7 @@ def test_dropped_by_a_handler_on_its_own_io_thread(publisher: Publisher, broker_
     with warned_of(1, "Publisher"):
         dropped = [Publisher(broker_url)]
         dropped[0].publish(DomainEvent("nobody.listens", {}))
-        link = dropped[0]._publishing._link  # type: ignore[union-attr]
+        link = dropped[0]._publishing()._link  # type: ignore[union-attr]
         link.wake(dropped.clear)
         wait_until(lambda: not dropped and not ours())
 

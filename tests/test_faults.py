@@ -393,7 +393,7 @@ def test_handled_event_that_was_surely_not_sent_is_found(story: Story, error: st
     story.handled("perhaps", "returned")
     verdict = story.verdict()
     assert verdict.forbidden == ["forbidden (event.ok) at mailer"]
-    assert verdict.violations() == ["1 events were handled that surely were not sent"]
+    assert verdict.violations() == ["1 events were handled that were definitely not sent"]
 
 
 def test_retry_beyond_the_limit_is_found(story: Story) -> None:
@@ -531,7 +531,7 @@ def test_dead_letter_that_nobody_handled_must_say_why() -> None:
     verdict = rolled(story, reasons)
     assert verdict.unlisted == 2
     assert verdict.unexplained == ["unsaid (t1.ok) at rolling"]
-    assert verdict.violations() == ["1 dead letters that nobody handled do not say why"]
+    assert verdict.violations() == ["1 dead letters that were never handled have no reason"]
 
 
 def test_event_handled_by_another_release_is_found() -> None:

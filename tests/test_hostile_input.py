@@ -271,7 +271,7 @@ def web(connection: socket.socket) -> None:
         (drip, "imeout"),
         (flood, "imeout"),
         (giant, "a frame of 4,294,967,303 bytes, the most is 131,072"),
-        (web, "does not speak AMQP 0-9-1; it sent 'HTTP/1.1 400"),
+        (web, "does not use AMQP 0-9-1; it sent 'HTTP/1.1 400"),
     ],
 )
 def test_listener_that_never_welcomes_is_left_within_the_time_for_connecting(

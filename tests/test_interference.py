@@ -59,7 +59,7 @@ class Line:
     @property
     def links(self) -> tuple[Link, Link]:
         """The publishing connection and the consuming one."""
-        return self.publisher._publishing._link, self.subscriber._consuming._link  # type: ignore[union-attr]
+        return self.publisher._publishing()._link, self.subscriber.connections.consuming()._link  # type: ignore[union-attr]
 
     def works(self, number: int = 20) -> None:
         """Whatever is published is confirmed and handled."""
@@ -347,7 +347,7 @@ POINTS: list[tuple[Any, str]] = [
     (Link, "_on_closed"),
     (Link, "_connect_later"),
     (Link, "_serve"),
-    (Link, "_let_go"),
+    (Link, "_recover"),
     (Link, "_new_loop"),
 ]
 

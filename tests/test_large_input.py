@@ -72,7 +72,7 @@ def test_largest_body_is_handled_retried_kept_and_replayed_and_a_larger_one_refu
     # Some in one call with the culprit, and others from a thread of their own at the same time.
     others = threading.Thread(target=lambda: limited.publisher.publish_many(small[200:]))
     others.start()
-    with pytest.raises(InvalidEvent, match="does not take") as caught:
+    with pytest.raises(InvalidEvent, match="does not accept") as caught:
         limited.publisher.publish_many([*small[:100], too_large, *small[100:200]], timeout=30)
     others.join(30)
     assert not others.is_alive()

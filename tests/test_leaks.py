@@ -136,7 +136,7 @@ def test_a_day_of_idling_leaves_nothing_behind(bench: Bench) -> None:
     publishers = [Publisher(url, bench.exchange) for _ in range(IDLE_CONNECTIONS)]
 
     def frames() -> int:
-        connections = [each._publishing._link.connection for each in publishers]  # type: ignore[union-attr]
+        connections = [each._publishing()._link.connection for each in publishers]  # type: ignore[union-attr]
         return sum(each.frames_sent for each in connections)
 
     with tracing(), ExitStack() as closing, consuming(subscriber, url, queue):

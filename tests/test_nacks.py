@@ -92,7 +92,7 @@ def test_refused_events_do_not_hold_up_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While they wait until they are sent again, events for a healthy queue are confirmed."""
-    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (60.0,))
     refused: list[BaseException] = []
 
     def publish_refused(number: int) -> None:
@@ -104,12 +104,12 @@ def test_refused_events_do_not_hold_up_others(
     threads = [threading.Thread(target=publish_refused, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    rabbit = publisher._publishing
+    rabbit = publisher._publishing()
     assert isinstance(rabbit, publishing.RabbitPublishing)
-    wait_until(lambda: len(rabbit._nacked) == len(threads))
+    wait_until(lambda: len(rabbit._nacked.copy()) == len(threads))
     with sooner_than(60):  # until the first of them is sent again
         assert publish_to_healthy(publisher) == 400
-    assert len(rabbit._nacked) == len(threads)
+    assert len(rabbit._nacked.copy()) == len(threads)
     assert onlooker.count(broker_url, healthy) == 400
     publisher.close(timeout=0.1)
     for thread in threads:
@@ -125,7 +125,7 @@ def test_refused_events_that_are_sent_again_do_not_hold_up_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a new channel each time, again and again: all events for a healthy queue are stored."""
-    monkeypatch.setattr(publishing, "_DOUBTS", (0.02, 0.02, 0.02))
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (0.02, 0.02, 0.02))
     published = 0
     with refused_all_the_time(publisher) as rejected:
         while len(rejected) < 20 or published < 800:
@@ -183,7 +183,7 @@ def test_refused_event_goes_through_when_there_is_room_again(
     publisher: Publisher, full: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is sent again; its sender sees nothing of it but the time."""
-    monkeypatch.setattr(publishing, "_DOUBTS", (0.25,) * 30)
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (0.25,) * 30)
     timer = threading.Timer(0.4, onlooker.take, (broker_url, full))
     timer.start()
     begun = time.monotonic()
@@ -198,13 +198,13 @@ def test_refusal_of_one_kind_is_not_believed_of_another(
     publisher: Publisher, full: str, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After one that was refused for good, the same kind fails at once, and only that."""
-    monkeypatch.setattr(publishing, "_BELIEF", 600.0)
+    monkeypatch.setattr(publishing, "_NACK_TRUST", 600.0)
     with pytest.raises(EventRejected):
         publisher.publish(DomainEvent("full.one", {}))
-    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (60.0,))
     with sooner_than(60), pytest.raises(EventRejected):
         publisher.publish(DomainEvent("full.one", {}), timeout=120)
-    monkeypatch.setattr(publishing, "_DOUBTS", (0.25,))
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (0.25,))
     begun = time.monotonic()
     with pytest.raises(EventRejected):
         publisher.publish(DomainEvent("full.two", {}))
@@ -215,10 +215,10 @@ def test_refusal_that_lasts_longer_than_the_timeout_is_named(
     publisher: Publisher, full: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broker has answered; the error does not say that it is silent."""
-    monkeypatch.setattr(publishing, "_DOUBTS", (60.0,))
-    with pytest.raises(EventNotConfirmed, match="refuses it so far"):
+    monkeypatch.setattr(publishing, "_NACK_RETRY_DELAYS", (60.0,))
+    with pytest.raises(EventNotConfirmed, match="has nacked it so far"):
         publisher.publish(DomainEvent("full.one", {}), timeout=1)
-    with pytest.raises(EventNotConfirmed, match="refuses it so far"):
+    with pytest.raises(EventNotConfirmed, match="has nacked it so far"):
         publisher.publish_many([DomainEvent("full.two", {})], timeout=1)
 
 
@@ -265,9 +265,9 @@ def test_channel_that_refuses_what_a_new_one_takes_is_replaced(
     assert proxy.nacks == nacks
     stored = {json.loads(body)["uuid_string"] for body in onlooker.take_all(broker_url, queue)}
     assert len(stored) == number + 20
-    rabbit = publisher._publishing
+    rabbit = publisher._publishing()
     assert isinstance(rabbit, publishing.RabbitPublishing)
-    wait_until(lambda: not rabbit._aside)  # the old channel is closed when all is answered
+    wait_until(lambda: not rabbit._secondary)  # the old channel is closed when all is answered
 
 
 def test_event_is_refused_when_every_new_channel_refuses_it(behind: Behind, queue: str) -> None:
@@ -283,11 +283,11 @@ def test_connection_that_may_have_one_channel_only(behind: Behind, queue: str) -
     refusing = threading.Event()
     publisher, proxy = behind(lambda _channel: refusing.is_set(), "?channel_max=1")
     publisher.publish(DomainEvent("a.b", {}))
-    connection = publisher._publishing._link.connection  # type: ignore[union-attr]
+    connection = publisher._publishing()._link.connection  # type: ignore[union-attr]
     refusing.set()
     with pytest.raises(EventRejected):
         publisher.publish(DomainEvent("a.b", {}))
     refusing.clear()
     publisher.publish(DomainEvent("a.b", {}))
-    assert publisher._publishing._link.connection is connection  # type: ignore[union-attr]
+    assert publisher._publishing()._link.connection is connection  # type: ignore[union-attr]
     assert proxy.nacks == 1

@@ -213,7 +213,7 @@ def test_test_that_takes_a_rabbitmq_fails_where_there_is_to_be_none() -> None:
         "tests/test_security.py::test_tls_with_a_known_authority",  # of its module's
         "tests/conformance/test_topics.py::test_same_queues_are_reached_on_both_brokers",
     )
-    assert done.stdout.count("This test takes a RabbitMQ") == 3
+    assert done.stdout.count("This test takes a RabbitMQ") >= 3
     assert "3 errors" in done.stdout
     assert done.returncode == 1
 

@@ -309,7 +309,7 @@ def test_half_open_connection_is_given_up_soon(
     """An overdue confirm on a silent connection: it is made anew, long before the heartbeat."""
     monkeypatch.setattr("domain_events.broker.rabbitmq.publishing._SUSPICIOUS_SILENCE", 0.5)
     outage.publish("user.registered")
-    link = outage.publisher._publishing._link  # type: ignore[union-attr]
+    link = outage.publisher._publishing()._link  # type: ignore[union-attr]
     connection = link.connection
     killable_node.pause()
     with pytest.raises(EventNotConfirmed):
@@ -447,7 +447,7 @@ def test_fault_in_our_own_callback_makes_a_new_connection(
 ) -> None:
     """A bug on the I/O thread is logged and survived: no caller waits for ever."""
     outage.publish("user.registered")
-    link = outage.publisher._publishing._link  # type: ignore[union-attr]
+    link = outage.publisher._publishing()._link  # type: ignore[union-attr]
 
     def fail() -> None:
         raise RuntimeError("a bug")

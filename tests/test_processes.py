@@ -444,7 +444,7 @@ def test_publisher_recovers_when_there_are_descriptors_again(
         "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
         "publish()\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))\n"
-        "publisher._publishing._link.wake(publisher._publishing._link.cut)\n"
+        "publisher._publishing()._link.wake(publisher._publishing()._link.drop)\n"
         "assert refused()\n"
         "assert refused()\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"

@@ -89,7 +89,7 @@ def test_silence_is_an_error_that_says_what_was_confirmed(far: Publisher, proxy:
         for event in events(3000):
             if len(taken) == 2500:
                 # All before are confirmed, the slow ones too.
-                wait_until(lambda: not far._publishing._under_way())  # type: ignore[union-attr]
+                wait_until(lambda: not far._publishing()._under_way())  # type: ignore[union-attr]
                 proxy.stall()
                 stalled = time.monotonic()
             taken.append(event)
@@ -194,7 +194,7 @@ def test_broker_error_is_kept_behind_a_cause(publisher: Publisher) -> None:
 
     publisher.publish(DomainEvent("first.one", {}))
     # The broker's error must not come first: then the iterable is not read on.
-    publishing: Any = publisher._publishing
+    publishing: Any = publisher._publishing()
     publishing._link.wake(lambda: goes_on.wait(10))
     with pytest.raises(LookupError) as caught:
         publisher.publish_many(failing(), mandatory=True)

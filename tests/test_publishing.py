@@ -193,7 +193,7 @@ def test_too_large_body_fails_alone(node_factory: Callable[..., Node], unique: s
 
 def test_body_that_no_rabbitmq_takes_is_refused_at_once(publisher: Publisher) -> None:
     """More than 128 MiB is not even sent."""
-    with pytest.raises(InvalidEvent, match="no RabbitMQ takes"):
+    with pytest.raises(InvalidEvent, match="RabbitMQ accepts at most"):
         publisher.publish(DomainEvent("user.registered", "x" * (128 * 2**20)))
 
 
@@ -241,7 +241,7 @@ def test_idle_publisher_keeps_its_connection(names: Names, broker_url: str) -> N
     """Heartbeats go on while nobody publishes: the same connection serves the next event."""
     with Publisher(f"{broker_url}?heartbeat=1", names.exchange()) as publisher:
         publisher.publish(DomainEvent("user.registered", {}))
-        link = publisher._publishing._link  # type: ignore[union-attr]
+        link = publisher._publishing()._link  # type: ignore[union-attr]
         connection = link.connection
         # It must wait: RabbitMQ closes a connection when it has missed two heartbeats.
         time.sleep(4)
@@ -294,7 +294,7 @@ def test_close_does_not_wait_for_a_blocked_broker(killable_node: Node, unique: s
     killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
     try:
         given_up(publisher)
-        wait_until(lambda: "blocks" in publisher._publishing.trouble)  # type: ignore[union-attr]
+        wait_until(lambda: "blocks" in publisher._publishing().trouble)  # type: ignore[union-attr]
         with pytest.raises(BrokerUnavailable):
             publisher.publish_many((DomainEvent("n.n", n) for n in range(3000)), timeout=0.3)
         closed_at_once(publisher)
@@ -367,7 +367,7 @@ def test_close_in_a_finalizer_on_the_connections_own_thread(broker_url: str) -> 
         publisher.close(timeout=60)
         closed.set()
 
-    link = publisher._publishing._link  # type: ignore[union-attr]
+    link = publisher._publishing()._link  # type: ignore[union-attr]
     thread = link._thread
     link.wake(close)
     assert closed.wait(30)
@@ -438,7 +438,7 @@ def test_listener_that_hangs_up_may_be_a_proxy_before_its_broker(names: Names) -
         try:
             with (
                 Publisher(f"amqp://guest:guest@127.0.0.1:{port}/%2F") as publisher,
-                pytest.raises(BrokerUnavailable, match="does not answer as RabbitMQ does"),
+                pytest.raises(BrokerUnavailable, match=r"does not use AMQP 0-9-1"),
             ):
                 publisher.publish(DomainEvent("n.n", {}), timeout=1)
         finally:
@@ -460,7 +460,7 @@ def test_finalizer_on_the_connections_own_thread_is_told_at_once(
         except BrokerUnavailable as error:
             errors.append(error)
 
-    publisher._publishing._link.wake(publish)  # type: ignore[union-attr]
+    publisher._publishing()._link.wake(publish)  # type: ignore[union-attr]
     wait_until(lambda: errors)
     publisher.publish(DomainEvent("n.n", {}))
 

@@ -30,8 +30,6 @@ from support import Names
 
 import domain_events
 from domain_events import BrokerUnavailable, DomainEvent, InvalidEvent
-from domain_events.publisher import close_publisher
-from domain_events.settings import DEFAULT, resolve
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
@@ -341,10 +339,8 @@ def test_data_are_those_of_the_call(
 def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A port that nobody listens on."""
     monkeypatch.setenv("DOMAIN_EVENTS_URL", "amqp://guest:guest@127.0.0.1:1/%2F")
-    urls = resolve(DEFAULT)
-    assert urls is not None
     yield
-    close_publisher(urls)
+    domain_events.close_publishers()
 
 
 @pytest.mark.usefixtures("no_broker")

@@ -29,8 +29,9 @@ from domain_events import (
     Subscriber,
     TopologyError,
 )
-from domain_events.broker import refusals
-from domain_events.topology import Binding, Exchange, Queue
+from domain_events.broker.rabbitmq import errors
+from domain_events.broker.rabbitmq.topology import Binding, Exchange, Queue
+from domain_events.message import Message, ToDeadLetters, ToExchange
 
 
 class Vhost(NamedTuple):
@@ -259,7 +260,7 @@ def test_message_that_is_too_large_is_told_as_that(
 )
 def test_queue_whose_node_is_down_is_unavailable_and_not_missing(said: str) -> None:
     """Nobody should go and declare it anew."""
-    error = refusals.unreadable("q", 404, said)
+    error = errors.read_error("q", 404, said)
     assert type(error) is BrokerUnavailable
     assert said in str(error)
 
@@ -267,13 +268,32 @@ def test_queue_whose_node_is_down_is_unavailable_and_not_missing(said: str) -> N
 def test_names_in_the_brokers_words_are_printable() -> None:
     """They may be anybody's."""
     said = "NOT_FOUND - no exchange '\x1b[2J\n" + "x" * 10_000
+    message = Message(ToExchange("x"), "a.b", b"")
     for code in (403, 404, 405, 406):
         for error in (
-            refusals.undeclarable(Queue("q"), code, said),
-            refusals.undeclarable(Exchange("x"), code, said),
-            refusals.undeclarable(Binding("x", "q", "#"), code, said),
-            refusals.unreadable("q", code, said),
-            refusals.unreadable_by_this_user(said),
+            errors.declare_error(Queue("q"), code, said),
+            errors.declare_error(Exchange("x"), code, said),
+            errors.declare_error(Binding("x", "q", "#"), code, said),
+            errors.read_error("q", code, said),
+            errors.read_permission_error(said),
+            errors.write_error(message, said),
+            errors.missing_exchange_error(message, said),
+            errors.no_channel_error(said),
         ):
             assert str(error).isprintable()
             assert len(str(error)) < 1500
+
+
+def test_error_over_a_message_names_where_it_was_published_to() -> None:
+    """As AMQP has it: the exchange, which of a dead letter is the default one."""
+    event = Message(ToExchange("x"), "a.b", b"")
+    letter = Message(ToDeadLetters("q"), "a.b", b"")
+    assert "exchange 'x' for the routing key 'a.b'" in str(errors.unroutable_error(event))
+    assert "exchange '' for the routing key 'q-dl'" in str(errors.unroutable_error(letter))
+    assert "The exchange 'x' does not exist" in str(
+        errors.missing_exchange_error(event, "NOT_FOUND")
+    )
+    assert "write to the exchange 'x'" in str(errors.write_error(event, "refused"))
+    assert "write to the exchange 'amq.default'" in str(errors.write_error(letter, "refused"))
+    topic = errors.write_error(event, "access to topic 'a.b' refused")
+    assert "publish 'a.b' to the exchange 'x'" in str(topic)

@@ -70,9 +70,9 @@ def test_nineteen_days_are_in_reach() -> None:
 @pytest.mark.parametrize("delay", NO_DELAYS, ids=short)
 def test_a_delay_that_cannot_be_kept_is_refused(delay: Any) -> None:
     """Negative, too long, or no number: a ValueError that says the bounds."""
-    with pytest.raises(ValueError, match=r"^Retry takes seconds from 0 to 16777\d\d \(19 days\)"):
+    with pytest.raises(ValueError, match=r"^Retry must be 0 to 16777\d\d seconds \(19 days\)"):
         Retry(delay)
-    with pytest.raises(ValueError, match=r"^The wait takes seconds"):
+    with pytest.raises(ValueError, match=r"^The wait must be 0 to"):
         checked_delay(delay, "The wait")
 
 
@@ -153,9 +153,9 @@ def test_jitter_spreads_delays_over_its_share() -> None:
 @pytest.mark.parametrize("delay", NO_DELAYS, ids=short)
 def test_a_backoff_with_an_impossible_delay_is_refused(delay: Any) -> None:
     """At once, and not with the first retry; the message names the argument."""
-    with pytest.raises(ValueError, match=r"^Backoff\.first takes seconds"):
+    with pytest.raises(ValueError, match=r"^Backoff\.first must be 0 to"):
         Backoff(first=delay)
-    with pytest.raises(ValueError, match=r"^Backoff\.maximum takes seconds"):
+    with pytest.raises(ValueError, match=r"^Backoff\.maximum must be 0 to"):
         Backoff(maximum=delay)
 
 
@@ -169,7 +169,7 @@ def test_a_backoff_that_would_shrink_is_refused(factor: float) -> None:
 @pytest.mark.parametrize("jitter", [-0.1, 1.1, math.nan])
 def test_a_jitter_that_is_no_share_is_refused(jitter: float) -> None:
     """From 0, no chance, to 1, all of it."""
-    with pytest.raises(ValueError, match=r"^Backoff\.jitter is a share from 0 to 1"):
+    with pytest.raises(ValueError, match=r"^Backoff\.jitter must be from 0 to 1"):
         Backoff(jitter=jitter)
     assert Backoff(jitter=0).jitter == 0
     assert Backoff(jitter=1).jitter == 1

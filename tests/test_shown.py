@@ -27,6 +27,7 @@ from domain_events import (
     DomainEventsError,
     Publisher,
     Subscriber,
+    address,
     configure,
     printable,
     publish_domain_event,
@@ -34,8 +35,10 @@ from domain_events import (
     replay_event,
     settings,
 )
-from domain_events.broker.rabbitmq.nodes import Nodes, explain
-from domain_events.message import Delivery, Message
+from domain_events.broker.rabbitmq.envelope import RabbitDelivery
+from domain_events.broker.rabbitmq.errors import explain
+from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.message import Failure, Message, ToDeadLetters, ToExchange
 from domain_events.undelivered import UndeliveredEvent
 
 # Not in one piece: pytest shows the lines of the test.
@@ -204,12 +207,16 @@ DATA = "a customer's data"
 def test_messages_show_no_data() -> None:
     """Neither bodies nor headers: ids and sizes only."""
     headers: dict[str, Any] = {"anything": DATA, DATA: 1}
-    message = Message("x", "a.b", DATA.encode(), headers, message_id="id-1")
     properties = pika.BasicProperties(headers=headers, message_id="id-1")
-    delivery = Delivery("x", "a.b", False, properties, DATA.encode())
+    delivery = RabbitDelivery("x", "a.b", False, properties, DATA.encode())
+    failure = Failure(error_message=DATA, traceback=DATA)
+    message = Message(
+        ToExchange("x"), "a.b", DATA.encode(), "id-1", failure=failure, source=delivery
+    )
     for shown in (repr(message), repr(delivery), f"{[message, delivery]}"):
         assert "customer" not in shown
-        assert "'a.b' id-1, exchange 'x', 17 bytes" in shown
+        assert "'a.b' id-1, " in shown
+        assert "exchange 'x', 17 bytes" in shown
     letter = a_dead_letter(body=DATA.encode(), _delivery=delivery, traceback=DATA)
     assert "customer" not in repr(letter)
 
@@ -225,6 +232,11 @@ def test_failed_publish_shows_no_data(unused_port: int) -> None:
 # --- what others have written --------------------------------------------------------------------
 
 EVIL = "\x1b[2J\nERROR forged\u202e" + "x" * 1_000_000
+
+
+def received(routing_key: str, message_id: Any) -> RabbitDelivery:
+    properties = pika.BasicProperties(message_id=message_id)
+    return RabbitDelivery(routing_key, routing_key, False, properties, b"")
 
 
 def a_dead_letter(**changed: Any) -> DeadLetter:
@@ -260,11 +272,12 @@ def a_dead_letter(**changed: Any) -> DeadLetter:
         lambda: repr(a_dead_letter(error_type=EVIL)),
         lambda: repr(a_dead_letter(error_message=EVIL)),
         lambda: repr(a_dead_letter(subscriber=EVIL, host=EVIL, traceback=EVIL, routing_key=EVIL)),
-        lambda: repr(Message(EVIL, EVIL, b"", message_id=EVIL)),
-        lambda: repr(Delivery(EVIL, EVIL, False, pika.BasicProperties(message_id=EVIL), b"")),
-        lambda: repr(Delivery("x", "a.b", False, pika.BasicProperties(message_id=b"\x1b"), b"")),  # type: ignore[arg-type]
+        lambda: repr(Message(ToExchange(EVIL), EVIL, b"", message_id=EVIL)),
+        lambda: repr(Message(ToDeadLetters(EVIL), EVIL, b"", message_id=EVIL)),
+        lambda: repr(received(EVIL, EVIL)),
+        lambda: repr(received("a.b", b"\x1b")),
         lambda: repr(UndeliveredEvent(EVIL, None, EVIL, b"", *(None, None))),  # type: ignore[arg-type]
-        lambda: settings.shown(f"amqp://{EVIL}@localhost/{EVIL}"),
+        lambda: address.shown(f"amqp://{EVIL}@localhost/{EVIL}"),
         lambda: explain(pika.exceptions.ConnectionClosedByBroker(320, EVIL)),
         lambda: explain(pika.exceptions.ChannelClosedByBroker(404, EVIL)),
         lambda: explain(pika.exceptions.UnexpectedFrameError(EVIL)),

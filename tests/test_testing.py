@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -24,6 +25,8 @@ from domain_events import (
     publish_domain_event,
     settings,
 )
+from domain_events.broker import Publication, connect
+from domain_events.message import Message, ToSubscriber
 from domain_events.publisher import publish_domain_event as imported_elsewhere
 from domain_events.testing import EventBroker, Outcome
 
@@ -111,7 +114,7 @@ def test_nothing_is_left_for_the_next_test() -> None:
     assert domain_events.publisher._publishers == publishers
     with pytest.raises(domain_events.BrokerUnavailable):
         publish_domain_event("a.b", None, timeout=0.1)
-    domain_events.publisher.close_publisher((NOWHERE,))
+    domain_events.close_publishers()
 
 
 def test_brokers_may_be_nested(event_broker: EventBroker) -> None:
@@ -307,13 +310,14 @@ def test_exit_of_a_handler_is_the_tests(event_broker: EventBroker) -> None:
 
 def test_message_that_is_no_event_is_a_dead_letter(event_broker: EventBroker) -> None:
     """Its delivery has no event to show."""
-    from domain_events.broker import memory
-    from domain_events.message import Message
-
     subscriber = Subscriber()
     subscriber.register(ignore, "reader", ["#"])
-    store = memory.store(event_broker.url.removeprefix("memory://"))
-    store.call(lambda: store.publish(Message("", "reader", b"no event")))
+    publishing = connect((event_broker.url,)).publishing("another program")
+    publication = Publication(Message(ToSubscriber("reader"), "a.b", b"no event"), lambda _: None)
+    publishing.submit(publication)
+    publishing.close(5)
+    assert publication.done
+    assert publication.error is None
     (delivered,) = event_broker.deliver(subscriber)
     assert (delivered.event, delivered.outcome) == (None, Outcome.DEAD_LETTER)
     assert "not an event" in repr(delivered)
@@ -476,3 +480,115 @@ def test_event_that_nobody_lists_ends_as_a_dead_letter(event_broker: EventBroker
     assert 850 < sum(each.delay or 0.0 for each in deliveries) < 950
     (letter,) = event_broker.dead_letters("reader")
     assert letter.error_type == "unlisted routing key"
+
+
+# --- one run of a subscriber at a time, on one broker --------------------------------------------
+
+
+def test_handler_may_stop_what_is_delivered(event_broker: EventBroker) -> None:
+    """What was not begun waits for the next time, and the next run is not stopped by it."""
+    seen: list[int] = []
+    subscriber = Subscriber()
+
+    def stop(event: DomainEvent) -> None:
+        seen.append(event.data)
+        subscriber.stop_consuming()
+
+    subscriber.register(stop, "stopper", ["#"])
+    event_broker.deliver(subscriber, *(DomainEvent("a", number) for number in range(3)))
+    assert seen == [0]
+    event_broker.deliver(subscriber)
+    assert seen == [0, 1]
+
+
+def test_handler_may_close_its_subscriber(event_broker: EventBroker) -> None:
+    """It is ended in order: nothing comes twice."""
+    seen: list[int] = []
+    subscriber = Subscriber()
+
+    def close(event: DomainEvent) -> None:
+        seen.append(event.data)
+        subscriber.close()
+
+    subscriber.register(close, "closer", ["#"])
+    event_broker.deliver(subscriber, DomainEvent("a", 0), DomainEvent("a", 1))
+    event_broker.deliver(subscriber)
+    assert seen == [0, 1]
+
+
+def test_what_is_delivered_to_is_not_delivered_to_within(event_broker: EventBroker) -> None:
+    """Nor what consumes in a thread: it is one run at a time."""
+    errors: list[Exception] = []
+    subscriber = Subscriber()
+
+    def deliver(_event: DomainEvent) -> None:
+        try:
+            event_broker.deliver(subscriber)
+        except domain_events.ConfigurationError as error:
+            errors.append(error)
+
+    subscriber.register(deliver, "nested", ["#"])
+    (delivered,) = event_broker.deliver(subscriber, DomainEvent("a", None))
+    assert delivered.outcome is Outcome.HANDLED
+    assert "consuming already" in str(errors[0])
+    assert event_broker.deliver(subscriber) == []
+
+
+def test_subscriber_that_consumes_keeps_its_broker_until_it_ends() -> None:
+    """A test that ends while a handler runs puts nothing into the real broker."""
+    started, ended = threading.Event(), threading.Event()
+    url = f"memory://{uuid4()}"
+
+    def handle(_event: DomainEvent) -> None:
+        started.set()
+        assert ended.wait(30)
+        raise ValueError("of the test")
+
+    def ignore_all(_event: DomainEvent) -> None: ...
+
+    with Subscriber(url) as real:
+        real.register(ignore_all, "consumes", ["#"])
+        broker = EventBroker(virtual_time=False).start()
+        subscriber = Subscriber(url)
+        subscriber.register(handle, "consumes", ["#"])
+        thread = threading.Thread(target=subscriber.start_consuming)
+        thread.start()
+        publish_domain_event("a", None)
+        assert started.wait(30)
+        broker.stop()
+        subscriber.stop_consuming()
+        ended.set()
+        thread.join(30)
+        assert not thread.is_alive()
+        with domain_events.DeadLetters("consumes", url) as letters:
+            assert letters.count() == 0
+
+
+def test_dead_letters_are_those_of_the_broker_of_the_day() -> None:
+    """Also where the object outlives several brokers."""
+    letters = domain_events.DeadLetters("outlives")
+
+    def fail(_event: DomainEvent) -> None:
+        raise ValueError
+
+    for _ in range(3):
+        with EventBroker() as broker:
+            subscriber = Subscriber()
+            subscriber.register(fail, "outlives", ["#"])
+            broker.deliver(subscriber, DomainEvent("a", None))
+            assert len(list(letters)) == 1
+            assert letters.count() == 1
+    letters.close()
+
+
+def test_subscribers_of_two_tests_are_not_two_of_one_process(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each was registered on a broker of its own."""
+    kept = []
+    for handler in (ignore, print):
+        with EventBroker():
+            subscriber = Subscriber()
+            subscriber.register(handler, "same-name", ["#"])
+            kept.append(subscriber)
+    assert "two Subscribers" not in caplog.text

@@ -1,207 +1,48 @@
-"""Names, queues and bindings as data, and how a topic exchange reads keys: topology.py."""
+"""Exchanges, queues and bindings as data: domain_events/broker/rabbitmq/topology.py."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from decimal import Decimal
-from typing import Any
 
 import onlooker
-import pyamqp
 import pytest
-from hypothesis import HealthCheck, Phase, assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from pyamqp import Channel
 from support import DELAY_LEVELS, Names
 
-from domain_events import ConfigurationError
-from domain_events.retry import LONGEST_DELAY
-from domain_events.topology import (
+from domain_events import ConfigurationError, broker
+from domain_events.broker.rabbitmq.topology import (
     LEVELS,
     Binding,
     Exchange,
     Queue,
-    bindings,
-    check_name,
+    Unbinding,
+    address,
+    all_of,
     classic_queue,
     dead_letter_name,
     dead_letter_queue,
     delay_address,
     delays,
-    has_wildcards,
-    matches,
+    needed,
+    queue_of,
+    registered,
+    return_exchanges,
+    subscriber_of,
     subscriber_queue,
     temporary_queue,
+    walk_marker,
     way_back,
 )
+from domain_events.message import Later, ToDeadLetters, ToExchange, ToSubscriber, UndeliveredOf
+from domain_events.names import check_name, matches
+from domain_events.retry import LONGEST_DELAY
 
 # Machines that are shared are slow at times.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-# ------------------------------------------------------------------ matches, as the broker does
-
-
-@contextmanager
-def channel_to(url: str) -> Iterator[Channel]:
-    with onlooker.channel(url) as channel:
-        channel.confirm_delivery()
-        yield channel
-
-
-def routed(
-    channel: Channel,
-    exchange: str,
-    binding_keys: Sequence[str],
-    routing_keys: Sequence[str],
-) -> set[tuple[str, str]]:
-    """The pairs of a binding key and a routing key that the broker's topic exchange matches."""
-    queues = {}
-    for binding_key in binding_keys:
-        queue = channel.queue_declare("", exclusive=True).queue
-        channel.queue_bind(queue, exchange, binding_key)
-        queues[queue] = binding_key
-    for number, routing_key in enumerate(routing_keys):
-        channel.basic_publish(exchange, routing_key, str(number).encode())
-    found = set()
-    for queue, binding_key in queues.items():
-        while (received := channel.basic_get(queue, auto_ack=True)) is not None:
-            found.add((binding_key, routing_keys[int(received.body)]))
-        channel.queue_delete(queue)
-    return found
-
-
-def most_hashes(channel: Channel, exchange: str) -> int:
-    """How many ``#`` the broker takes in one binding key: two, from RabbitMQ 4.3 on."""
-    attempt = channel.connection.channel()
-    queue = attempt.queue_declare("", exclusive=True).queue
-    try:
-        attempt.queue_bind(queue, exchange, "#.#.#")
-    except pyamqp.PreconditionFailed:
-        return 2
-    attempt.close()
-    return 100
-
-
-def matched(binding_keys: Iterable[str], routing_keys: Iterable[str]) -> set[tuple[str, str]]:
-    return {
-        pair for pair in itertools.product(binding_keys, routing_keys) if matches.__wrapped__(*pair)
-    }
-
-
-def keys_of(words: Sequence[str], most: int) -> list[str]:
-    return sorted(
-        {
-            ".".join(key)
-            for length in range(most + 1)
-            for key in itertools.product(words, repeat=length)
-        }
-    )
-
-
-def test_all_short_keys_match_as_on_the_broker(broker_url: str, names: Names) -> None:
-    """All binding keys of up to three words against routing keys of up to three."""
-    exchange = names.exchange()
-    binding_keys = keys_of(["a", "*", "#", ""], 3)
-    routing_keys = keys_of(["a", "b", ""], 3)
-    assert len(binding_keys) * len(routing_keys) > 3000
-    with channel_to(broker_url) as channel:
-        channel.exchange_declare(exchange, "topic")
-        most = most_hashes(channel, exchange)
-        binding_keys = [key for key in binding_keys if key.count("#") <= most]
-        found = routed(channel, exchange, binding_keys, routing_keys)
-    assert found
-    assert matched(binding_keys, routing_keys) == found
-
-
-def keys(words: Sequence[str], most: int) -> st.SearchStrategy[str]:
-    return st.lists(st.sampled_from(words), max_size=most).map(".".join)
-
-
-def test_keys_match_as_on_the_broker(broker_url: str, names: Names) -> None:
-    """Longer keys, several wildcards, wildcards in words and in routing keys."""
-    exchange = names.exchange()
-    pairs = 0
-
-    with channel_to(broker_url) as channel:
-        channel.exchange_declare(exchange, "topic")
-        most = most_hashes(channel, exchange)
-
-        @settings(
-            max_examples=12,
-            deadline=None,
-            database=None,
-            suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow],
-            # Each example takes a broker's time; the pair that differs is shown by the assertion.
-            phases=[Phase.generate],
-        )
-        @given(
-            st.lists(keys(["a", "b", "*", "#", "#", ""], 7), min_size=6, max_size=12, unique=True),
-            st.lists(keys(["a", "b", "", "*", "#"], 7), min_size=6, max_size=12, unique=True),
-            st.lists(keys(["aa", "a*", "#a", "ü", "*", "#"], 4), max_size=4, unique=True),
-        )
-        def check(binding_keys: list[str], routing_keys: list[str], more: list[str]) -> None:
-            nonlocal pairs
-            binding_keys = sorted(
-                key for key in {*binding_keys, *more} if key.split(".").count("#") <= most
-            )
-            routing_keys = sorted({*routing_keys, *more})
-            pairs += len(binding_keys) * len(routing_keys)
-            assert matched(binding_keys, routing_keys) == routed(
-                channel, exchange, binding_keys, routing_keys
-            )
-
-        check()
-    assert pairs > 300
-
-
-@patient
-@given(
-    st.lists(st.sampled_from(["a", "b", "*", "#", ""]), max_size=6).map(".".join),
-    st.lists(st.sampled_from(["a", "b", ""]), max_size=6).map(".".join),
-)
-def test_remembered_answers_are_the_answers(binding_key: str, routing_key: str) -> None:
-    """`matches` keeps what it has answered; nothing else changes by that."""
-    assert matches(binding_key, routing_key) == matches.__wrapped__(binding_key, routing_key)
-    assert matches(binding_key, routing_key) == matches.__wrapped__(binding_key, routing_key)
-
-
-@pytest.mark.parametrize(
-    ("binding_key", "routing_key", "answer"),
-    [
-        ("user.*", "user.registered", True),
-        ("user.*", "user", False),
-        ("user.*", "user.name.changed", False),
-        ("user.#", "user", True),
-        ("user.#", "user.name.changed", True),
-        ("#", "", True),
-        ("*", "", False),
-        ("#.changed", "user.name.changed", True),
-        ("user.registered", "user.registered", True),
-        ("user.registered", "user.renamed", False),
-    ],
-)
-def test_the_examples_of_the_manual(binding_key: str, routing_key: str, answer: bool) -> None:
-    """``*`` is one word, ``#`` any number of them."""
-    assert matches(binding_key, routing_key) is answer
-
-
-def test_many_wildcards_take_no_time() -> None:
-    """No key can stall a subscriber: the work grows with words, not with ways to match."""
-    assert not matches(".".join(["#.a"] * 60), ".".join(["a"] * 120) + ".b")
-    assert matches(".".join(["#.a"] * 60), ".".join(["a"] * 120))
-
-
-def test_only_a_whole_word_is_a_wildcard() -> None:
-    """``a*`` is a word like others."""
-    assert has_wildcards("a.*")
-    assert has_wildcards("#")
-    assert has_wildcards("*.a.b")
-    assert not has_wildcards("a*.#b.c**")
-    assert not has_wildcards("")
-
 
 # ------------------------------------------------------------------ delays
 
@@ -379,11 +220,11 @@ def test_a_subscribers_queue_never_changes() -> None:
 
 def test_a_classic_queue_is_that_of_domain_event_broker() -> None:
     """With its arguments where it is new; one that exists is taken as it is found."""
-    assert classic_queue("mail", dead_letter=False) == Queue("mail", {}, as_found=True)
+    assert classic_queue("mail", dead_letter=False) == Queue("mail", {}, adopt_existing=True)
     assert classic_queue("mail", dead_letter=True) == Queue(
-        "mail", {"x-dead-letter-exchange": "mail-dlx"}, as_found=True
+        "mail", {"x-dead-letter-exchange": "mail-dlx"}, adopt_existing=True
     )
-    assert dead_letter_queue("mail", classic=True) == Queue("mail-dl", {}, as_found=True)
+    assert dead_letter_queue("mail", classic=True) == Queue("mail-dl", {}, adopt_existing=True)
 
 
 def test_no_temporary_queue_is_both_transient_and_shared() -> None:
@@ -398,7 +239,7 @@ def test_no_temporary_queue_is_both_transient_and_shared() -> None:
 
 def test_a_temporary_queue_can_be_declared(broker_url: str, names: Names) -> None:
     """All three kinds, on whatever release the broker is."""
-    with channel_to(broker_url) as channel:
+    with onlooker.channel(broker_url) as channel:
         for exclusive, auto_delete in itertools.product([False, True], repeat=2):
             queue = temporary_queue(
                 names.queue(f"{exclusive}-{auto_delete}"),
@@ -417,48 +258,166 @@ def test_a_temporary_queue_can_be_declared(broker_url: str, names: Names) -> Non
             channel.queue_delete(queue.name)
 
 
-def test_every_binding_key_is_bound() -> None:
-    """In their order, from the exchange to the queue."""
-    assert bindings("x", "mail", ["user.*", "order.#"]) == [
+# ------------------------------------------------------------------ what a subscriber needs
+
+X = broker.Exchange("x")
+
+
+def test_a_subscriber_needs_its_exchange_its_queues_and_their_bindings() -> None:
+    """In an order in which each can be declared: dead letters before the queue that has them."""
+    queue = broker.Queue("mail", X, ("user.*", "order.#"), dead_letters=True)
+    assert needed(queue) == [
+        Exchange("x"),
+        dead_letter_queue("mail"),
+        subscriber_queue("mail"),
         Binding("x", "mail", "user.*"),
         Binding("x", "mail", "order.#"),
     ]
 
 
+def test_retired_keys_are_unbound() -> None:
+    """After the binding keys, so that a key which both match is bound all the time."""
+    queue = broker.Queue("mail", X, ("user.#",), ("user.*", "order.*"))
+    assert needed(queue)[-3:] == [
+        Binding("x", "mail", "user.#"),
+        Unbinding("x", "mail", "user.*"),
+        Unbinding("x", "mail", "order.*"),
+    ]
+
+
+def test_delays_are_declared_where_events_come_back() -> None:
+    """All levels, and the subscriber's own way back from them."""
+    with_delays = needed(broker.Queue("mail", X, ("#",), delays=True))
+    without = needed(broker.Queue("mail", X, ("#",)))
+    assert with_delays == [*without, *delays("x"), way_back("x", "mail")]
+    assert not [each for each in without if isinstance(each, Queue) and "delay" in each.name]
+
+
+def test_the_exchange_has_the_type_asked_for() -> None:
+    """And the delay levels their own, whatever it is."""
+    queue = broker.Queue("mail", broker.Exchange("x", "fanout"), ("#",), delays=True)
+    exchanges = [each for each in needed(queue) if isinstance(each, Exchange)]
+    assert exchanges[0] == Exchange("x", "fanout")
+    assert exchanges[1:] == [each for each in delays("x") if isinstance(each, Exchange)]
+
+
+@pytest.mark.parametrize("classic", [False, True])
+@pytest.mark.parametrize("dead_letters", [False, True])
+def test_the_queue_is_of_the_kind_asked_for(classic: bool, dead_letters: bool) -> None:
+    """Quorum, classic as it is found, or temporary; each beside the dead letters that fit it."""
+    found = needed(broker.Queue("q", X, ("#",), classic=classic, dead_letters=dead_letters))
+    own = classic_queue("q", dead_letters) if classic else subscriber_queue("q")
+    beside = [dead_letter_queue("q", classic=classic)] if dead_letters else []
+    assert [each for each in found if isinstance(each, Queue)] == [*beside, own]
+
+
+@pytest.mark.parametrize("classic", [False, True])
+@pytest.mark.parametrize(
+    ("durable", "exclusive", "auto_delete"),
+    [(False, False, False), (True, True, False), (True, False, True), (False, True, True)],
+)
+def test_what_goes_with_its_subscriber_is_temporary(
+    durable: bool, exclusive: bool, auto_delete: bool, classic: bool
+) -> None:
+    """Whichever of the three options says so; a classic one is taken as it is found."""
+    wanted = broker.Queue(
+        "q",
+        X,
+        ("#",),
+        durable=durable,
+        exclusive=exclusive,
+        auto_delete=auto_delete,
+        classic=classic,
+    )
+    (queue,) = (each for each in needed(wanted) if isinstance(each, Queue))
+    assert queue == temporary_queue(
+        "q", exclusive=exclusive, auto_delete=auto_delete, adopt_existing=classic
+    )
+    assert wanted.is_temporary
+    assert not wanted.counts_failures
+
+
+def test_a_registered_queue_is_any_that_a_subscriber_with_retries_declares() -> None:
+    """Compared strictly; without a name given, only those that nobody has by chance."""
+    strict = list(registered("q", strict=True))
+    lenient = list(registered("q", strict=False))
+    assert lenient[: len(strict)] == strict
+    assert all(len(queue.arguments) >= 1 for queue in strict)
+    assert not [queue for queue in lenient if queue.adopt_existing]
+    for classic, dead_letters, durable, auto_delete in itertools.product([False, True], repeat=4):
+        wanted = broker.Queue(
+            "q",
+            X,
+            ("#",),
+            dead_letters=dead_letters,
+            durable=durable,
+            auto_delete=auto_delete,
+            classic=classic,
+        )
+        (queue,) = (e for e in needed(wanted) if isinstance(e, Queue) and e.name == "q")
+        alike = Queue(queue.name, queue.arguments, queue.durable, False, queue.auto_delete)
+        assert alike in lenient
+        assert (alike in strict) == (durable and not auto_delete and (dead_letters or not classic))
+
+
+def test_to_delete_a_subscriber_and_its_exchange_leaves_nothing() -> None:
+    """Whatever was ever declared for them, by whichever options."""
+    deleted = {(type(each), each.name) for each in all_of(["q"], "x") if hasattr(each, "name")}
+    for classic, delayed in itertools.product([False, True], repeat=2):
+        wanted = broker.Queue("q", X, ("#",), classic=classic, dead_letters=True, delays=delayed)
+        declared = {(type(each), each.name) for each in needed(wanted) if hasattr(each, "name")}
+        assert declared <= deleted
+
+
+# ------------------------------------------------------------------ addresses
+
+
+def test_every_destination_has_its_address() -> None:
+    """By the exchange, by the default exchange into a queue, or by the levels of the delay."""
+    assert address(ToExchange("x"), "user.registered") == ("x", "user.registered")
+    assert address(ToSubscriber("mail"), "user.registered") == ("", "mail")
+    assert address(ToDeadLetters("mail"), "user.registered") == ("", "mail-dl")
+    assert address(Later("x", "mail", 2.5), "a.b") == delay_address("x", "mail", 2.5)
+
+
+def test_every_place_has_its_queue_and_the_sign_of_a_walk_over_it() -> None:
+    """The sign is exclusive: it is gone with the connection that walks, and others see it."""
+    for place, name in (
+        (ToSubscriber("mail"), "mail"),
+        (ToDeadLetters("mail"), "mail-dl"),
+        (UndeliveredOf("x"), "x.undelivered"),
+    ):
+        assert queue_of(place) == name
+        sign = walk_marker(place)
+        assert sign.name == f"{name}.walk"
+        assert sign.exclusive
+        assert not sign.auto_delete  # it has no consumer to go with
+        assert sign.arguments == {"x-queue-type": "classic"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_address_of_a_retry_names_its_subscriber(name: str) -> None:
+    """From whichever level; also where the name looks like a part of it."""
+    for delay in (0.1, 0.5, 1.0, LONGEST_DELAY):
+        assert subscriber_of(delay_address("x", name, delay)[1]) == name
+
+
+@pytest.mark.parametrize(
+    "forged",
+    ["", "a", "0." * 23 + "a", "0." * 24, "0." * 24 + "#", "0." * 23 + "2.a", "0." * 24 + "amq.a"],
+)
+def test_what_is_not_the_address_of_a_retry_names_nobody(forged: str) -> None:
+    """Anybody may publish to the exchange of the undelivered retries."""
+    assert subscriber_of(forged) is None
+
+
+def test_what_returns_comes_through_exchanges_of_this_library_only() -> None:
+    """Exactly these, since anybody may make an exchange that has a similar name."""
+    levels = {queue.name for queue in WORLD.queues.values() if ".delay." in queue.name}
+    assert return_exchanges("x") == {"", "x.due", *levels}
+
+
 # ------------------------------------------------------------------ names
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["a", "print-user-event", "shop.mail", "ü", "a*", "#1", "x" * 207, "ü" * 103, "amq", "a b/c"],
-)
-def test_a_name_is_taken_as_it_is(name: str) -> None:
-    """Any text that the broker can carry with what belongs to it."""
-    assert check_name(name, "subscriber") == name
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("", "needs a name"),
-        (None, "needs a name"),
-        (7, "needs a name"),
-        (b"a", "needs a name"),
-        ("x" * 208, "longer than 207 bytes"),
-        ("ü" * 104, "longer than 207 bytes"),
-        ("amq.a", "belong to the broker"),
-        ("*", "wildcard"),
-        ("a.#", "wildcard"),
-        ("\ud800", "Unicode"),
-        (" ", "space"),
-        ("mail ", "space"),
-        ("a\nb", "control character"),
-    ],
-)
-def test_a_name_that_cannot_work_is_refused(name: Any, words: str) -> None:
-    """At once, in words, and naming whose name it is."""
-    with pytest.raises(ConfigurationError, match=f"The subscriber.*{words}"):
-        check_name(name, "subscriber")
 
 
 @patient

@@ -28,8 +28,8 @@ from impostor import Impostor
 from pika import frame, spec
 from pika.adapters.utils.nbio_interface import AbstractStreamProtocol
 
+from domain_events.broker.rabbitmq.errors import close_code, explain, permanent_reason
 from domain_events.broker.rabbitmq.loop import Loop
-from domain_events.broker.rabbitmq.nodes import close_code, explain, permanent
 from domain_events.broker.rabbitmq.transport import (
     _MOST_READ,
     Attempt,
@@ -497,7 +497,7 @@ def test_handshake_that_hangs_ends_with_pikas_time_limit(loop: Loop, scheme: str
     with Impostor(hang) as server:
         outcome = Outcome(loop, server.url("?stack_timeout=0.2", scheme))
         assert "imeout" in explain(outcome.error)
-        assert permanent(outcome.error, was_connected=False) is None
+        assert permanent_reason(outcome.error, was_connected=False) is None
         run(loop, ended.is_set)
 
 
@@ -505,7 +505,7 @@ def test_tls_to_a_plain_port(loop: Loop) -> None:
     with Impostor(lambda connection: connection.sendall(b"AMQP\0\0\x09\x01")) as server:
         outcome = Outcome(loop, server.url(scheme="amqps"))
         assert explain(outcome.error).startswith("TLS failed (")
-        assert permanent(outcome.error, was_connected=False) is None
+        assert permanent_reason(outcome.error, was_connected=False) is None
 
 
 def test_plain_to_a_tls_port(loop: Loop) -> None:
@@ -538,8 +538,8 @@ def test_why_the_broker_closed_a_connection_during_the_login(
         error = Outcome(loop, server.url()).error
     assert close_code(error) == code
     assert explain(error) == f"closed by the broker: {text} ({code})"
-    assert (permanent(error, was_connected=False) is not None) == is_permanent
-    assert (permanent(error, was_connected=True) is not None) == (code == 403)
+    assert (permanent_reason(error, was_connected=False) is not None) == is_permanent
+    assert (permanent_reason(error, was_connected=True) is not None) == (code == 403)
 
 
 def test_why_the_broker_closed_an_open_connection(loop: Loop) -> None:
@@ -565,8 +565,8 @@ def test_lost_connection_during_a_login_is_not_a_refusal(loop: Loop) -> None:
     with Impostor(hang_up) as server:
         error = Outcome(loop, server.url()).error
     assert close_code(error) == 0
-    assert explain(error) == "it hung up during the login"
-    assert permanent(error, was_connected=False) is None
+    assert explain(error) == "it closed the connection during the login"
+    assert permanent_reason(error, was_connected=False) is None
 
 
 def test_attempt_that_was_abandoned_connects_to_nothing(loop: Loop) -> None:
@@ -653,7 +653,7 @@ def test_deliveries_keep_a_connection_alive_and_silence_does_not(
         transport.on_deliver(1, lambda *arguments: delivered.append(arguments))
         alive.connection.channel(on_open_callback=lambda _channel: None)
         run(loop, lambda: dead.closed)
-        assert explain(dead.closed[0]) == "the broker fell silent (missed heartbeats)"
+        assert explain(dead.closed[0]) == "the broker did not answer (missed heartbeats)"
         assert len(delivered) > 5
         assert alive.connection.is_open
         alive.connection.close()

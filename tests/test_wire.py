@@ -15,13 +15,15 @@ from typing import Any
 import pika
 import pytest
 import raw_amqp as raw
+from deliveries import delivery
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pika import frame
 from pika.spec import Basic, Channel, Queue
 
 from domain_events import message as messages
-from domain_events.broker.rabbitmq.sending import properties
+from domain_events.broker.rabbitmq.envelope import properties
+from domain_events.broker.rabbitmq.topology import address
 from domain_events.broker.rabbitmq.wire import (
     LARGEST_BODY,
     LARGEST_FRAME,
@@ -32,7 +34,7 @@ from domain_events.broker.rabbitmq.wire import (
     text,
 )
 from domain_events.events import DomainEvent
-from domain_events.message import Message
+from domain_events.message import Later, Message, ToDeadLetters, ToExchange, ToSubscriber
 
 # Machines that are shared are slow at times.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -46,9 +48,8 @@ short_texts = st.text(max_size=60)
 
 def published_by_pika(message: Message) -> bytes:
     """The frames of a message that fits one of each kind."""
-    publish = Basic.Publish(
-        exchange=message.exchange, routing_key=message.routing_key, mandatory=message.mandatory
-    )
+    exchange, routing_key = address(message.destination, message.routing_key)
+    publish = Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=message.mandatory)
     header = frame.Header(CHANNEL, len(message.body), properties(message))
     body = frame.Body(CHANNEL, message.body)
     return bytes(frame.Method(CHANNEL, publish).marshal() + header.marshal() + body.marshal())
@@ -66,14 +67,12 @@ def an_event() -> Message:
 @given(
     st.builds(
         Message,
-        exchange=short_texts,
+        destination=st.builds(ToExchange, short_texts),
         routing_key=short_texts,
         body=st.binary(min_size=1, max_size=4000),
-        content_type=short_texts,
         correlation_id=short_texts,
         message_id=short_texts,
         timestamp=st.integers(0, 2**63 - 1),
-        type=short_texts,
         app_id=short_texts,
         mandatory=st.booleans(),
     )
@@ -99,16 +98,17 @@ def test_events_of_many_addresses_are_not_mixed_up() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"headers": {"domain-events-retries": 1}},
+        {"retries": 1},
+        {"cause": "id-0"},
+        {"source": delivery()},
+        {"destination": ToSubscriber("q")},
+        {"destination": ToDeadLetters("q")},
+        {"destination": Later("domain-events", "q", 1.0)},
         {"body": b""},
         {"body": bytes(4001)},
-        {"content_encoding": "gzip"},
-        {"reply_to": "somebody"},
         {"timestamp": None},
         {"message_id": None},
         {"correlation_id": None},
-        {"content_type": None},
-        {"type": None},
         {"app_id": None},
     ],
     ids=lambda change: next(iter(change)),
@@ -123,12 +123,13 @@ def test_what_is_not_plain_is_left_to_pika(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["exchange", "routing_key", "app_id", "type", "message_id", "correlation_id"]
+    "field", ["destination", "routing_key", "app_id", "message_id", "correlation_id"]
 )
 def test_text_that_amqp_cannot_carry_is_refused(field: str) -> None:
     """It would shift all that stands behind it."""
     message = an_event()
-    setattr(message, field, "é" * 128)
+    text = "é" * 128
+    setattr(message, field, ToExchange(text) if field == "destination" else text)
     with pytest.raises(ValueError, match="256 bytes"):
         Writer(CHANNEL).frames(message)
 
@@ -285,10 +286,10 @@ def test_delivery_that_was_broken_off_is_forgotten() -> None:
 @pytest.mark.parametrize(
     ("hello", "words"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n", r"not speak AMQP 0-9-1; it sent 'HTTP/1.1 400 Bad"),
-        (b"AMQP\x00\x00\x09\x01", r"not speak AMQP 0-9-1; it sent 'AMQP\\x00"),
+        (b"HTTP/1.1 400 Bad Request\r\n", r"not use AMQP 0-9-1; it sent 'HTTP/1.1 400 Bad"),
+        (b"AMQP\x00\x00\x09\x01", r"not use AMQP 0-9-1; it sent 'AMQP\\x00"),
         (b"\x15\x03\x01\x00\x02\x02\x0a", "amqps://"),
-        (b"\x00" * 9, r"not speak AMQP 0-9-1; it sent '\\x00"),
+        (b"\x00" * 9, r"not use AMQP 0-9-1; it sent '\\x00"),
     ],
 )
 @pytest.mark.parametrize("beats", [0, 3])
@@ -503,7 +504,7 @@ def test_log_says_which_message_has_unreadable_headers(
         method = Basic.GetOk(1, False, "x", "a.b", 0)
     ear.reader.feed(frame.Method(1, method).marshal() + header)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith(r"taken without them: a.b id-1\n")
+    assert line.endswith(r"read without them: a.b id-1\n")
     assert ("for mail" in line) == (by == "us")
 
 

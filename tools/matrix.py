@@ -1,12 +1,12 @@
-"""The test-suite on every RabbitMQ, Python and pika that the library supports: `make matrix`.
+"""The test suite on every RabbitMQ, Python and pika that the library supports: `make matrix`.
 
 RabbitMQ 3.10, 4.0 and 4.3 with this Python and its pika; then each Python with the newest pika, and
 the oldest and the newest Python with the other ones, on the RabbitMQ of this machine. A Python that
-is not on PATH and not pyenv's is taken from Debian testing, if that has it: unpacked beside the
-releases of RabbitMQ (tools/rabbitmq_node.py), with a RabbitMQ 4.3 of its own.
+is neither on PATH nor pyenv's is taken from Debian testing, if available: unpacked beside the
+releases of RabbitMQ (tools/rabbitmq_node.py), with its own RabbitMQ 4.3.
 
-Arguments go to pytest. Exits with 1 when a part of it failed, and with 130 on Ctrl-C, which ends
-the part that runs in order.
+Arguments are passed to pytest. Exits with 1 if a part failed, and with 130 on Ctrl-C, which ends
+the running part in order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 PIKAS = {"1.4.4": "pika144", "1.3.2": "pika132", "1.5.0rc1": "pika150"}
 NEWEST_PIKA = "1.4.4"
 
-# Seconds for a part to end after Ctrl-C. Tests stop brokers and programs meanwhile.
+# Seconds for a part to end after Ctrl-C, during which tests stop brokers and programs.
 END_SECONDS = 90.0
 
 
@@ -45,7 +45,7 @@ def interpreters() -> dict[str, str]:
     for version in PYTHONS:
         installed = sorted((pyenv / "versions").glob(f"{version}.*/bin/python"))
         for program in (f"python{version}", *map(str, installed)):
-            # The shims of pyenv are on PATH for Pythons that are not.
+            # pyenv's shims are on PATH even for Pythons that are not installed.
             try:
                 code = "import sys; print(sys.executable)"
                 path = subprocess.check_output([program, "-c", code], stderr=subprocess.DEVNULL)
@@ -57,20 +57,20 @@ def interpreters() -> dict[str, str]:
 
 
 class DebianTesting:
-    """The Pythons of Debian testing, run in a root of their own, which has RabbitMQ 4.3 as well."""
+    """The Pythons of Debian testing, run in a separate root, which has RabbitMQ 4.3 as well."""
 
     PYTHONS = ("3.14", "3.15")
-    # Beside them: for pip, for the tests with TLS, for the README's recipes.
+    # In addition: for pip, for the tests with TLS, for the README's recipes.
     PACKAGES = ("rabbitmq-server", "ca-certificates", "openssl", "postgresql")
     TOX = "/opt/tox"
 
     def tox(self, *arguments: str) -> list[str]:
-        """The command line of tox in that root; the project is there under its own name."""
+        """The command line of tox in that root; the project has the same path there."""
         content = f"Python {' and '.join(self.PYTHONS)}"
         packages = [*self.PACKAGES, *(f"python{version}-venv" for version in self.PYTHONS)]
         suite = rabbitmq_node.SUITES["4.3"]
         root = rabbitmq_node.unpack(f"{suite}-pythons", suite, content, packages)
-        # The machine's name servers and certificate authorities, by which pip reaches its index.
+        # The machine's name servers and certificate authorities, with which pip reaches its index.
         shared = [PROJECT, Path("/etc/resolv.conf"), Path("/etc/ssl/certs")]
         shared = [path for path in shared if path.exists()]
         (root / PROJECT.relative_to("/")).mkdir(parents=True, exist_ok=True)
@@ -89,13 +89,13 @@ class DebianTesting:
             ):
                 if subprocess.call(inside(*command), stdin=subprocess.DEVNULL) != 0:
                     raise NodeError(f"failed in {root}: {shlex.join(command)}")
-        # What tox has made for the machine's own Pythons does not run in there.
+        # Environments that tox created for the machine's own Pythons do not run in that root.
         workdir = f"{PROJECT}/.tox/{suite}"
         return inside(f"{self.TOX}/bin/tox", "run", "--workdir", workdir, *arguments)
 
     @staticmethod
     def foreign() -> list[str]:
-        """The variables that name what is not there."""
+        """The variables that point to programs outside that root."""
         named = ("TMPDIR", "XDG_CACHE_HOME", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
         return [*named, "DOMAIN_EVENTS_TEST_RELEASE"]
 
@@ -105,7 +105,7 @@ class DebianTesting:
 
 @dataclass
 class Part:
-    """One run of the test-suite; `command` makes its command line, and may unpack something."""
+    """One run of the test suite; `command` returns its command line, and may unpack something."""
 
     title: str
     command: Callable[[], Sequence[str]]
@@ -114,7 +114,7 @@ class Part:
     seconds: float = 0.0
 
     def run(self) -> None:
-        """Run it, and note what became of it."""
+        """Run it, and record the outcome."""
         began = time.monotonic()
         self.result = "interrupted"
         try:
@@ -131,7 +131,7 @@ class Part:
 
 def call(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run it and return its exit status; on Ctrl-C, and on a second one, end it first."""
-    # A group of its own: whether the terminal or `kill` interrupts us, its programs get one SIGINT.
+    # Its own process group: if the terminal or `kill` interrupts us, its programs get one SIGINT.
     process = subprocess.Popen(
         command,
         env=environment,
@@ -163,7 +163,7 @@ def with_rabbitmq(release: str, pytest: Sequence[str]) -> Part:
 
 
 def with_python(version: str, program: str | None, pika: str, pytest: Sequence[str]) -> Part:
-    """With a Python and a pika, on this machine's RabbitMQ, or both from Debian testing."""
+    """With a Python and a pika, on this machine's RabbitMQ; or with both from Debian testing."""
     environment = f"py{version.replace('.', '')}-{PIKAS[pika]}"
     title = f"Python {version}, pika {pika}"
     if program is None:
@@ -174,9 +174,9 @@ def with_python(version: str, program: str | None, pika: str, pytest: Sequence[s
 
 
 def parts(pytest: Sequence[str]) -> tuple[list[Part], list[str]]:
-    """What is to be run, and the Pythons that are not to be had here."""
+    """The parts to run, and the Pythons that are not available here."""
     found: dict[str, str | None] = {**interpreters()}
-    if os.geteuid() == 0:  # which unpacking Debian takes
+    if os.geteuid() == 0:  # which unpacking Debian requires
         found = {**dict.fromkeys(DebianTesting.PYTHONS), **found}
     versions = [version for version in PYTHONS if version in found]
     wanted = [(version, NEWEST_PIKA) for version in versions]

@@ -1,9 +1,9 @@
 """A second AMQP client: py-amqp, typed, with a deadline for every wait.
 
-Tests and benchmarks look at the broker through it, because what pika reads of what pika wrote
-proves less, and because pika's own blocking adapter is deprecated in 1.5 and gone in 2.0. Methods
-and their defaults are named as in the AMQP 0-9-1 reference; py-amqp would make queues and exchanges
-auto-delete unless told otherwise.
+Tests and benchmarks use it to look at the broker, because reading pika's messages with pika proves
+less, and because pika's own blocking adapter is deprecated in 1.5 and gone in 2.0. Methods and
+their defaults are named as in the AMQP 0-9-1 reference; py-amqp's default is auto-delete for queues
+and exchanges.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import amqp
 
 #: The broker closed a channel or the connection; with ``reply_code`` and ``reply_text``.
 AMQPError = amqp.AMQPError
-#: The broker knows no queue or exchange of this name: 404.
+#: The queue or exchange does not exist: 404.
 NotFound = amqp.NotFound
 #: The queue is exclusive to another connection: 405.
 ResourceLocked = amqp.ResourceLocked
-#: It exists with other arguments, or the broker refuses the arguments: 406.
+#: It exists with different arguments, or the broker refuses the arguments: 406.
 PreconditionFailed = amqp.PreconditionFailed
-#: Whatever a refused, closed or lost connection raises.
+#: The errors of a refused, closed or lost connection.
 ERRORS = (amqp.AMQPError, OSError)
 
-_CONTENT_HEADER = 2  # a type of frame
-_PROPERTIES = 12  # where they begin in it, after class, weight and the size of the body
+_CONTENT_HEADER = 2  # a frame type
+_PROPERTIES = 12  # their offset in it, after class, weight and body size
 _NO_PROPERTIES = b"\0\0"
 
 
 @dataclass
 class Properties:
-    """The properties of a message; None stands for one that is not set."""
+    """The properties of a message; None stands for an unset one."""
 
     content_type: Any = None
     content_encoding: Any = None
@@ -76,7 +76,7 @@ class Received(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """A queue, and how many messages are ready in it and how many consumers it has."""
+    """A queue, with the number of its ready messages and of its consumers."""
 
     queue: str
     messages: int
@@ -86,7 +86,7 @@ class Declared(NamedTuple):
 class Connection:
     """A connection; close it, or use it in a ``with`` statement.
 
-    :param tls: py-amqp's options for TLS, for the port of ``url`` is a TLS port.
+    :param tls: py-amqp's options for TLS, if the port of ``url`` is a TLS port.
     :param connect_timeout: seconds for the TCP connection, and for each step of the handshake.
     :param timeout: seconds for each reply of the broker; then TimeoutError, an OSError.
     """
@@ -121,14 +121,14 @@ class Connection:
 
     @property
     def server_properties(self) -> dict[str, Any]:
-        """What the broker says about itself: its version, its capabilities."""
+        """The broker's own properties: its version, its capabilities."""
         return dict(self._connection.server_properties)
 
     def channel(self) -> Channel:
         return Channel(self, self._connection.channel())
 
     def drain(self, timeout: float) -> bool:
-        """Process what arrives next; False if nothing does within so many seconds."""
+        """Process the next frame; returns False if none arrives within these seconds."""
         try:
             self._connection.drain_events(timeout=timeout)
         except TimeoutError:
@@ -136,7 +136,7 @@ class Connection:
         return True
 
     def close(self) -> None:
-        """Close it, also if it is closed or lost already."""
+        """Close it, even if it is already closed or lost."""
         with contextlib.suppress(*ERRORS):
             self._connection.close()
         self._connection.collect()
@@ -149,7 +149,7 @@ class Connection:
 
 
 class Channel:
-    """A channel. One that the broker has closed with an error is opened anew by py-amqp."""
+    """A channel. If the broker closed it with an error, py-amqp reopens it."""
 
     def __init__(self, connection: Connection, channel: Any) -> None:
         self.connection = connection
@@ -218,7 +218,7 @@ class Channel:
     # --- messages ---------------------------------------------------------------------------------
 
     def confirm_delivery(self) -> None:
-        """From now on `basic_publish` waits for the broker's confirm."""
+        """Make `basic_publish` wait for the broker's confirm from now on."""
         self._confirms = True
 
     def basic_publish(
@@ -232,8 +232,8 @@ class Channel:
     ) -> None:
         """Publish a message.
 
-        With confirms, a nack raises ``amqp.MessageNacked``, and a mandatory message that no queue
-        takes an AMQPError.
+        With confirms, a nack raises ``amqp.MessageNacked``, and an unroutable mandatory message
+        raises an AMQPError.
         """
         if isinstance(properties, Properties):
             given = {name: value for name, value in asdict(properties).items() if value is not None}
@@ -244,7 +244,7 @@ class Channel:
             message = amqp.Message(body)
             if properties is not None:
                 encoded = b"".join(properties.encode())
-                # Bytes that py-amqp would not write must reach the broker as they are.
+                # Bytes that py-amqp would refuse to write must reach the broker unchanged.
                 message._serialize_properties = lambda: encoded
         publish = (
             self._channel.basic_publish_confirm if self._confirms else self._channel.basic_publish
@@ -264,11 +264,11 @@ class Channel:
     def basic_consume(
         self, queue: str, callback: Callable[[Any], object], *, exclusive: bool = False
     ) -> None:
-        """Consume, until the channel is closed; `Connection.drain` calls the callback."""
+        """Consume until the channel is closed; `Connection.drain` calls the callback."""
         self._channel.basic_consume(queue, callback=callback, exclusive=exclusive)
 
     def consume(self, queue: str, inactivity_timeout: float) -> Iterator[Received | None]:
-        """Consume, until the channel is closed: messages as they come, None while none comes."""
+        """Consume until the channel is closed: yields messages as they arrive, else None."""
         arrived = deque[Any]()
         self.basic_consume(queue, arrived.append)
         while True:
@@ -279,7 +279,7 @@ class Channel:
 
 
 def _received(message: Any) -> Received:
-    # Of an empty message, py-amqp's body is an empty str.
+    # For an empty message, py-amqp's body is an empty str.
     return Received(message.encoded, message.body or b"", message.delivery_tag)
 
 

@@ -13,14 +13,14 @@ As a command::
     python tools/rabbitmq_node.py install [RELEASE ...]
     python tools/rabbitmq_node.py run [--release RELEASE] -- COMMAND ...
 
-The command finds the node's URL in the environment (DOMAIN_EVENTS_URL), where other users of the
-machine cannot read it, and for each ``{url}`` among its arguments, where they can.
+The command gets the node's URL in the environment (DOMAIN_EVENTS_URL), where other users of the
+machine cannot read it, and in place of each ``{url}`` among its arguments, where they can.
 
 Releases: ``host`` is the rabbitmq-server installed on this machine. ``3.10``, ``4.0`` and ``4.3``
 are those of Debian 12, 13 and testing; where the host has another one, they are unpacked with
 debootstrap (about two minutes, 400 MB, needs root) below the user's cache folder and kept.
 
-Linux only, and nothing but the standard library, so that it runs before anything is installed.
+Linux only. It uses only the standard library, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ START_SECONDS = 90.0
 STOP_SECONDS = 30.0
 CTL_SECONDS = 60.0
 
-# Debian's /usr/sbin wrappers switch to the user `rabbitmq`, who may not write into our folders.
+# Debian's /usr/sbin wrappers switch to the user `rabbitmq`, which may not write into our folders.
 _PROGRAMS = "usr/lib/rabbitmq/bin"
 _LIBRARIES = "usr/lib/rabbitmq/lib"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -82,24 +82,24 @@ class NodeError(Exception):
 
 @dataclass(frozen=True)
 class Installation:
-    """A rabbitmq-server on disk: the host's (`root` is None) or one in a folder of its own."""
+    """A rabbitmq-server on disk: the host's (`root` is None) or one in its own folder."""
 
     root: Path | None
     version: str
 
     def command(self, *arguments: str) -> list[str]:
-        """The command line that runs a program of this installation, without a process between."""
+        """The command line of a program of this installation, without an intermediate process."""
         return list(arguments) if self.root is None else chrooted(self.root, *arguments)
 
     def inside(self, path: Path) -> str:
-        """The name that a program of this installation knows `path` by."""
+        """The name of `path` as seen by a program of this installation."""
         return str(path) if self.root is None else "/" + str(path.relative_to(self.root))
 
 
 def chrooted(root: Path, *arguments: str, shared: Sequence[Path] = ()) -> list[str]:
-    """The command line that runs a program in an unpacked Debian, without a process between.
+    """The command line of a program in an unpacked Debian, without an intermediate process.
 
-    `shared` are folders and files of this machine that the program sees, too, under the same names.
+    `shared` are folders and files of this machine that the program also sees, under the same names.
     """
     # Erlang needs /proc and /dev. Mounted in a mount namespace of the process alone, they
     # vanish with it: nothing to unmount, and deleting the folder can never reach the real /dev.
@@ -139,7 +139,7 @@ def _cache() -> Path:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses, below the range for outgoing connections.
+    """A free port of 127.0.0.1, below the range for outgoing connections.
 
     From that range the kernel could hand the port of a killed node to somebody's outgoing
     connection - even to a client that tries to reconnect to the node, which then talks to itself.
@@ -171,7 +171,7 @@ def _reserve(port: int) -> bool:
     except OSError:
         lock.close()
         return False
-    lock.detach()  # its descriptor stays open
+    lock.detach()  # keeps its descriptor open
     return True
 
 
@@ -205,16 +205,16 @@ def _accepts(port: int) -> bool:
 
 
 class _Household:
-    """What the nodes of one Python process share: an epmd, a cookie, and a watcher.
+    """Shared by the nodes of one Python process: an epmd, a cookie, and a watcher.
 
-    The epmd (Erlang's name server) is ours alone, on a port of its own, so that test runs side by
-    side cannot see each other's nodes; shared, so that ours can form a cluster.
+    The epmd (Erlang's name server) is private, on its own port, so that simultaneous test runs
+    cannot see each other's nodes; it is shared, so that our nodes can form a cluster.
 
-    The watcher kills what we started when this process dies without a chance to clean up (SIGKILL).
-    The kernel's own means, PR_SET_PDEATHSIG, will not do: it fires when the *thread* that started
-    the broker ends, and tests restart brokers from threads. So a small process asks four times a
-    second whether its parent is still the same, and holds pidfds, which cannot mean a later
-    process of the same number.
+    The watcher kills our processes when this process dies without a chance to clean up (SIGKILL).
+    The kernel's own mechanism, PR_SET_PDEATHSIG, does not work here: it fires when the *thread*
+    that started the broker ends, and tests restart brokers from threads. So a small process checks
+    four times a second whether its parent is still the same, and holds pidfds, which cannot refer
+    to a later process with the same number.
     """
 
     def __init__(self, installation: Installation) -> None:
@@ -224,7 +224,7 @@ class _Household:
         self.epmd_port = free_port()
         self._lock = threading.Lock()
         watcher = [sys.executable, "-I", "-S", __file__, "_watch", str(self.pid)]
-        # A session of its own: Ctrl-C in the terminal is for us, who then end the rest in order.
+        # Its own session: only we receive Ctrl-C from the terminal, and then end the rest in order.
         self._watcher = subprocess.Popen(watcher, stdin=subprocess.PIPE, start_new_session=True)
         self._epmd = subprocess.Popen(
             installation.command("epmd", "-port", str(self.epmd_port), "-address", "127.0.0.1"),
@@ -237,7 +237,7 @@ class _Household:
         self.tell("watch", self._epmd.pid)
 
     def tell(self, word: str, what: object) -> None:
-        """`watch` or `forget` a process id, or `delete` a folder when all is over."""
+        """`watch` or `forget` a process id, or `delete` a folder at the end."""
         assert self._watcher.stdin is not None
         with self._lock, contextlib.suppress(BrokenPipeError):
             self._watcher.stdin.write(f"{word} {what}\n".encode())
@@ -246,7 +246,7 @@ class _Household:
     def close(self) -> None:
         self._epmd.kill()
         self._epmd.wait()
-        self._watcher.communicate()  # closes its standard input, at which it ends
+        self._watcher.communicate()  # closes its standard input, which ends it
 
 
 _household: _Household | None = None
@@ -256,7 +256,7 @@ _household_lock = threading.Lock()
 def _enter(node: Node, installation: Installation) -> _Household:
     global _household
     with _household_lock:
-        # After a fork the parent's household is the parent's to close.
+        # After a fork only the parent closes the parent's household.
         if _household is None or _household.pid != os.getpid():
             _household = _Household(installation)
         _household.nodes.add(node)
@@ -287,7 +287,7 @@ def _watch(parent: int) -> None:
     rest = b""
     while True:
         orphaned = os.getppid() != parent
-        # What an orphan was told before counts all the same.
+        # Commands that arrived before the parent died are still carried out.
         if not select.select([0], [], [], 0 if orphaned else 0.25)[0]:
             if orphaned:
                 break
@@ -316,14 +316,14 @@ def _watch(parent: int) -> None:
 
 
 class Node:
-    """One RabbitMQ node on 127.0.0.1, with ports, a folder and an epmd of its own.
+    """One RabbitMQ node on 127.0.0.1, with its own ports, folder and epmd.
 
     It keeps its ports and its data from `kill` or `stop` to the next `start`. `close` deletes its
-    folder, unless it was given: then it is the caller's. Nodes of one process have one cookie
-    unless told otherwise, and so can `join` each other.
+    folder, unless the caller provided it. Nodes of one process have the same cookie by default, and
+    so can `join` each other.
 
-    config: lines for `rabbitmq.conf`. tls: also listen with TLS, and make the certificates for it
-    (a client's is welcome, not required). plugins: names of plugins to enable.
+    config: lines for `rabbitmq.conf`. tls: also listen with TLS, and create the certificates for it
+    (a client certificate is optional). plugins: names of plugins to enable.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class Node:
         if os.environ.get("DOMAIN_EVENTS_TEST_RELEASE") == NO_NODES:
             raise NodeError("DOMAIN_EVENTS_TEST_RELEASE=none allows no RabbitMQ to be started")
         if installation.root is not None and os.geteuid() != 0:
-            raise NodeError(f"RabbitMQ {release} is unpacked in a folder: to run it takes root")
+            raise NodeError(f"RabbitMQ {release} is unpacked in a folder: running it needs root")
         self._installation = installation
         self.port = free_port()
         self.tls_port = free_port()
@@ -372,14 +372,14 @@ class Node:
         self._write("enabled_plugins", f"[{','.join(self._plugins)}].\n")
         cookie_file = folder / ".erlang.cookie"
         cookie_file.unlink(missing_ok=True)
-        # Whoever can read it may run anything as this user; so it never has another mode.
+        # Whoever can read it may run anything as this user; so it never has any other mode.
         handle = os.open(cookie_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
         with os.fdopen(handle, "w") as file:
             file.write(self.cookie)
         if tls and not self.ca_file.exists():
             _make_certificates(folder)
 
-    # -- where it is
+    # -- addresses
 
     @property
     def url(self) -> str:
@@ -400,7 +400,7 @@ class Node:
 
     @property
     def certificate_file(self) -> Path:
-        """The client's certificate; the node has one of its own, of the same authority."""
+        """The client's certificate; the node has its own, of the same authority."""
         return self.folder / "client.pem"
 
     @property
@@ -409,17 +409,17 @@ class Node:
 
     @property
     def log(self) -> str:
-        """All that the node has said so far."""
+        """The node's output so far."""
         path = self.folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def pid(self) -> int | None:
-        """The broker's process, or None while it does not run."""
+        """The broker's process, or None while it is not running."""
         beam = self._beam
         return beam.pid if beam is not None and beam.poll() is None else None
 
-    # -- its life
+    # -- life cycle
 
     def start(self, wait: bool = True) -> None:
         """Start, and wait until it answers AMQP (90 s at most). A running node is left alone.
@@ -435,7 +435,7 @@ class Node:
                 self._wait()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash."""
+        """SIGKILL, like a crash."""
         with self._lock:
             if self._beam is not None:
                 self._beam.kill()
@@ -458,9 +458,9 @@ class Node:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: the broker stays connected and says nothing, as behind a dead network."""
+        """SIGSTOP: the broker stays connected but silent, as behind a dead network."""
         self._signal(signal.SIGSTOP)
-        # The signal is on its way only; a publish could still slip through and be confirmed.
+        # The signal is only on its way; a publish could still get through and be confirmed.
         deadline = time.monotonic() + STOP_SECONDS
         while self.pid is not None and not _is_stopped(self.pid):
             if time.monotonic() > deadline:
@@ -479,12 +479,12 @@ class Node:
 
         A broker registers a new quorum queue in a table that it writes about a second later. If it
         is killed before that, it forgets the queue's log, with events that it had confirmed
-        (3.10.8, 4.0.5 and 4.3.6 alike). Tests that declare, publish and kill call this before.
+        (3.10.8, 4.0.5 and 4.3.6 alike). Tests that declare, publish and kill call this first.
         """
         self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
     def join(self, other: Node) -> None:
-        """Make this node, which loses its data, a member of the other's cluster."""
+        """Join the cluster of the other node; this node loses its data."""
         other.start()
         self.start()
         self.ctl("stop_app")
@@ -493,7 +493,7 @@ class Node:
         self._wait()
 
     def close(self) -> None:
-        """Kill the node and delete its folder. No process of it is left."""
+        """Kill the node and delete its folder. None of its processes is left."""
         if os.getpid() != self._household.pid:
             return  # a fork of its owner
         with self._lock:
@@ -525,7 +525,7 @@ class Node:
         state = "closed" if self._closed else "down" if self.pid is None else "running"
         return f"<Node {self.name} RabbitMQ {self.version}, {state}>"
 
-    # -- how
+    # -- implementation
 
     def _write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
@@ -533,12 +533,12 @@ class Node:
     def _environment(self) -> dict[str, str]:
         inside = self._installation.inside
         return {
-            # Nothing of the caller's: an ERL_FLAGS or a RABBITMQ_... of his would get in.
+            # Not the caller's environment: its ERL_FLAGS or RABBITMQ_... would take effect.
             "PATH": _PATH,
             "LANG": "C.UTF-8",
             "HOME": inside(self.folder),  # for the cookie
             "ERL_EPMD_PORT": str(self._household.epmd_port),
-            "ERL_CRASH_DUMP_SECONDS": "0",  # no dump of many MB into some folder
+            "ERL_CRASH_DUMP_SECONDS": "0",  # prevents a dump of many MB in some folder
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
@@ -550,8 +550,9 @@ class Node:
             "RABBITMQ_LOG_BASE": inside(self.folder),
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_PID_FILE": inside(self.folder / "pid"),
-            # "Allow input", and then none: so the script *becomes* the Erlang VM instead of waiting
-            # for it in a shell, and the process that we signal and reap is the broker itself.
+            # "Allow input", without providing any: so the script *becomes* the Erlang VM instead of
+            # waiting for it in a shell, and the process that we signal and reap is the broker
+            # itself.
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_START_ARGS": "-noinput",
             # Two schedulers are plenty for a test, and start faster than one per core.
@@ -630,7 +631,7 @@ class Node:
             )
         except subprocess.TimeoutExpired as error:
             raise NodeError(
-                f"{program} {' '.join(arguments)}: no end in {CTL_SECONDS} s"
+                f"{program} {' '.join(arguments)}: did not end within {CTL_SECONDS} s"
             ) from error
         if done.returncode != 0:
             raise NodeError(f"{program} {' '.join(arguments)}:\n{_tail(done.stdout)}")
@@ -651,10 +652,10 @@ def _tail(text: str, lines: int = 80) -> str:
 
 
 def _make_certificates(folder: Path) -> None:
-    """A certificate authority, and certificates of it for a server and for a client."""
+    """A certificate authority, with certificates for a server and for a client."""
 
     def openssl(name: str, subject: str, extensions: Sequence[str], *more: str) -> None:
-        # -subj and -addext alone, without the machine's openssl.cnf deciding what is in it.
+        # -subj and -addext alone determine its contents, not the machine's openssl.cnf.
         command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
         command += ["ec_paramgen_curve:P-256", "-nodes", "-days", "3650", "-subj", f"/CN={subject}"]
         command += ["-keyout", f"{name}.key", "-out", f"{name}.pem", *more]
@@ -663,7 +664,7 @@ def _make_certificates(folder: Path) -> None:
         try:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise NodeError("TLS takes the command `openssl` to make certificates") from error
+            raise NodeError("TLS needs the command `openssl` to create certificates") from error
         except subprocess.CalledProcessError as error:
             raise NodeError(f"openssl:\n{_tail(error.stderr)}") from error
 
@@ -677,8 +678,8 @@ def _make_certificates(folder: Path) -> None:
 
 # --------------------------------------------------------------------------- the commands
 
-# One script, so that `sudo` is asked once. Debian starts a service as soon as it is installed;
-# policy-rc.d is its way to say no. Package lists can be missing (a fresh container) or too old.
+# One script, so that `sudo` runs once. Debian starts a service as soon as it is installed;
+# policy-rc.d prevents that. Package lists can be missing (a fresh container) or too old.
 _APT = """
 set -e
 export DEBIAN_FRONTEND=noninteractive
@@ -696,12 +697,12 @@ apt-get install -y --no-install-recommends "$@" || {
 
 
 def install(releases: Sequence[str] = ("host",)) -> None:
-    """Install what is missing of `releases`, and say so before. Raises NodeError if it cannot."""
+    """Install the missing ones of `releases`, after a message. Raises NodeError if it cannot."""
     for release in releases:
         if find(release) is not None:
             continue
         if release == "host":
-            _say("installing rabbitmq-server with apt-get; its service will not be started")
+            _say("installing rabbitmq-server with apt-get; its service is not started")
             _apt_install("rabbitmq-server", "openssl")
         else:
             unpack(SUITES[release], SUITES[release], f"RabbitMQ {release}", ["rabbitmq-server"])
@@ -716,7 +717,7 @@ def _apt_install(*packages: str) -> None:
         raise NodeError(f"no apt-get here: install {package} yourself{_OTHERWISE}")
     if os.geteuid() != 0:
         if shutil.which("sudo") is None or subprocess.call(["sudo", "-n", "true"]) != 0:
-            raise NodeError(f"apt-get takes root: run `apt-get install {package}`{_OTHERWISE}")
+            raise NodeError(f"apt-get needs root: run `apt-get install {package}`{_OTHERWISE}")
         command = ["sudo", "-n", *command]
     if subprocess.call(command, stdin=subprocess.DEVNULL) != 0:
         raise NodeError(f"apt-get could not install {package}: install it yourself{_OTHERWISE}")
@@ -730,17 +731,17 @@ def unpack(name: str, suite: str, content: str, packages: Sequence[str]) -> Path
     cache = _cache()
     folder = cache / name
     if os.geteuid() != 0:
-        raise NodeError(f"to unpack {content} takes root{_OTHERWISE}")
+        raise NodeError(f"unpacking {content} needs root{_OTHERWISE}")
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{name}.lock"):
         if folder.exists():
-            return folder  # of an earlier run, or somebody else was faster
+            return folder  # from an earlier run, or another process was faster
         if shutil.which("debootstrap") is None:
             _say("installing debootstrap with apt-get")
             _apt_install("debootstrap")
         mirror = _mirror()
         _say(f"unpacking {content} (Debian {suite}, 400 MB and more) to {folder}")
-        # A debootstrap older than the suite has no script for it; the one of `sid` serves all.
+        # A debootstrap older than the suite has no script for it; that of `sid` works for all.
         script = suite if Path(f"/usr/share/debootstrap/scripts/{suite}").exists() else "sid"
         partial = cache / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -750,7 +751,7 @@ def unpack(name: str, suite: str, content: str, packages: Sequence[str]) -> Path
         with (partial / "etc/hosts").open("a") as hosts:
             hosts.write("127.0.0.1 localhost\n")
         shutil.rmtree(partial / "var/cache/apt/archives", ignore_errors=True)
-        partial.rename(folder)  # whoever sees the folder sees all of it
+        partial.rename(folder)  # so the folder is never visible half unpacked
     return folder
 
 
@@ -760,7 +761,7 @@ def _mirror() -> str:
     for line in subprocess.getoutput(shlex.join(["apt-get", "indextargets", *fields])).splitlines():
         if line.startswith(("http:", "https:", "file:")):
             return line
-    raise NodeError(f"no mirror of Debian in this machine's apt sources{_OTHERWISE}")
+    raise NodeError(f"this machine's apt sources have no Debian mirror{_OTHERWISE}")
 
 
 @contextlib.contextmanager
@@ -771,7 +772,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _run_with_node(release: str, command: Sequence[str]) -> int:
-    """Run `command` beside a node; its exit code, as a shell gives it."""
+    """Run `command` with a node; returns its exit code, as a shell would."""
     install([release])
 
     def on_signal(number: int, frame: object) -> None:
@@ -779,7 +780,7 @@ def _run_with_node(release: str, command: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGHUP, on_signal)
-    _say(f"starting RabbitMQ ({release}), some seconds")
+    _say(f"starting RabbitMQ ({release}); this takes some seconds")
     with Node(release) as node:
         arguments = [argument.replace("{url}", node.url) for argument in command]
         environment = {**os.environ, "DOMAIN_EVENTS_URL": node.url}
@@ -821,7 +822,7 @@ def main() -> int:
     if sys.argv[1:2] == ["_watch"]:
         _watch(int(sys.argv[2]))
         return 0
-    # What stands after the first `--` is the command's own, whatever it looks like.
+    # Everything after the first `--` belongs to the command, whatever it looks like.
     words, command = _partition(sys.argv[1:])
     parser = argparse.ArgumentParser(
         prog="rabbitmq_node.py",
@@ -829,10 +830,10 @@ def main() -> int:
         epilog=f"RELEASE is one of {', '.join(RELEASES)}; `host` is the one installed here.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    text = "install what is missing (needs root and apt-get)"
+    text = "install missing releases (needs root and apt-get)"
     installing = commands.add_parser("install", help=text, description=text)
     installing.add_argument("releases", nargs="*", metavar="RELEASE", help="default: host")
-    text = "run a command beside a node, with its URL in DOMAIN_EVENTS_URL and for each {url}"
+    text = "run a command with a node, its URL in DOMAIN_EVENTS_URL and in place of each {url}"
     usage = "rabbitmq_node.py run [-h] [--release RELEASE] -- COMMAND ..."
     running = commands.add_parser("run", help=text, description=text, usage=usage)
     running.add_argument("--release", default="host", choices=RELEASES, metavar="RELEASE")

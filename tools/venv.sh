@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make a virtual environment: sh tools/venv.sh FOLDER
-# Keeps one that works; says what is missing where it cannot make one.
+# Create a virtual environment: sh tools/venv.sh FOLDER
+# Keeps a working one; reports what is missing if it cannot create one.
 set -eu
 folder=$1
 recent='import sys; sys.exit(sys.version_info < (3, 10))'
@@ -12,7 +12,7 @@ fi
 
 python=
 for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-    # Not only `command -v`: the shims of pyenv are there for Pythons that are not.
+    # Not only `command -v`: pyenv's shims exist even for Pythons that do not.
     if "$candidate" -c "$recent" >/dev/null 2>&1; then
         python=$(command -v "$candidate")
         break
@@ -23,7 +23,7 @@ if [ -z "$python" ]; then
     exit 1
 fi
 
-# Debian has the module venv, but what it needs to install pip is in python3-venv.
+# Debian includes the module venv, but installing pip with it needs python3-venv.
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     if command -v virtualenv >/dev/null; then
         exec virtualenv --clear --python "$python" "$folder"
@@ -34,7 +34,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         export DEBIAN_FRONTEND=noninteractive
         apt-get install -y "$package" || { apt-get update && apt-get install -y "$package"; }
     else
-        echo "$python cannot make virtual environments: install python3-venv or virtualenv." >&2
+        echo "$python cannot create virtual environments: install python3-venv or virtualenv." >&2
         exit 1
     fi
 fi

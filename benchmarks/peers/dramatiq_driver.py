@@ -11,7 +11,7 @@ from typing import Any
 import driver
 from driver import Data, Handle, Peer, data_of, envelope
 
-# Stands where an event's number is to stand; nothing else in a message looks like it.
+# A placeholder for an event's number; nothing else in a message looks like it.
 _NUMBER = 987654321987
 
 
@@ -41,7 +41,7 @@ class Dramatiq(Peer):
 
     def prepare(self) -> Data:
         self.broker.declare_queue(self.queue, ensure=True)
-        # What the runner fills the queue with, an id and a number put in.
+        # The template with which the runner fills the queue, with an id and a number filled in.
         message = self.actor.message(envelope(data_of(_NUMBER)))
         body = message.copy(message_id="__ID__").encode().decode()
         return {

@@ -1,12 +1,12 @@
-"""What the drivers of all peers share: the scenarios, and how they talk to the runner.
+"""Shared by the drivers of all peers: the scenarios, and the protocol with the runner.
 
-A driver is a program of its own, run by the Python of its peer's own virtual environment::
+A driver is a separate program, run by the Python of its peer's virtual environment::
 
     python peers/kombu_driver.py publish '{"url": "amqp://...", "seconds": 2, ...}'
 
-It says so in a line of JSON when it is ready, waits for a line on its standard input where the
-runner has to fill a queue first, measures, prints its figures as one line of JSON, and ends. What
-it takes to connect and to declare is not in the figures, unless a scenario is about that.
+It prints a line of JSON when it is ready, waits for a line on its standard input if the runner has
+to fill a queue first, measures, prints its figures as one line of JSON, and exits. The figures do
+not include connecting and declaring, unless a scenario is about that.
 
 Only the standard library is imported here, and a peer's library not before `Peer.load`.
 """
@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 Data = dict[str, Any]
-#: Called with an event's data; gives the delay after which it is wanted again, 0 for never.
+#: Called with an event's data; returns the delay of its retry, 0 for none.
 Handle = Callable[[Data], float]
 
 EXCHANGE = "domain-events"
@@ -38,16 +38,16 @@ _WARM_UP = 200
 _GATHERED = 500
 
 
-# --- the event that everybody publishes ------------------------------------------------------
+# --- the event that all peers publish --------------------------------------------------------
 
 
 def data_of(number: int, body_bytes: int = 0) -> Data:
-    """The data of one event; the body has 200 bytes, or about as many as asked for."""
+    """The data of one event; the body has 200 bytes, or about the requested size."""
     return {"n": number, "text": "x" * max(8, body_bytes - _ENVELOPE_BYTES)}
 
 
 def envelope(data: Data, routing_key: str = ROUTING_KEY) -> Data:
-    """The five keys of a domain event, with an id of its own."""
+    """The five keys of a domain event, with a unique id."""
     return {
         "routing_key": routing_key,
         "data": data,
@@ -72,19 +72,19 @@ def cpu_seconds() -> float:
 
 def resident_bytes() -> int:
     """The memory that this process has now (not its peak)."""
-    with open("/proc/self/statm") as file:  # noqa: PTH123 - an import less in what is measured
+    with open("/proc/self/statm") as file:  # noqa: PTH123 - avoids an import that would be measured
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The value below which so many percent of the values are; nearest rank."""
+    """The percentile of the values, by nearest rank."""
     ordered = sorted(values)
     rank = max(1, -(-len(ordered) * percent // 100))
     return ordered[int(rank) - 1]
 
 
 def spread(seconds: list[float], unit: float = 1e6) -> Data:
-    """The percentiles of a list of durations, in microseconds unless said otherwise."""
+    """The percentiles of a list of durations, in microseconds by default."""
     return {
         "p50": percentile(seconds, 50) * unit,
         "p99": percentile(seconds, 99) * unit,
@@ -94,7 +94,7 @@ def spread(seconds: list[float], unit: float = 1e6) -> Data:
 
 
 class Stopwatch:
-    """Wall clock and CPU between its making and `figures`."""
+    """Wall-clock and CPU time between its creation and `figures`."""
 
     def __init__(self) -> None:
         self.at = time.perf_counter()
@@ -111,7 +111,7 @@ class Stopwatch:
         }
 
 
-# --- talking to the runner -------------------------------------------------------------------
+# --- the protocol with the runner ------------------------------------------------------------
 
 
 def say(**figures: Any) -> None:
@@ -119,9 +119,9 @@ def say(**figures: Any) -> None:
 
 
 def leave(**figures: Any) -> None:
-    """Print the figures and end, from any thread, without the peer's own way of closing.
+    """Print the figures and exit, from any thread, without closing the peer's connection.
 
-    How long that takes is not measured, and what it leaves on the broker the runner deletes.
+    The shutdown is not measured, and the runner deletes whatever is left on the broker.
     """
     say(**figures)
     sys.stdout.flush()
@@ -129,7 +129,7 @@ def leave(**figures: Any) -> None:
 
 
 def wait_for_runner() -> None:
-    """Until the runner has done its part; it went away if there is no line."""
+    """Wait until the runner has done its part; without a line, it is gone."""
     if not sys.stdin.readline():
         os._exit(3)
 
@@ -138,14 +138,14 @@ def wait_for_runner() -> None:
 
 
 class Peer:
-    """A synchronous client. A driver fills in what its client can do."""
+    """A synchronous client. A driver overrides the methods that its client supports."""
 
     def __init__(self, options: Data) -> None:
         self.options = options
         self.url: str = options["url"]
         self.queue: str = options.get("queue", "")
         self.queue_type: str = options.get("queue_type", "quorum")
-        #: None: what the client has by default.
+        #: None: the client's default.
         self.prefetch: int | None = options.get("prefetch")
         self.workers: int | None = options.get("workers")
         self.delay: float = options.get("delay", 1.0)
@@ -164,25 +164,25 @@ class Peer:
         raise NotImplementedError
 
     def publish_many(self, many: Iterable[Data]) -> None:
-        """Publish all, in the best way that the client's documentation has; confirmed."""
+        """Publish all with confirms, in the best way that the client's documentation describes."""
         for data in many:
             self.publish(data)
 
     def for_thread(self) -> Callable[[Data], None]:
-        """On a new thread: what it is to publish with."""
+        """On a new thread: the function with which it publishes."""
         return self.publish
 
     # -- consuming
 
     def prepare(self) -> Data:
-        """Connect, declare, be ready to consume; what the runner needs to know."""
+        """Connect, declare, be ready to consume; returns the information that the runner needs."""
         return {}
 
     def consume(self, handle: Handle) -> None:
-        """Consume for ever, each event acked after ``handle`` returned."""
+        """Consume forever, acking each event after ``handle`` has returned."""
         raise NotImplementedError
 
-    # -- how scenarios call it; an asynchronous client has its own ways
+    # -- called by scenarios; overridden for asynchronous clients
 
     def start(self) -> None:
         self.load()
@@ -197,7 +197,7 @@ class Peer:
         return latencies
 
     def from_many(self, threads: int, seconds: float) -> int:
-        """Publish from so many threads at a time; how many events."""
+        """Publish from several threads at a time; returns the number of events."""
         barrier = threading.Barrier(threads + 1)
         counts = [0] * threads
         failures: list[BaseException] = []
@@ -227,7 +227,7 @@ class Peer:
         return sum(counts)
 
     def at_rate(self, rate: float, seconds: float) -> None:
-        """Publish so many a second; the time of sending is in each event's data."""
+        """Publish at this rate; the time of sending is in each event's data."""
         for data, pause in paced(rate, seconds):
             if pause > 0:
                 time.sleep(pause)
@@ -248,7 +248,7 @@ class AsyncPeer(Peer):
         return {}
 
     async def aconsume(self, handle: Handle) -> None:
-        """Start to consume; the loop then runs for ever."""
+        """Start consuming; the loop then runs forever."""
         raise NotImplementedError
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -331,9 +331,9 @@ def until(deadline: float, body_bytes: int = 0) -> Iterator[Data]:
 
 
 def paced(rate: float, seconds: float) -> Iterator[tuple[Data, float]]:
-    """Each event of a steady stream, and how long to wait before it.
+    """Each event of a steady stream, with the time to wait before it.
 
-    Who is far behind goes on with the last one at once, so that it comes to an end.
+    A client that is far behind continues with the last one at once, so that the run ends.
     """
     total = int(rate * seconds)
     begun = time.monotonic()
@@ -349,7 +349,7 @@ def paced(rate: float, seconds: float) -> Iterator[tuple[Data, float]]:
 
 
 def publish(peer: Peer) -> None:
-    """As many confirmed events as possible in so many seconds, from one thread."""
+    """As many confirmed events as possible within the given seconds, from one thread."""
     peer.start()
     size = peer.body_bytes
     warm_up = _WARM_UP if size < 100_000 else 3
@@ -403,7 +403,7 @@ def idle_publisher(peer: Peer) -> None:
 
 
 def at_rate(peer: Peer) -> None:
-    """The publishing half of `latency`, in a process of its own."""
+    """The publishing half of `latency`, in its own process."""
     peer.start()
     say(ready=True)
     wait_for_runner()
@@ -421,7 +421,7 @@ def _ready(peer: Peer) -> None:
 
 
 def consume(peer: Peer) -> None:
-    """From the first event handled to the last of so many, or until the time is over."""
+    """From the first handled event to the last one of the given number, or until the time is up."""
     wanted: int = peer.options["count"]
     longest: float = peer.options["seconds"]
     lock = threading.Lock()
@@ -432,7 +432,7 @@ def consume(peer: Peer) -> None:
         nonlocal count, watch
         with lock:
             if watch is None:
-                watch = Stopwatch()  # the first one is not counted, as it ends nothing
+                watch = Stopwatch()  # the first one is not counted: it ends no interval
                 return 0
             count += 1
             if count >= wanted - 1 or time.perf_counter() - watch.at > longest:
@@ -465,7 +465,7 @@ def latency(peer: Peer) -> None:
 
 
 def lateness(peer: Peer) -> None:
-    """Events that ask for a retry when they first come: how late after their delay it is."""
+    """Events that are retried after their first delivery: how late the retry is after its delay."""
     total: int = peer.options["count"]
     asked: dict[int, float] = {}
     late: list[float] = []
@@ -488,7 +488,7 @@ def lateness(peer: Peer) -> None:
 
 
 def drain(peer: Peer) -> None:
-    """Events whose retries all fall due together: how many come a second."""
+    """Events whose retries all fall due together: how many arrive per second."""
     total: int = peer.options["count"]
     asked: set[int] = set()
     again = 0
@@ -503,7 +503,7 @@ def drain(peer: Peer) -> None:
             due = due or now + peer.delay
             if data["n"] not in asked:
                 asked.add(data["n"])
-                # All at one moment, where the client can delay each as it likes.
+                # All at one moment, if the client supports arbitrary delays.
                 return max(0.1, due - now) if peer.options.get("any_delay") else peer.delay
             again += 1
             begun = begun or now
@@ -570,7 +570,7 @@ SCENARIOS: dict[str, Callable[[Peer], None]] = {
 
 
 def main(make: Callable[[Data], Peer]) -> None:
-    """Run the scenario that the command line names."""
+    """Run the scenario given on the command line."""
     import logging
 
     logging.disable(logging.CRITICAL)

@@ -15,7 +15,7 @@ class Kombu(Peer):
         from kombu import mixins, pools
 
     def connection(self) -> Any:
-        # kombu takes "%2F" for a name of its own.
+        # kombu would use "%2F" literally, as a name.
         url = self.url.replace("/%2F", "//")
         return kombu.Connection(url, transport_options={"confirm_publish": True})
 

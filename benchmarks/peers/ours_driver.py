@@ -43,7 +43,7 @@ class Ours(Peer):
         handlers: int = self.options.get("handlers", 0)
         bindings: int = self.options.get("bindings", 0)
         if handlers:
-            # Classic and without dead letters: a thousand quorum queues are the broker's affair.
+            # Classic and without dead letters: a thousand quorum queues would measure the broker.
             options.update(queue_type="classic", dead_letter=False)
             for number in range(handlers):
                 name = f"{self.queue}-{number}"

@@ -1,4 +1,4 @@
-"""pika's BlockingConnection, as its documentation has it: confirms on, one connection a thread."""
+"""pika's BlockingConnection, as documented: confirms on, one connection a thread."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Pika(Peer):
         global pika
         import pika
 
-        # Deprecated in pika 1.5, and what is measured here all the same: it must not become an
-        # error under PYTHONWARNINGS=error. This process has no other use of pika to warn about.
+        # Deprecated in pika 1.5, but measured here: the warning must not become an error under
+        # PYTHONWARNINGS=error. This process does not use pika otherwise.
         warnings.filterwarnings("ignore", "BlockingConnection is deprecated", DeprecationWarning)
 
     def connect(self) -> Any:

@@ -1,4 +1,4 @@
-"""rabbitkit: its batch publishers where they are the documented way, SyncBroker otherwise."""
+"""rabbitkit: its batch publishers where its documentation recommends them, else SyncBroker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from driver import EXCHANGE, ROUTING_KEY, AsyncPeer, Data, Handle, Peer, body_of
 
 
 class Again(Exception):
-    """What the handler raises for a retry."""
+    """Raised by the handler for a retry."""
 
 
 class RabbitKit(Peer):

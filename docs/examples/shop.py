@@ -1,8 +1,8 @@
 """A small service: it publishes when somebody registers, and has three handlers.
 
-An event may come twice, and a handler may fail in the middle. So what is stored is stored under a
-key that is the same each time; what is published comes after it, with an id that is the same each
-time, and also when the rest was done before: the first run may have ended between the two.
+An event may be delivered twice, and a handler may fail halfway. So a row is stored under a key that
+is the same each time. An event is published after that, with an id that is the same each time, and
+even if the row existed before: the first run may have ended between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from domain_events import (
     publish_domain_event,
 )
 
-database = sqlite3.connect(":memory:", check_same_thread=False)  # stands for one on a server
+database = sqlite3.connect(":memory:", check_same_thread=False)  # instead of one on a server
 database.executescript("""
     CREATE TABLE invoices (id TEXT PRIMARY KEY, amount INTEGER);
     CREATE TABLE ledger (event TEXT PRIMARY KEY, amount INTEGER);
@@ -29,7 +29,7 @@ database.executescript("""
 
 
 class MailServer:
-    """Stands for one that is down at times; it sends two mails of one id once."""
+    """A fake that is down at times; it sends two mails with the same id only once."""
 
     up = True
     sent: ClassVar[dict[str, str]] = {}  # addresses, by id
@@ -42,7 +42,7 @@ class MailServer:
 
 
 def register_user(name: str, address: str) -> None:
-    """What a web request does, for example."""
+    """The work of a web request, for example."""
     publish_domain_event("user.registered", {"name": name, "address": address})
 
 

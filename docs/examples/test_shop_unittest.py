@@ -1,4 +1,4 @@
-"""The same service tested with unittest; Django's TestCase is one."""
+"""The same service tested with unittest; Django's TestCase is a unittest.TestCase."""
 
 from __future__ import annotations
 

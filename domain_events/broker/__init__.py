@@ -1,37 +1,87 @@
-"""What carries messages: the protocol that every broker keeps.
+"""The protocol that every broker implements, and how to connect to one.
 
-A broker makes two kinds of connection, each with an owner of its own. Publishing and consuming
-do not share one, since RabbitMQ stops reading from connections that publish while it is short
-of memory, and acks must still pass.
+A broker opens two kinds of connections. Publishing and consuming do not share one, since RabbitMQ
+stops reading from connections that publish while it is short of memory
+(https://www.rabbitmq.com/docs/connection-blocked), and acks must still get through.
 
 Everything here may be called from any thread, and nothing blocks without a deadline. Callbacks
-come on a thread of the broker's: they must be short and must not call what blocks.
+run on one of the broker's threads: they must be short and must not block.
 
-After a fork the child has connections that are as new; what was under way belongs to the parent.
+After a fork the child starts with fresh connections; operations under way belong to the parent.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
-from domain_events.errors import ConfigurationError, DomainEventsError
-from domain_events.message import Delivery, Message
-from domain_events.settings import shown
-from domain_events.topology import Topology
+from domain_events import settings
+from domain_events.address import shown
+from domain_events.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEventsError,
+    EventNotConfirmed,
+)
+from domain_events.message import Delivery, Message, Place
+from domain_events.process import check_fork, on_fork
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Where events are published. Durable; one that exists with the same type is used as it is."""
+
+    name: str
+    type: str = "topic"
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A subscriber's own queue, for the events that its binding keys match."""
+
+    name: str
+    exchange: Exchange
+    binding_keys: tuple[str, ...] = ()
+    #: Keys to unbind.
+    retired_keys: tuple[str, ...] = ()
+    #: Keep the events that its handler gives up on.
+    dead_letters: bool = False
+    #: Events can return to it after a delay.
+    delays: bool = False
+    #: Kept without consumers; otherwise deleted a minute after the last one is gone.
+    durable: bool = True
+    #: For one connection, and deleted with it.
+    exclusive: bool = False
+    #: Deleted with its last consumer.
+    auto_delete: bool = False
+    #: As domain-event-broker declares it; an existing one is used whatever its arguments.
+    classic: bool = False
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the queue is deleted some time after its consumers are gone."""
+        return self.exclusive or self.auto_delete or not self.durable
+
+    @property
+    def counts_failures(self) -> bool:
+        """Whether the queue counts how often a delivery failed."""
+        return not self.classic and not self.is_temporary
 
 
 class Publication:
-    """One message on its way, and what is to be called when its fate is known.
+    """One message being published, and the callback for its outcome.
 
-    ``on_done`` is called once, when ``done`` is true and ``error`` says what became of it: None
-    when the broker has confirmed the message, else an error of this publication's own that says
-    whether the message was surely or perhaps not stored. After `Publishing.withdraw` it is not
-    called.
+    ``on_done`` is called once, when ``done`` is true and ``error`` is final: None when the broker
+    has confirmed the message, otherwise an error of this publication's own, whose class shows
+    whether the message may have been stored. After `Publishing.withdraw` it is not called.
 
     :param awaited: whether a thread waits for it. None of the broker's own threads may: a finalizer
         that publishes there gets an error.
@@ -39,6 +89,7 @@ class Publication:
 
     __slots__ = (
         "awaited",
+        "channel_errors",
         "done",
         "error",
         "message",
@@ -47,7 +98,6 @@ class Publication:
         "sent",
         "sent_at",
         "size",
-        "strikes",
     )
 
     def __init__(
@@ -59,22 +109,22 @@ class Publication:
         self.on_done = on_done
         self.done = False
         self.error: DomainEventsError | None = None
-        self.sent = False  # ever handed to a connection, whatever became of it
+        self.sent = False  # whether it was ever handed to a connection
         self.sent_at = 0.0
-        self.nacks = 0  # how often the broker refused it
-        self.strikes = 0  # how often the broker closed the channel over this one
+        self.nacks = 0  # how often the broker nacked it
+        self.channel_errors = 0  # how often the broker closed the channel over this one
 
-    def let_go(self) -> None:
-        """Nobody waits for it any more: keep what a confirm needs, and no body, no callback.
+    def detach(self) -> None:
+        """Drop the body and the callback, since no caller waits any more.
 
-        It may still be in flight, and stay so for as long as a broker is silent.
+        It may stay in flight for as long as the broker does not answer.
         """
-        self.message = replace(self.message, body=b"")
+        self.message = replace(self.message, body=b"", source=None)
         self.on_done = _ignore
 
 
 def _ignore(_publication: Publication) -> None:
-    """The callback of a publication that nobody waits for."""
+    """The callback of a publication for which no caller waits."""
 
 
 class Publishing(Protocol):
@@ -82,56 +132,56 @@ class Publishing(Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why nothing goes through now, in words for a user; empty if nothing is known."""
+        """Why nothing is confirmed at the moment, for errors; empty if there is no known reason."""
 
     def submit(self, publication: Publication) -> None:
-        """Send this behind all before it, as soon as there is a connection and room in its window.
+        """Send this after all others, as soon as there is a connection with room in its window.
 
-        What was not confirmed when a connection is lost is sent again on the next. When this
-        connection is closed, it is done at once, with an error.
+        Unconfirmed publications are sent again after a reconnect. Once this connection is closed,
+        they are done at once, with an error.
         """
 
     def withdraw(self, publication: Publication) -> bool:
-        """Give a publication up; ``publication.sent`` is then final. False: it is done already."""
+        """Give up on it; ``publication.sent`` is then final. False: it was done already."""
 
     def close(self, timeout: float) -> None:
-        """Take no more, wait for what is under way, then close, in about ``timeout`` seconds."""
+        """Accept no more, wait for those under way, then close, in about ``timeout`` seconds."""
 
     def close_soon(self) -> bool:
         """Close without waiting; may be called by a finalizer. False: nothing was open."""
 
 
 class Settlement(Enum):
-    """What is to become of a delivery."""
+    """How to settle a delivery."""
 
-    #: It is done with: out of the queue.
+    #: Remove it from the queue.
     DONE = "done"
-    #: Back into the queue; nothing was the matter with it.
+    #: Requeue it; it has not failed.
     GIVE_BACK = "give back"
-    #: Back into the queue, which counts it as a failed delivery, towards its limit.
+    #: Requeue it as a failed delivery, which counts towards the queue's limit.
     FAILED = "failed"
 
 
 class Consumer(Protocol):
-    """A subscriber's queue being consumed, again and again, over every trouble."""
+    """Consumes a subscriber's queue, across reconnects and other failures."""
 
     def is_current(self, delivery: Delivery) -> bool:
-        """Whether the delivery can still be settled; else it has gone back to the queue."""
+        """Whether the delivery can still be settled; otherwise it was requeued."""
 
     def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
-        """Settle the delivery; the broker learns of it soon, with `flush` at once.
+        """Settle the delivery; the broker is informed soon, or at once by `flush`.
 
-        One that is not current is passed over: its tag died with its channel.
+        One that is not current is ignored: its tag was valid on its channel only.
         """
 
     def flush(self) -> None:
-        """Have everything settled so far sent to the broker now."""
+        """Send all settlements so far to the broker now."""
 
-    def repair(self, seconds: float, then: Callable[[bool], None], also: Topology = ()) -> None:
-        """Declare the topology again, and ``also``; call ``then`` after a pause.
+    def repair(self, seconds: float, then: Callable[[bool], None], *, delays: bool = False) -> None:
+        """Declare the queue again, with ``delays`` or without; call ``then`` after a pause.
 
-        ``then`` is called on the broker's thread, with whether all of it exists now; not at all
-        once this consumer's connection is closed.
+        ``then`` is called on the broker's thread with whether all of it exists now, but not once
+        this consumer's connection is closed.
         """
 
     def stop(self, timeout: float) -> None:
@@ -139,136 +189,335 @@ class Consumer(Protocol):
 
 
 class Browser(Protocol):
-    """A look at a queue's messages one after the other; what is not acked stays in it."""
+    """Walks over the messages of one place; those that are not acked stay there.
+
+    :ivar shared: whether another connection was browsing, too, when the walk began; the messages
+        it holds are not visible here.
+    """
+
+    shared: bool
 
     def next(self, timeout: float) -> Delivery | None:
-        """The next message not seen by this browser, or None when there is none."""
+        """The next message of this walk, or None when there is none."""
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
-        """Take the message out of the queue.
+        """Remove the message.
 
-        :raises BrokerUnavailable: the connection was lost; the message is in the queue again.
+        :raises BrokerUnavailable: the connection was lost; the message was requeued.
         """
 
     def rewind(self) -> None:
-        """Give back all that was not acked; `next` then sees it again.
-
-        A quorum queue puts it in front, but behind what was given back before.
-        """
+        """Begin another walk: requeue all unacked messages, in their order."""
 
     def close(self, timeout: float) -> None:
-        """Give back all that was not acked, and end."""
+        """Requeue all unacked messages, and end."""
 
 
 class Consuming(Protocol):
     """A connection that declares, consumes and browses.
 
-    What blocks raises `BrokerUnavailable` when there is no broker within ``timeout`` seconds,
-    `ConfigurationError` when the settings cannot work, `TopologyError` where the broker's
-    queues and exchanges stand against it.
+    Methods that block raise `BrokerUnavailable` if there is no broker within ``timeout`` seconds,
+    `ConfigurationError` when the settings cannot work, `TopologyError` when existing queues and
+    exchanges conflict with it.
     """
 
-    def declare(self, topology: Topology, timeout: float) -> None:
-        """Make sure that all of this exists."""
+    def declare(self, queue: Queue, timeout: float) -> None:
+        """Declare the queue and everything else that its subscriber needs."""
 
-    def delete(self, topology: Topology, timeout: float) -> None:
-        """Delete the queues and exchanges among this, with all that is in them."""
+    def delete(self, names: Sequence[str], exchange: str, timeout: float) -> None:
+        """Delete subscribers, with their dead letters, and an exchange, with its delayed events."""
 
-    def count(self, queue: str, timeout: float) -> int:
-        """How many messages are ready in the queue."""
+    def count(self, place: Place, timeout: float) -> int:
+        """How many messages are ready there."""
 
-    def consume(
-        self,
-        queue: str,
-        topology: Topology,
-        prefetch_count: int,
-        deliver: Callable[[Delivery, Consumer], None],
-        *,
-        careful: bool = False,
-    ) -> Consumer:
-        """Start to consume; ``topology`` is what to declare again after any trouble.
+    def is_registered(self, name: str, timeout: float, *, strict: bool) -> bool:
+        """Whether the queue of that name is like those of subscribers with retries.
 
-        :param prefetch_count: how many deliveries may be unsettled at a time, at most.
-        :param careful: begin, also after each trouble, with one at a time, until one arrives that
-            was never delivered before. For what comes again may have killed the process that held
-            it, and whatever is held beside it would share its fate.
+        :param strict: accept only a queue that no other program would declare by chance.
+        :raises TopologyError: there is no such queue.
         """
 
-    def browse(self, queue: str, timeout: float) -> Browser:
-        """Look at the messages of a queue."""
+    def consume(
+        self, queue: Queue, prefetch_count: int, deliver: Callable[[Delivery, Consumer], None]
+    ) -> Consumer:
+        """Start to consume, and resume after each failure.
+
+        A queue that counts failures is consumed with care: a redelivery may have killed the process
+        that held it, which counts against all deliveries held beside it. So one is taken at a time,
+        until one arrives that was never delivered before.
+
+        :param prefetch_count: the most deliveries that may be unsettled at a time.
+        """
+
+    def browse(self, place: Place, timeout: float, publishing: Callable[[], Publishing]) -> Browser:
+        """Walk over the messages there.
+
+        :param publishing: the connection for a broker that limits how often a message is browsed,
+            and must republish it there before that.
+        """
+
+    def is_browsed(self, place: Place, timeout: float) -> bool:
+        """Whether another connection browses it; False if this user may not check."""
 
     def failure(self) -> DomainEventsError | None:
         """Why this connection has given up for good, if it has."""
 
     def close(self, timeout: float) -> None:
-        """Tell the broker all that was settled, then close. Ends in about ``timeout`` seconds."""
+        """Send all settlements to the broker, then close, in about ``timeout`` seconds."""
 
     def close_soon(self) -> bool:
         """Close without waiting; may be called by a finalizer. False: nothing was open."""
 
 
-def close_dropped(owner: object, *connections: Publishing | Consuming | None) -> None:
-    """What a finalizer does for connections that ``owner`` was dropped with: close, and warn.
-
-    At the interpreter's end nothing is done: whoever keeps a connection that long may.
-    """
-    if sys.is_finalizing():
-        return
-    # All of them, before a warning that may be an exception.
-    closed = [each.close_soon() for each in connections if each is not None]
-    if any(closed):
-        warnings.warn(
-            f"unclosed {owner!r}: it was dropped with an open connection. Call its close(), or "
-            "use it in a with statement.",
-            ResourceWarning,
-            stacklevel=3,
-            source=owner,
-        )
-
-
 class Broker(Protocol):
-    """A place that takes domain events and hands them out."""
+    """Takes domain events and delivers them to subscribers."""
 
-    def publishing(self, declare: Topology, name: str) -> Publishing:
-        """A connection to publish on. ``declare``: exchanges to declare, if this user may."""
+    def publishing(self, name: str, declare: Exchange | None = None) -> Publishing:
+        """A connection to publish on. ``declare``: an exchange to declare, if this user may."""
 
     def consuming(self, name: str, on_failure: Callable[[], None]) -> Consuming:
         """A connection to consume on. ``on_failure`` is called when it has given up for good."""
 
 
-@dataclass(frozen=True)
-class _Scheme:
-    names: tuple[str, ...]
-    load: Callable[[tuple[str, ...]], Broker]
-
-
-def _rabbitmq(urls: tuple[str, ...]) -> Broker:
-    # Here and not above: whoever only needs the protocol need not load pika.
-    from domain_events.broker.rabbitmq import RabbitMQ  # noqa: PLC0415
-
-    return RabbitMQ(urls)
-
-
-def _memory(urls: tuple[str, ...]) -> Broker:
-    from domain_events.broker.memory import Memory  # noqa: PLC0415
-
-    return Memory(urls)
-
-
-_SCHEMES = (_Scheme(("amqp", "amqps"), _rabbitmq), _Scheme(("memory",), _memory))
-
-
 def connect(urls: tuple[str, ...]) -> Broker:
     """The broker behind the URLs; no connection is made yet.
 
-    :raises ConfigurationError: when there is none of that kind.
+    :raises ConfigurationError: no broker has such URLs.
     """
     schemes = {url.partition("://")[0].lower() if "://" in url else "" for url in urls}
-    for scheme in _SCHEMES:
-        if schemes <= set(scheme.names):
-            return scheme.load(urls)
-    known = ", ".join(f"{name}://" for scheme in _SCHEMES for name in scheme.names)
+    # Here and not above, so that pika is loaded only where it is needed.
+    if schemes <= {"amqp", "amqps"}:
+        from domain_events.broker.rabbitmq import RabbitMQ  # noqa: PLC0415
+
+        return RabbitMQ(urls)
+    if schemes == {"memory"}:
+        from domain_events.broker.memory import Memory  # noqa: PLC0415
+
+        return Memory(urls)
     raise ConfigurationError(
-        f"No broker is known for {', '.join(map(shown, urls))}: a broker's URL starts with {known}"
-        + (", and several URLs with the same." if len(urls) > 1 else ".")
+        f"No broker is known for {', '.join(map(shown, urls))}: a broker's URL starts with "
+        "amqp://, amqps://, memory://" + (", and several URLs with the same." if urls[1:] else ".")
     )
+
+
+# --- connections and who owns them ---------------------------------------------------------------
+
+# Brokers that replace all others in tests; the last one is in force.
+_overrides: list[Broker] = []
+# Held while an owner goes over to another broker.
+_switching = threading.RLock()
+
+
+@contextmanager
+def overridden(broker: Broker) -> Iterator[None]:
+    """The one hook for tests: inside this, every owner of connections gets them from ``broker``.
+
+    So do those that were created before, with the settings of another broker or with None.
+    """
+    _overrides.append(broker)
+    try:
+        yield
+    finally:
+        _overrides.remove(broker)
+
+
+class Connections:
+    """The connections of one owner, each made when first used.
+
+    Threads. Any may call; if two do at the same time, both get the same connection, and a second
+    one is dropped unopened. There is no lock that a fork could leave held.
+
+    :param urls: None for no broker.
+    :param name: the owner's, for the broker's list of connections.
+    :param declare: the exchange to publish to.
+    :param on_failure: called when the consuming connection has given up for good.
+    """
+
+    def __init__(
+        self,
+        urls: tuple[str, ...] | None,
+        name: str,
+        *,
+        declare: Exchange | None = None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._urls = urls
+        self._name = name
+        self._declare = declare
+        self._on_failure = on_failure
+        self._own_broker = self._broker = None if urls is None else connect(urls)
+        self._made: dict[str, Any] = {}
+        self._pinned = False
+
+    @property
+    def address(self) -> object:
+        """Identifies the broker in use; equal for two owners with the same broker."""
+        return self._urls if self._broker is self._own_broker else self._broker
+
+    @property
+    def are_open(self) -> bool:
+        """Whether any was made, and not closed since."""
+        return bool(self._made)
+
+    def publishing(self) -> Publishing | None:
+        """The connection to publish on; None when everything is switched off."""
+        broker = self._in_force()
+        if broker is None:
+            return None
+        made: Publishing | None = self._made.get("publishing")
+        return made or self._make(
+            "publishing", lambda: broker.publishing(self._name, self._declare)
+        )
+
+    def consuming(self) -> Consuming | None:
+        """The connection to consume on; None when everything is switched off."""
+        broker = self._in_force()
+        if broker is None:
+            return None
+        made: Consuming | None = self._made.get("consuming")
+        return made or self._make(
+            "consuming", lambda: broker.consuming(self._name, self._on_failure)
+        )
+
+    def _make(self, kind: str, make: Callable[[], Any]) -> Any:
+        while True:
+            made = self._made
+            connection = made.setdefault(kind, make())
+            if made is self._made:
+                return connection
+            connection.close_soon()  # another thread has closed them meanwhile
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Inside this, the broker stays the same: a run must not change it halfway."""
+        self._pinned = True
+        try:
+            yield
+        finally:
+            self._pinned = False
+
+    def _in_force(self) -> Broker | None:
+        check_fork()
+        broker = _overrides[-1] if _overrides else self._own_broker
+        if broker is not self._broker and not self._pinned:
+            with _switching:  # of two threads, the second must not close what the first has made
+                if broker is not self._broker:
+                    self.close_soon()
+                    self._broker = broker
+        if self._broker is None:
+            settings.warn_switched_off()
+        return self._broker
+
+    def close(self, timeout: float) -> None:
+        """Close them; the next use opens others.
+
+        The consuming one first: its acks need not wait.
+        """
+        made, self._made = self._made, {}
+        deadline = time.monotonic() + timeout
+        try:
+            for kind in sorted(made):
+                made[kind].close(max(0.0, deadline - time.monotonic()))
+        except BaseException:  # Ctrl-C: not in order, but closed
+            _close_soon(made)
+            raise
+
+    def close_soon(self) -> bool:
+        """Close them without waiting; False: none was open."""
+        made, self._made = self._made, {}
+        return _close_soon(made)
+
+
+def _close_soon(made: dict[str, Any]) -> bool:
+    were_open = [each.close_soon() for each in list(made.values())]
+    return any(were_open)
+
+
+class Owner:
+    """Owns `Connections`; closes them after a with statement, or when garbage-collected."""
+
+    connections: Connections
+
+    def close(self) -> None:
+        """Close the connections."""
+        raise NotImplementedError
+
+    def __enter__(self: _Owner) -> _Owner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Otherwise the connections and their threads would stay for ever. Not at interpreter
+        # shutdown: a program may keep a connection that long.
+        connections = getattr(self, "connections", None)
+        if is_finalizing() or connections is None or not connections.close_soon():
+            return
+        warnings.warn(
+            f"unclosed {self!r}: it was dropped with an open connection. Call its close(), or "
+            "use it in a with statement.",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+
+
+_Owner = TypeVar("_Owner", bound=Owner)
+
+
+def confirm(publishing: Publishing, message: Message, timeout: float) -> None:
+    """Publish one message and wait until it is confirmed.
+
+    :raises DomainEventsError: when it is not; see `Publisher.publish`.
+    """
+    known = threading.Lock()
+    known.acquire()
+    publication = Publication(message, lambda _publication: known.release())
+    try:
+        publishing.submit(publication)
+        in_time = known.acquire(timeout=timeout)
+    except BaseException:  # Ctrl-C, or a signal handler that raises: no caller waits any more
+        publishing.withdraw(publication)
+        raise
+    if not in_time and publishing.withdraw(publication):
+        raise _timeout(publishing, publication, timeout)
+    error = publication.error
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error, publication  # this frame is in its traceback
+
+
+def _timeout(publishing: Publishing, publication: Publication, timeout: float) -> DomainEventsError:
+    why = why_unconfirmed(publishing, publication)
+    if publication.sent:
+        return EventNotConfirmed(
+            f"No confirm within {timeout:g} s ({why}). The broker may have the event: publish "
+            "the same one again (the error's .event), so that subscribers recognize it by its id."
+        )
+    return BrokerUnavailable(f"No broker within {timeout:g} s ({why}). The event was not sent.")
+
+
+def why_unconfirmed(publishing: Publishing, publication: Publication) -> str:
+    """Why the broker has not confirmed it yet."""
+    if publishing.trouble:
+        return publishing.trouble
+    if publication.nacks:
+        return "the broker has nacked it so far; a queue may be at its length limit"
+    return "the broker has not answered"
+
+
+def _after_fork() -> None:
+    # Another thread may have held the lock when the process forked; it is not in the child.
+    global _switching
+    _switching = threading.RLock()
+
+
+on_fork(_after_fork)

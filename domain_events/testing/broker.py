@@ -1,6 +1,6 @@
-"""``EventBroker``: an embedded broker that a test switches on, looks into, and moves through time.
+"""``EventBroker``: an embedded broker that a test switches on, inspects, and moves through time.
 
-Threads. What is published is noted under the embedded broker's lock, by whatever thread publishes;
+Threads. Published events are recorded under the embedded broker's lock, by the publishing thread;
 everything else belongs to the test's own thread.
 """
 
@@ -8,39 +8,49 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 
-from domain_events import publisher, settings, subscriber
-from domain_events.broker import memory
-from domain_events.broker.memory.clock import SECOND, VirtualTime
-from domain_events.broker.memory.store import Store
+from domain_events.broker import (
+    Consuming,
+    Exchange,
+    Publication,
+    Publishing,
+    memory,
+    overridden,
+)
+from domain_events.broker.clock import SECOND, VirtualTime
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.events import DomainEvent
-from domain_events.message import ROUTING_KEY, Delivery, Message, to_event
+from domain_events.forwarding import Forwarder
+from domain_events.handling import Delivered
+from domain_events.message import ToExchange
 from domain_events.publisher import Publisher
 from domain_events.subscriber import Subscriber
-from domain_events.subscription import Delivered
 from domain_events.testing.matching import ANYTHING, difference, expectation, listing
+from domain_events.worker import Worker
 
-# Two handlers that publish for each other would go round for ever.
+# Two handlers that publish events for each other would never end.
 _MOST_DELIVERIES = 10_000
+# Of calls to the embedded broker, which take no time.
+_TIMEOUT = 10.0
 
 _numbers = itertools.count(1)
 
 
 class EventBroker:
-    """Takes the place of every broker while it is switched on.
+    """Replaces every broker while it is switched on.
 
-    :param virtual_time: time stands still but for `advance`. Otherwise it passes, which a test
-        needs that runs subscribers in threads of their own and waits for their retries.
+    :param virtual_time: time stands still except for `advance`. Otherwise it passes, for tests that
+        run subscribers in threads of their own and wait for their retries.
     """
 
     def __init__(self, *, virtual_time: bool = True) -> None:
         self._name = f"testing-{os.getpid()}-{next(_numbers)}"
         self._virtual_time = virtual_time
         self._on = ExitStack()
-        self._store: Store | None = None
+        self._store: memory.Store | None = None
         self._published: list[DomainEvent] = []
 
     # --- on and off ------------------------------------------------------------------------------
@@ -49,17 +59,14 @@ class EventBroker:
         """Switch it on; `stop` must follow."""
         if self._store is not None:
             raise RuntimeError("This EventBroker is switched on already.")
-        urls = (self.url,)
         self._published = []
         self._store = memory.store(self._name, VirtualTime() if self._virtual_time else None)
-        self._store.on_publish = self._on_publish
         self._on.callback(memory.forget, self._name)
-        self._on.callback(publisher.close_publisher, urls)
-        self._on.enter_context(settings.replacement(urls))
+        self._on.enter_context(overridden(_Recorder(memory.Memory((self.url,)), self._record)))
         return self
 
     def stop(self) -> None:
-        """Switch it off: every broker is again what it was, and this one's queues are gone."""
+        """Switch it off: every broker is restored, and the queues of this one are deleted."""
         self._on.close()
         self._store = None
 
@@ -87,7 +94,7 @@ class EventBroker:
         return list(self._published)
 
     def clear(self) -> None:
-        """Forget what was published so far."""
+        """Forget the events published so far."""
         self._published.clear()
 
     def assert_published(
@@ -105,7 +112,7 @@ class EventBroker:
         :param domain_object_id: what it is about.
         :param times: exactly how many there are; at least one, if left out.
         :return: the first one of them.
-        :raises AssertionError: tells what was published instead.
+        :raises AssertionError: with what was published instead.
         """
         if times is not None and times < 1:
             raise ValueError("For times=0 there is assert_not_published().")
@@ -113,7 +120,7 @@ class EventBroker:
         if not found or (times is not None and len(found) != times):
             expected = expectation(binding_key, data, domain_object_id)
             number = f", {times} times" if times is not None else ""
-            instead = self._what_instead(binding_key, data, domain_object_id)
+            instead = self._what_was_published(binding_key, data, domain_object_id)
             raise AssertionError(f"Expected {expected}{number}; {instead}")
         return found[0]
 
@@ -127,19 +134,22 @@ class EventBroker:
         """Assert that no such event was published; without arguments, none at all."""
         if self._found(binding_key, data, domain_object_id):
             expected = expectation(binding_key, data, domain_object_id)
-            instead = self._what_instead(binding_key, data, domain_object_id)
+            instead = self._what_was_published(binding_key, data, domain_object_id)
             raise AssertionError(f"Not expected: {expected}; {instead}")
 
     # --- deliveries ------------------------------------------------------------------------------
 
     def attach(self, *subscribers: Subscriber) -> None:
-        """Have the queues of these subscribers here.
+        """Declare the queues of these subscribers on this broker.
 
         `~domain_events.Subscriber.register` does it by itself; this is for subscribers that
         registered before this broker was switched on, as at the import of a module.
         """
-        for each in subscribers:
-            subscriber.declare(each)
+        for subscriber in subscribers:
+            consuming = subscriber.connections.consuming()
+            assert consuming is not None
+            for each in subscriber.subscriptions:
+                consuming.declare(each.options.queue, _TIMEOUT)
 
     def deliver(self, to: Subscriber, *events: DomainEvent) -> list[Delivered]:
         """Call a subscriber's handlers, in this thread, with all the events that wait for them.
@@ -148,30 +158,23 @@ class EventBroker:
         until it is due: see `advance` and `deliver_all`.
 
         :param events: events to publish before.
-        :return: what became of each event, in the order in which they were handled.
+        :return: the outcome of each event, in the order in which they were handled.
         :raises AssertionError: it never ends; two handlers may publish for each other.
         """
         self.attach(to)
         with Publisher(exchange=to.exchange, exchange_type=to.exchange_type) as of_events:
             of_events.publish_many(events)
-        deliveries: list[Delivered] = []
-
-        def note(delivered: Delivered) -> None:
-            deliveries.append(delivered)
-            if len(deliveries) >= _MOST_DELIVERIES:
-                to.stop_consuming()
-
-        subscriber.work_off(to, note)
-        if len(deliveries) >= _MOST_DELIVERIES:
-            raise AssertionError(
-                f"{_MOST_DELIVERIES:,} deliveries and no end; the last one is {deliveries[-1]}."
-            )
-        return deliveries
+        consuming = to.connections.consuming()
+        assert consuming is not None
+        worker = _InThisThread(consuming, to.forwarder)
+        with to.running(worker) as subscriptions:
+            worker.work(subscriptions)
+        return worker.deliveries
 
     def deliver_all(self, to: Subscriber, *events: DomainEvent) -> list[Delivered]:
         """As `deliver`, and move the time forward over every retry, until nothing is left."""
         deliveries = self.deliver(to, *events)
-        # It may be somebody else's retry that is due next, or one between two delay levels.
+        # The next one due may be a retry of another subscriber.
         while (seconds := self._until_next()) is not None:
             self.advance(seconds)
             deliveries += self.deliver(to)
@@ -184,7 +187,7 @@ class EventBroker:
         self._running().advance(seconds)
 
     def dead_letters(self, name: str) -> list[DeadLetter]:
-        """The dead letters of a subscriber, to look at.
+        """The dead letters of a subscriber, for inspection.
 
         `domain_events.DeadLetters` replays and discards them.
         """
@@ -193,17 +196,16 @@ class EventBroker:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _on_publish(self, message: Message) -> None:
+    def _record(self, publication: Publication) -> None:
         """Under the embedded broker's lock: a message was published."""
-        # What is sent on, such as a retry, names the key that it was published with.
-        if message.exchange and ROUTING_KEY not in message.headers:
-            delivery = Delivery(message.exchange, message.routing_key, False, message, message.body)
-            self._published.append(to_event(delivery))
+        message = publication.message
+        if isinstance(message.destination, ToExchange) and publication.error is None:
+            self._published.append(DomainEvent.from_json(message.body))
 
     def _found(self, binding_key: str, data: object, about: object) -> list[DomainEvent]:
         return [each for each in self.published if not difference(each, binding_key, data, about)]
 
-    def _what_instead(self, binding_key: str, data: object, about: object) -> str:
+    def _what_was_published(self, binding_key: str, data: object, about: object) -> str:
         events = self.published
         if not events:
             return "nothing was published."
@@ -212,10 +214,64 @@ class EventBroker:
 
     def _until_next(self) -> float | None:
         store = self._running()
-        due = store.next_expiry()
+        due = store.next_delayed()
         return None if due is None else (due - store.now()) / SECOND
 
-    def _running(self) -> Store:
+    def _running(self) -> memory.Store:
         if self._store is None:
             raise RuntimeError("This EventBroker is switched off.")
         return self._store
+
+
+class _InThisThread(Worker):
+    """Handles what waits, and what comes of it, whatever the number of the subscriber's workers."""
+
+    def __init__(self, consuming: Consuming, forwarder: Forwarder) -> None:
+        super().__init__(consuming, forwarder, 1, None)
+        self.deliveries: list[Delivered] = []
+
+    def receive(self) -> None:
+        while not self.stopping and (work := self.next_waiting()) is not None:
+            delivered = self.handle(work)
+            if delivered is not None:
+                self.deliveries.append(delivered)
+            if len(self.deliveries) >= _MOST_DELIVERIES:
+                raise AssertionError(
+                    f"{_MOST_DELIVERIES:,} deliveries and no end; the last one is {delivered}."
+                )
+
+
+class _Recorder:
+    """A broker that records what is published on it."""
+
+    def __init__(self, broker: memory.Memory, record: Callable[[Publication], None]) -> None:
+        self._record = record
+        self._broker = broker
+        self.consuming = broker.consuming
+
+    def publishing(self, name: str, declare: Exchange | None = None) -> Publishing:
+        return _RecordingPublishing(self._broker.publishing(name, declare), self._record)
+
+
+class _RecordingPublishing:
+    """A connection that records what is confirmed on it."""
+
+    def __init__(self, publishing: Publishing, record: Callable[[Publication], None]) -> None:
+        self._publishing = publishing
+        self._record = record
+        self.trouble = ""
+        self.withdraw = publishing.withdraw
+        self.close = publishing.close
+        self.close_soon = publishing.close_soon
+
+    def submit(self, publication: Publication) -> None:
+        done = publication.on_done
+
+        def recorded(publication: Publication) -> None:
+            try:
+                self._record(publication)
+            finally:
+                done(publication)
+
+        publication.on_done = recorded
+        self._publishing.submit(publication)

@@ -1,12 +1,12 @@
-"""Whether an event is the expected one, and in words what is different. Pure."""
+"""Whether an event is as expected, and what is different. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from domain_events import topology
 from domain_events.events import DomainEvent
+from domain_events.names import matches
 
 
 class _Anything:
@@ -14,13 +14,13 @@ class _Anything:
         return "ANYTHING"
 
 
-#: Data that need not be looked at.
+#: Matches any value.
 ANYTHING = _Anything()
 
 
 def difference(event: DomainEvent, binding_key: str, data: object, about: object) -> str:
     """Empty if the event is as expected."""
-    if not topology.matches(binding_key, event.routing_key):
+    if not matches(binding_key, event.routing_key):
         return "another routing key"
     if about is not ANYTHING and event.domain_object_id != about:
         return f"domain_object_id is {event.domain_object_id!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from support import wait_until
 
@@ -13,59 +13,69 @@ from domain_events.broker import (
     Browser,
     Consumer,
     Consuming,
+    Exchange,
     Publication,
     Publishing,
+    Queue,
     Settlement,
     connect,
 )
-from domain_events.message import Delivery, Message
-from domain_events.topology import Topology
+from domain_events.message import Delivery, Destination, Message, Place, ToSubscriber
 
 TIMEOUT = 10.0
+
+#: The routing key of events whose routing key does not matter.
+KEY = "a.b"
+
+
+class Kind(TypedDict, total=False):
+    """What makes one queue another one than the next: options of `Queue`."""
+
+    dead_letters: bool
+    delays: bool
+    durable: bool
+    exclusive: bool
+    auto_delete: bool
+    classic: bool
 
 
 class Inbox:
     """A consumer, and all that it was ever delivered."""
 
-    def __init__(
-        self,
-        consuming: Consuming,
-        queue: str,
-        topology: Topology,
-        prefetch: int,
-        *,
-        careful: bool = False,
-    ) -> None:
+    def __init__(self, consuming: Consuming, queue: Queue, prefetch_count: int) -> None:
         self.deliveries: list[Delivery] = []
-        self.consumer: Consumer = consuming.consume(
-            queue, topology, prefetch, self._deliver, careful=careful
-        )
+        self.consumer: Consumer = consuming.consume(queue, prefetch_count, self._deliver)
 
     def _deliver(self, delivery: Delivery, _consumer: Consumer) -> None:
         self.deliveries.append(delivery)
 
     def wait(self, number: int) -> list[Delivery]:
-        """Everything delivered, as soon as it is so many."""
+        """All deliveries, as soon as there are so many."""
         wait_until(lambda: len(self.deliveries) >= number, message=f"{number} deliveries")
         return list(self.deliveries)
 
     def bodies(self) -> list[bytes]:
-        return [delivery.body for delivery in self.deliveries]
+        return bodies(self.deliveries)
 
-    def settle(self, *deliveries: Delivery, requeue: bool = False) -> None:
-        """Settle them, and tell the broker now."""
-        how = Settlement.GIVE_BACK if requeue else Settlement.DONE
+    def settle(self, *deliveries: Delivery, how: Settlement = Settlement.DONE) -> None:
+        """Settle them, and send that to the broker now."""
         for delivery in deliveries:
             self.consumer.settle(delivery, how)
         self.consumer.flush()
+
+    def give_back(self, *deliveries: Delivery) -> None:
+        self.settle(*deliveries, how=Settlement.GIVE_BACK)
+
+    def fail(self, *deliveries: Delivery) -> None:
+        self.settle(*deliveries, how=Settlement.FAILED)
 
 
 class Peer:
     """One connection to publish on, any number to consume on."""
 
-    def __init__(self, url: str, declare: Topology = ()) -> None:
+    def __init__(self, url: str, declare: Exchange | None = None) -> None:
         self.broker = connect((url,))
-        self.publishing: Publishing = self.broker.publishing(declare, "peer")
+        self.publishing: Publishing = self.broker.publishing("peer", declare)
         self._connections: list[Consuming] = []
         self.consuming = self.another_connection()
 
@@ -74,25 +84,30 @@ class Peer:
         self._connections.append(self.broker.consuming("peer", lambda: None))
         return self._connections[-1]
 
-    def declare(self, *topology: Any) -> None:
-        self.consuming.declare(topology, TIMEOUT)
+    def declare(self, *queues: Queue) -> None:
+        for queue in queues:
+            self.consuming.declare(queue, TIMEOUT)
 
-    def delete(self, *topology: Any) -> None:
-        self.consuming.delete(topology, TIMEOUT)
+    def delete(self, *names: str, exchange: str | None = None) -> None:
+        """Delete subscribers with their dead letters, and the exchange if one is named."""
+        # The protocol wants one, and does not mind one that does not exist.
+        self.consuming.delete(names, exchange or "domain-events-tests-nothing", TIMEOUT)
 
-    def count(self, queue: str) -> int:
-        return self.consuming.count(queue, TIMEOUT)
+    def count(self, place: Place | str) -> int:
+        """How many are ready there, or in the queue of the subscriber of that name."""
+        return self.consuming.count(_place(place), TIMEOUT)
 
-    def exists(self, queue: str) -> bool:
+    def exists(self, place: Place | str) -> bool:
+        """Whether the queue exists, and is not exclusive to another connection."""
         try:
-            self.count(queue)
-        except TopologyError as error:
-            return "no queue" not in str(error)
+            self.count(place)
+        except TopologyError:
+            return False
         return True
 
-    def wait_for_count(self, queue: str, number: int) -> None:
+    def wait_for_count(self, place: Place | str, number: int) -> None:
         """A broker may take a moment to count what it has confirmed or taken back."""
-        wait_until(lambda: self.count(queue) == number, message=f"{number} ready in {queue}")
+        wait_until(lambda: self.count(place) == number, message=f"{number} ready in {place}")
 
     def submit(self, *messages: Message) -> list[Publication]:
         """Publish without waiting for the confirms."""
@@ -102,7 +117,7 @@ class Peer:
         return publications
 
     def send(self, message: Message) -> DomainEventsError | None:
-        """Publish, wait for the confirm, and say what became of it."""
+        """Publish, and wait for the confirm: the error, if it was not confirmed."""
         done = threading.Event()
         publication = Publication(message, lambda _: done.set())
         self.publishing.submit(publication)
@@ -111,41 +126,52 @@ class Peer:
         return publication.error
 
     def publish(
-        self, exchange: str, routing_key: str, *bodies: bytes, mandatory: bool = False
+        self, to: Destination, *bodies: bytes, key: str = KEY, mandatory: bool = False
     ) -> None:
-        """Publish and have confirmed."""
+        """Publish, and have each confirmed."""
         for body in bodies:
-            error = self.send(Message(exchange, routing_key, body, mandatory=mandatory))
+            error = self.send(Message(to, key, body, mandatory=mandatory))
             if error is not None:
                 raise error
 
+    def is_unroutable(self, to: Destination, *, key: str = KEY, body: bytes = b"") -> bool:
+        """Whether a message that must reach a queue is refused."""
+        return self.send(Message(to, key, body, mandatory=True)) is not None
+
     def consume(
-        self,
-        queue: str,
-        prefetch: int = 100,
-        topology: Topology = (),
-        connection: Consuming | None = None,
-        *,
-        careful: bool = False,
+        self, queue: Queue, prefetch_count: int = 100, connection: Consuming | None = None
     ) -> Inbox:
-        return Inbox(connection or self.consuming, queue, topology, prefetch, careful=careful)
+        return Inbox(connection or self.consuming, queue, prefetch_count)
 
-    def browse(self, queue: str) -> Browser:
-        return self.consuming.browse(queue, TIMEOUT)
+    def browse(self, place: Place | str, connection: Consuming | None = None) -> Browser:
+        return (connection or self.consuming).browse(
+            _place(place), TIMEOUT, lambda: self.publishing
+        )
 
-    def take_all(self, queue: str) -> list[bytes]:
+    def look(self, place: Place | str) -> list[Delivery]:
+        """All that is there, and stays there."""
+        browser = self.browse(place)
+        seen = walk(browser)
+        browser.close(TIMEOUT)
+        return seen
+
+    def take_all(self, place: Place | str) -> list[bytes]:
         """Take everything out of a queue; the bodies."""
-        browser = self.browse(queue)
+        browser = self.browse(place)
         taken = walk(browser)
         for delivery in taken:
             browser.ack(delivery, TIMEOUT)
         browser.close(TIMEOUT)
-        return [delivery.body for delivery in taken]
+        return bodies(taken)
 
     def close(self) -> None:
         for connection in self._connections:
             connection.close(TIMEOUT)
         self.publishing.close(TIMEOUT)
+
+
+def _place(place: Place | str) -> Place:
+    return ToSubscriber(place) if isinstance(place, str) else place
 
 
 def walk(browser: Browser) -> list[Delivery]:

@@ -1,4 +1,4 @@
-"""One of two brokers that go in lock step: does as it is told, and says what can be seen."""
+"""One of two brokers that go in lock step: does what it is given to do, and shows the result."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import TypeAlias
 
 from conformance.peer import TIMEOUT, Inbox, Peer
 from domain_events import TopologyError
-from domain_events.broker import Browser, Consuming
-from domain_events.message import Delivery, Message
-from domain_events.topology import Topology
+from domain_events.broker import Browser, Consuming, Queue, Settlement
+from domain_events.message import Delivery, Message, Place
 
 #: What is compared of a delivery.
-Seen: TypeAlias = tuple[bytes, str, str, bool, int, str]
+Seen: TypeAlias = tuple[object, ...]
 
 
 def seen(delivery: Delivery) -> Seen:
+    """What is the same wherever it is seen."""
+    failure = delivery.failure
     return (
         delivery.body,
-        delivery.exchange,
-        delivery.routing_key,
-        delivery.redelivered,
-        delivery.retries,
         delivery.original_routing_key,
+        delivery.message_id,
+        delivery.retries,
+        delivery.hand_backs,
+        failure.subscriber,
+        failure.error_type,
+        failure.error_message,
+        failure.first_error_type,
     )
 
 
@@ -47,55 +51,75 @@ class Side:
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name
+        self.url = url
         self.peer = Peer(url)
         self.holders: dict[str, Holder] = {}
 
-    def consume(self, queue: str, prefetch: int, topology: Topology) -> None:
+    def consume(self, queue: Queue, prefetch_count: int) -> None:
         connection = self.peer.another_connection()
-        inbox = self.peer.consume(queue, prefetch, topology, connection)
-        self.holders[queue] = Holder(inbox, connection)
+        inbox = self.peer.consume(queue, prefetch_count, connection)
+        self.holders[queue.name] = Holder(inbox, connection)
 
-    def settle(self, queue: str, number: int, *, requeue: bool = False) -> None:
-        holder = self.holders[queue]
+    def settle(self, name: str, number: int, how: Settlement = Settlement.DONE) -> None:
+        holder = self.holders[name]
         holder.settled.add(number)
-        holder.inbox.settle(holder.inbox.deliveries[number], requeue=requeue)
+        holder.inbox.settle(holder.inbox.deliveries[number], how=how)
 
-    def delivery(self, queue: str, number: int) -> Delivery:
-        return self.holders[queue].inbox.deliveries[number]
+    def delivery(self, name: str, number: int) -> Delivery:
+        return self.holders[name].inbox.deliveries[number]
 
-    def stop(self, queue: str) -> None:
-        self.holders[queue].inbox.consumer.stop(TIMEOUT)
-        self.holders[queue].stopped = True
+    def stop(self, name: str) -> None:
+        self.holders[name].inbox.consumer.stop(TIMEOUT)
+        self.holders[name].stopped = True
 
-    def crash(self, queue: str) -> None:
+    def crash(self, name: str) -> None:
         """The connection ends; what was held is not settled."""
-        self.holders.pop(queue).connection.close(TIMEOUT)
+        self.holders.pop(name).connection.close(TIMEOUT)
+
+    def declare(self, queue: Queue) -> str:
+        """What became of it: empty, or the kind of the error."""
+        try:
+            self.peer.declare(queue)
+        except TopologyError:
+            return "TopologyError"
+        return ""
 
     def publish(self, message: Message) -> str:
         """What became of it: empty, or the name of the error."""
         error = self.peer.send(message)
         return "" if error is None else type(error).__name__
 
-    def browse(self, queue: str, most: int) -> tuple[Browser, list[Delivery]]:
-        """The first messages of the queue, and who holds them."""
-        browser = self.peer.browse(queue)
+    def browse(self, place: Place, most: int) -> tuple[Browser, list[Delivery]]:
+        """The first messages that wait there, and who holds them."""
+        browser = self.peer.browse(place)
+        return browser, self.walk(browser, most)
+
+    def walk(self, browser: Browser, most: int) -> list[Delivery]:
+        """The next ones of a walk."""
         found: list[Delivery] = []
         while len(found) < most and (delivery := browser.next(TIMEOUT)) is not None:
             found.append(delivery)
-        return browser, found
+        return found
 
-    def count(self, queue: str) -> int | None:
-        """How many are ready; None if there is no such queue."""
+    def count(self, place: Place | str) -> int | None:
+        """How many are ready there; None if nobody may know, or there is no such queue."""
         try:
-            return self.peer.count(queue)
+            return self.peer.count(place)
         except TopologyError:
             return None
 
-    def look(self, queues: Sequence[str]) -> dict[str, tuple[int | None, list[Seen]]]:
-        """All that can be seen: what is ready in each queue, and what was delivered from it."""
-        state = {}
-        for queue in queues:
-            holder = self.holders.get(queue)
-            delivered = [seen(each) for each in holder.inbox.deliveries] if holder else []
-            state[queue] = (self.count(queue), delivered)
+    def delivered(self, name: str) -> list[Seen]:
+        """All that was delivered of a subscriber's queue, with whether it came again."""
+        holder = self.holders.get(name)
+        deliveries = holder.inbox.deliveries if holder else []
+        return [(*seen(each), each.redelivered) for each in deliveries]
+
+    def look(
+        self, names: Sequence[str], places: Sequence[Place]
+    ) -> dict[object, int | list[Seen] | None]:
+        """All that can be seen: what is ready in each place, and what was delivered."""
+        state: dict[object, int | list[Seen] | None] = {
+            place: self.count(place) for place in places
+        }
+        state.update({name: self.delivered(name) for name in names})
         return state

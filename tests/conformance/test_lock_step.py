@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+import onlooker
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -24,31 +26,38 @@ from hypothesis.stateful import (
 )
 from support import Names, wait_until
 
-from conformance.peer import TIMEOUT
-from conformance.side import Side, seen
+from conformance.peer import TIMEOUT, Kind
+from conformance.side import Seen, Side, seen
 from domain_events import message as messages
-from domain_events.message import Delivery, Message
-from domain_events.topology import (
-    Binding,
-    Declaration,
-    Exchange,
-    Queue,
-    dead_letter_name,
-    dead_letter_queue,
-    delays,
-    subscriber_queue,
-    temporary_queue,
-    way_back,
+from domain_events.broker import Exchange, Queue, Settlement
+from domain_events.message import (
+    Delivery,
+    Destination,
+    Later,
+    Message,
+    Place,
+    ToDeadLetters,
+    ToExchange,
+    ToSubscriber,
+    UndeliveredOf,
 )
 
 BINDING_KEYS = st.sampled_from(["a.*", "a.b", "#", "*.c", "b.#"])
 ROUTING_KEYS = st.sampled_from(["a.b", "a.c", "b", "b.c", "c.d.e"])
 NUMBERS = st.integers(0, 9)
 PREFETCH = st.integers(1, 4)
+SETTLEMENTS = st.sampled_from(Settlement)
 T = TypeVar("T")
 
-# The first two may retry and have dead letters.
-KINDS = ["durable", "another", "temporary", "auto-delete"]
+_RETRIES: Kind = {"dead_letters": True, "delays": True}
+KINDS: dict[str, Kind] = {
+    "durable": _RETRIES,
+    "another": _RETRIES,
+    "temporary": {"durable": False},
+    "auto-delete": {"auto_delete": True},
+    "classic": {"classic": True, **_RETRIES},
+    "exclusive": {"exclusive": True},
+}
 
 # How long RabbitMQ may take to be where the embedded broker is at once.
 _PATIENCE = 8.0
@@ -65,24 +74,42 @@ class LockStep(RuleBasedStateMachine):
     def __init__(self, sides: Sequence[Side], exchange: str, name: Callable[[str], str]) -> None:
         super().__init__()
         self.sides = sides
-        self.exchange = exchange
-        self.queues = {kind: name(kind) for kind in KINDS}
-        self.looked_at = [
-            *self.queues.values(),
-            *(dead_letter_name(self.queues[kind]) for kind in KINDS[:2]),
-            f"{exchange}.undelivered",
+        self.exchange = Exchange(exchange)
+        self.queues = {
+            kind: Queue(name(kind), self.exchange, **options) for kind, options in KINDS.items()
+        }
+        self.names = [queue.name for queue in self.queues.values()]
+        self.dead_letters = {
+            kind: ToDeadLetters(queue.name)
+            for kind, queue in self.queues.items()
+            if queue.dead_letters
+        }
+        self.undelivered = UndeliveredOf(exchange)
+        # Kinds that were ever declared: nothing can be seen of the others.
+        self.declared: set[str] = set()
+        self.places: list[Place] = [
+            *map(ToSubscriber, self.names),
+            *self.dead_letters.values(),
+            self.undelivered,
         ]
+        # Queues that count failures and have had something back. From there, how many a consumer
+        # takes at first depends on whether RabbitMQ counts what was given back: see `consume`.
+        self.returned: set[str] = set()
         self.bodies = (b"%d" % number for number in itertools.count())
 
-    # --- what can be done to what (the embedded broker is asked, which is the quicker one) -------
+    # --- what can be done to what (the embedded broker answers, which is the quicker one) --------
 
     def there(self) -> list[str]:
-        """Queues that exist, of subscribers and of dead letters."""
-        return [queue for queue in self.looked_at[:-1] if self.sides[0].count(queue) is not None]
+        """Kinds whose queue exists."""
+        return [
+            kind
+            for kind, queue in self.queues.items()
+            if self.sides[0].count(queue.name) is not None
+        ]
 
     def consumed(self) -> list[str]:
         """Kinds that have somebody who consumes or consumed."""
-        return [kind for kind in KINDS if self.queues[kind] in self.sides[0].holders]
+        return [kind for kind, each in self.queues.items() if each.name in self.sides[0].holders]
 
     def held(self) -> list[tuple[str, int]]:
         """Deliveries that wait to be settled: the kind, and the number of the delivery."""
@@ -90,71 +117,75 @@ class LockStep(RuleBasedStateMachine):
         return [
             (kind, number)
             for kind in self.consumed()
-            for number in holders[self.queues[kind]].held()
+            for number in holders[self.queues[kind].name].held()
         ]
 
-    def held_by_durable(self) -> list[tuple[str, int]]:
-        return [each for each in self.held() if each[0] in KINDS[:2]]
+    def held_to_retry(self) -> list[tuple[str, int]]:
+        return [each for each in self.held() if self.queues[each[0]].delays]
+
+    def looked_into(self) -> list[Place]:
+        """Where a walk can begin that makes no difference to what comes after it.
+
+        RabbitMQ counts looks into some queues up to 4.2; and what a quorum queue gets back goes
+        behind what came back before.
+        """
+        embedded = self.sides[0]
+        holding = {self.queues[kind].name for kind, _ in self.held()}
+        names = [self.queues[kind].name for kind in self.there()]
+        fresh = [name for name in names if name not in self.returned | holding]
+        others = [each for each in self.places[len(KINDS) :] if embedded.count(each) is not None]
+        return [*map(ToSubscriber, fresh), *others]
 
     # --- helpers ---------------------------------------------------------------------------------
 
-    def topology(self, kind: str, binding_keys: Sequence[str] = ()) -> list[Declaration]:
-        queue = self.queues[kind]
-        declarations: list[Declaration] = []
-        if kind in KINDS[:2]:
-            declarations += [dead_letter_queue(queue), subscriber_queue(queue)]
-            declarations.append(way_back(self.exchange, queue))
-        else:
-            auto_delete = kind == "auto-delete"
-            declarations.append(temporary_queue(queue, exclusive=False, auto_delete=auto_delete))
-        return [*declarations, *(Binding(self.exchange, queue, key) for key in binding_keys)]
+    def gets_back(self, name: str) -> None:
+        """Something returns to this queue."""
+        if any(each.name == name and each.counts_failures for each in self.queues.values()):
+            self.returned.add(name)
 
-    def publish(self, message: Message) -> None:
+    def publish(self, to: Destination, key: str = "a.b", *, mandatory: bool = True) -> None:
+        body = next(self.bodies)
+        message = Message(to, key, body, f"id-{body.decode()}", mandatory=mandatory)
         first, second = (side.publish(message) for side in self.sides)
         assert first == second, f"{message} is {first!r} on one and {second!r} on the other"
 
-    def move(self, make: Callable[[Delivery], Message], kind: str, number: int) -> None:
+    def move(self, make: Callable[[Delivery], Message], name: str, number: int) -> None:
         """Publish what the delivery becomes, then ack it, on each side."""
-        queue = self.queues[kind]
         for side in self.sides:
-            assert side.publish(make(side.delivery(queue, number))) == ""
-            side.settle(queue, number)
+            assert side.publish(make(side.delivery(name, number))) == ""
+            side.settle(name, number)
 
     def wait_until_it_consumes(self, kind: str) -> None:
         """Until something was delivered to it."""
-        queue = self.queues[kind]
-        body = b"probe %s" % next(self.bodies)
+        name = self.queues[kind].name
+        probe = Message(ToSubscriber(name), "a.b", b"probe %s" % next(self.bodies), mandatory=True)
         for side in self.sides:
-            probe = Message("", queue, body, mandatory=True)
             wait_until(lambda: side.publish(probe) == "", timeout=_PATIENCE)  # noqa: B023
-            inbox = side.holders[queue].inbox
+            inbox = side.holders[name].inbox
             wait_until(lambda: inbox.deliveries, timeout=_PATIENCE)  # noqa: B023
 
-    def delete(self, kind: str) -> None:
-        queue = self.queues[kind]
+    def forget_what_was_held(self, name: str) -> None:
+        """The queue is gone: what was held of it is passed over when it is settled."""
+        self.returned.discard(name)
         for side in self.sides:
-            side.peer.delete(Queue(queue))
-        if kind not in self.consumed():
-            return
-        for side in self.sides:
-            # What it held is gone, and is passed over when it is settled.
-            old = side.holders[queue]
-            for number in old.held():
-                side.settle(queue, number)
-            old.inbox.deliveries.clear()
-            old.settled.clear()
-        if not self.sides[0].holders[queue].stopped:
-            self.wait_until_it_consumes(kind)
+            if old := side.holders.get(name):
+                for number in old.held():
+                    side.settle(name, number)
+                old.inbox.deliveries.clear()
+                old.settled.clear()
 
-    def wait_until_nothing_is_delayed(self) -> None:
+    def arrived(self, side: Side, name: str) -> int:
+        """How many have come to a subscriber, or come to nothing."""
+        ready = (side.count(name) or 0) + (side.count(self.undelivered) or 0)
+        return ready + len(side.delivered(name))
+
+    def wait_until_nothing_is_delayed(self, name: str, before: list[int], number: int) -> None:
         """Only then anything else is done: what comes back, and when, is not known to the other."""
-        levels = [f"{self.exchange}.delay.{level:02}" for level in range(2)]
-        # A message on its way between two levels is in neither of them, for a moment.
-        over = time.monotonic() + 0.35
-        for side in self.sides:
+        for side, was in zip(self.sides, before, strict=True):
             wait_until(
-                lambda: time.monotonic() > over and not any(map(side.count, levels)),  # noqa: B023
+                lambda: self.arrived(side, name) == was + number,  # noqa: B023
                 timeout=_PATIENCE,
+                message=f"{number} delayed events of {name} on {side.name}",
             )
 
     # --- rules -----------------------------------------------------------------------------------
@@ -162,100 +193,157 @@ class LockStep(RuleBasedStateMachine):
     @initialize(keys=st.lists(BINDING_KEYS, min_size=1, max_size=2), prefetch=PREFETCH)
     def begin(self, keys: list[str], prefetch: int) -> None:
         """There is something to do something to."""
-        self.declare("durable", keys)
-        self.publish_to_a_queue(0, 4)
+        self.declare("durable", keys, [])
+        for _ in range(4):
+            self.publish(ToSubscriber(self.queues["durable"].name))
         self.consume("durable", prefetch, [])
 
-    @rule(kind=st.sampled_from(KINDS), keys=st.lists(BINDING_KEYS, max_size=2))
-    def declare(self, kind: str, keys: list[str]) -> None:
-        """Also again, which changes nothing but for new bindings."""
+    @rule(
+        kind=st.sampled_from([kind for kind in KINDS if kind != "exclusive"]),
+        keys=st.lists(BINDING_KEYS, max_size=2),
+        retired=st.lists(BINDING_KEYS, max_size=1),
+    )
+    def declare(self, kind: str, keys: list[str], retired: list[str]) -> None:
+        """Also again, which changes nothing but the bindings."""
+        self.declared.add(kind)
+        retired = [key for key in retired if key not in keys]
+        queue = replace(self.queues[kind], binding_keys=tuple(keys), retired_keys=tuple(retired))
         for side in self.sides:
-            side.peer.declare(*self.topology(kind, keys))
+            assert side.declare(queue) == ""
+
+    @precondition(lambda self: self.there())
+    @rule(which=NUMBERS, kind=st.sampled_from(list(KINDS)))
+    def declare_as_another_kind(self, which: int, kind: str) -> None:
+        """A queue stays what it is."""
+        there = chosen(self.there(), which)
+        queue = replace(self.queues[kind], name=self.queues[there].name)
+        first, second = (side.declare(queue) for side in self.sides)
+        assert first == second, f"{queue} is {first!r} on one and {second!r} on the other"
 
     @rule(key=ROUTING_KEYS, number=st.integers(1, 3), mandatory=st.booleans())
     def publish_to_the_exchange(self, key: str, number: int, mandatory: bool) -> None:
         for _ in range(number):
-            self.publish(Message(self.exchange, key, next(self.bodies), mandatory=mandatory))
+            self.publish(ToExchange(self.exchange.name), key, mandatory=mandatory)
 
-    @precondition(lambda self: self.there())
-    @rule(which=NUMBERS, number=st.integers(1, 4))
-    def publish_to_a_queue(self, which: int, number: int) -> None:
+    @rule(kind=st.sampled_from(list(KINDS)), number=st.integers(1, 4), key=ROUTING_KEYS)
+    def publish_to_a_subscriber(self, kind: str, number: int, key: str) -> None:
+        """Whether it is there or not."""
         for _ in range(number):
-            queue = chosen(self.there(), which)
-            self.publish(Message("", queue, next(self.bodies), mandatory=True))
+            self.publish(ToSubscriber(self.queues[kind].name), key)
+
+    @rule(kind=st.sampled_from(list(KINDS)), key=ROUTING_KEYS)
+    def publish_to_dead_letters(self, kind: str, key: str) -> None:
+        """Whether there are any or not."""
+        self.publish(ToDeadLetters(self.queues[kind].name), key)
 
     @precondition(lambda self: len(self.consumed()) < len(KINDS))
-    @rule(kind=st.sampled_from(KINDS), prefetch=PREFETCH, keys=st.lists(BINDING_KEYS, max_size=1))
+    @rule(
+        kind=st.sampled_from(list(KINDS)),
+        prefetch=PREFETCH,
+        keys=st.lists(BINDING_KEYS, max_size=1),
+    )
     def consume(self, kind: str, prefetch: int, keys: list[str]) -> None:
         """One consumer at a time: whose turn it is among several is the broker's affair."""
         if kind in self.consumed():
             return
+        self.declared.add(kind)
+        queue = replace(self.queues[kind], binding_keys=tuple(keys))
+        if queue.name in self.returned:
+            prefetch = 1
         for side in self.sides:
-            side.consume(self.queues[kind], prefetch, self.topology(kind, keys))
+            side.consume(queue, prefetch)
         self.wait_until_it_consumes(kind)
 
     @precondition(lambda self: self.held())
-    @rule(which=NUMBERS, requeue=st.booleans())
-    def settle(self, which: int, requeue: bool) -> None:
+    @rule(which=NUMBERS, how=SETTLEMENTS)
+    def settle(self, which: int, how: Settlement) -> None:
         kind, number = chosen(self.held(), which)
+        self.settle_one(kind, number, how)
+
+    def settle_one(self, kind: str, number: int, how: Settlement) -> None:
+        name = self.queues[kind].name
+        if how is not Settlement.DONE:
+            self.gets_back(name)
         for side in self.sides:
-            side.settle(self.queues[kind], number, requeue=requeue)
+            side.settle(name, number, how)
 
     @precondition(lambda self: self.held())
-    @rule(requeue=st.booleans(), backwards=st.booleans())
-    def settle_all(self, requeue: bool, backwards: bool) -> None:
-        """What has arrived by now: requeued, it comes again."""
+    @rule(how=SETTLEMENTS, backwards=st.booleans())
+    def settle_all(self, how: Settlement, backwards: bool) -> None:
+        """What has arrived by now: given back, it comes again."""
         held = self.held()
         for kind, number in reversed(held) if backwards else held:
-            for side in self.sides:
-                side.settle(self.queues[kind], number, requeue=requeue)
+            self.settle_one(kind, number, how)
             self.the_same_is_seen()
 
-    @precondition(lambda self: self.held_by_durable())
+    @precondition(lambda self: self.held_to_retry())
     @rule(which=NUMBERS)
     def dead_letter(self, which: int) -> None:
         """The handler gives it up."""
-        kind, number = chosen(self.held_by_durable(), which)
-        queue = self.queues[kind]
-        if self.sides[0].count(dead_letter_name(queue)) is not None:
+        kind, number = chosen(self.held_to_retry(), which)
+        name = self.queues[kind].name
+        if self.sides[0].count(self.dead_letters[kind]) is not None:
             error = ValueError("given up")
-            self.move(lambda each: messages.dead_letter(each, queue, error), kind, number)
+            self.move(lambda each: messages.dead_letter(each, name, error), name, number)
 
-    @precondition(lambda self: self.held_by_durable())
-    @rule(most=st.integers(1, 3), delete=st.booleans())
-    def retry(self, most: int, delete: bool) -> None:
-        """By way of the delay levels, the later ones with longer delays; perhaps in vain."""
-        held = self.held_by_durable()
+    @precondition(lambda self: self.held_to_retry())
+    @rule(which=NUMBERS)
+    def hand_back(self, which: int) -> None:
+        """At once, to its end."""
+        kind, number = chosen(self.held_to_retry(), which)
+        name = self.queues[kind].name
+        if self.sides[0].count(name) is not None:
+            self.move(lambda each: messages.hand_back(each, ToSubscriber(name)), name, number)
+
+    @precondition(lambda self: self.held_to_retry())
+    @rule(most=st.integers(1, 3), gone=st.booleans())
+    def retry(self, most: int, gone: bool) -> None:
+        """Later ones with longer delays; perhaps in vain, for their queue is gone."""
+        held = self.held_to_retry()
         kind = held[0][0]
-        queue = self.queues[kind]
-        numbers = [number for each, number in held if each == kind]
-        for delay, number in zip((0.1, 0.2, 0.3), numbers[:most], strict=False):
-            self.move(
-                lambda each: messages.retry(each, self.exchange, queue, delay, ValueError()),  # noqa: B023
-                kind,
-                number,
-            )
-        if delete:
+        name = self.queues[kind].name
+        numbers = [number for each, number in held if each == kind][:most]
+        retries = [
+            [
+                messages.retry(
+                    side.delivery(name, number), Later(self.exchange.name, name, delay), KeyError()
+                )
+                for delay, number in zip((0.1, 0.3, 0.5), numbers, strict=False)
+            ]
+            for side in self.sides
+        ]
+        if gone:
             for side in self.sides:
-                side.stop(queue)
+                side.stop(name)
             self.delete(kind)
-        self.wait_until_nothing_is_delayed()
+        self.the_same_is_seen()
+        before = [self.arrived(side, name) for side in self.sides]
+        for side, made in zip(self.sides, retries, strict=True):
+            for message in made:
+                assert side.publish(message) == ""
+        if not gone:
+            for side in self.sides:
+                for number in numbers:
+                    side.settle(name, number)
+        self.wait_until_nothing_is_delayed(name, before, len(numbers))
 
     @precondition(lambda self: self.consumed())
     @rule(which=NUMBERS)
     def stop(self, which: int) -> None:
         """What it holds it can still settle."""
         for side in self.sides:
-            side.stop(self.queues[chosen(self.consumed(), which)])
+            side.stop(self.queues[chosen(self.consumed(), which)].name)
 
     @precondition(lambda self: self.consumed())
     @rule(which=NUMBERS)
     def crash(self, which: int) -> None:
-        kind = chosen(self.consumed(), which)
+        """And nobody settles what it held."""
+        name = self.queues[chosen(self.consumed(), which)].name
+        self.gets_back(name)
         for side in self.sides:
-            side.crash(self.queues[kind])
+            side.crash(name)
 
-    @precondition(lambda self: self.there())
+    @precondition(lambda self: self.looked_into())
     @rule(
         which=NUMBERS,
         most=st.integers(1, 5),
@@ -264,34 +352,41 @@ class LockStep(RuleBasedStateMachine):
     )
     def browse(self, which: int, most: int, acks: set[int], replay: bool) -> None:
         """Look at some, take out or replay some of those, look again."""
-        queue = chosen(self.there(), which)
+        place = chosen(self.looked_into(), which)
+        if isinstance(place, ToSubscriber):
+            self.gets_back(place.name)
         looks = []
         for side in self.sides:
-            browser, found = side.browse(queue, most)
+            browser, found = side.browse(place, most)
             look: list[object] = [(seen(each), each.message_count) for each in found]
             for number in sorted(acks & set(range(len(found)))):
-                if replay and queue.endswith("-dl"):
-                    name = queue.removesuffix("-dl")
-                    look.append(side.publish(messages.replay(found[number], name)))
+                if replay and isinstance(place, ToDeadLetters):
+                    look.append(side.publish(messages.replay(found[number], place.name)))
+                if isinstance(place, UndeliveredOf):
+                    look.append(found[number].subscriber)
                 browser.ack(found[number], TIMEOUT)
             browser.rewind()
-            again = [browser.next(TIMEOUT) for _ in range(most)]
-            look += [(seen(each), each.message_count) for each in again if each]
+            look += [(seen(each), each.message_count) for each in side.walk(browser, most)]
             browser.close(TIMEOUT)
             looks.append(look)
-        assert looks[0] == looks[1], f"browsing {queue}"
+        assert looks[0] == looks[1], f"browsing {place}"
 
     @precondition(lambda self: self.there())
-    @rule(which=NUMBERS)
-    def delete_a_queue(self, which: int) -> None:
-        """A consumer of it makes it again, with what it was given to declare."""
-        queue = chosen(self.there(), which)
-        kinds = [kind for kind in KINDS if self.queues[kind] == queue]
-        if kinds:
-            self.delete(kinds[0])
-        else:
-            for side in self.sides:
-                side.peer.delete(Queue(queue))
+    @rule(which=NUMBERS, all_of_it=st.booleans())
+    def delete_a_queue(self, which: int, all_of_it: bool) -> None:
+        """With its dead letters or without; a consumer of it makes again all that it needs."""
+        self.delete(chosen(self.there(), which), all_of_it=all_of_it)
+
+    def delete(self, kind: str, *, all_of_it: bool = False) -> None:
+        name = self.queues[kind].name
+        for side in self.sides:
+            if all_of_it:
+                side.peer.delete(name)
+            else:
+                onlooker.delete(side.url, queues=[name])
+        self.forget_what_was_held(name)
+        if kind in self.consumed() and not self.sides[0].holders[name].stopped:
+            self.wait_until_it_consumes(kind)
 
     # --- what must hold --------------------------------------------------------------------------
 
@@ -300,25 +395,31 @@ class LockStep(RuleBasedStateMachine):
         """As soon as RabbitMQ has done what the embedded broker does at once."""
         embedded, rabbitmq = self.sides
         until = time.monotonic() + _PATIENCE
-        while (here := embedded.look(self.looked_at)) != (there := rabbitmq.look(self.looked_at)):
+        while (here := self.look(embedded)) != (there := self.look(rabbitmq)):
             if time.monotonic() > until:
                 differences = [
-                    f"{queue}: {embedded.name} has {here[queue]}\n"
-                    f"{' ' * len(queue)}  {rabbitmq.name} has {there[queue]}"
-                    for queue in here
-                    if here[queue] != there[queue]
+                    f"{what}:\n  {embedded.name} has {here[what]}\n"
+                    f"  {rabbitmq.name} has {there[what]}"
+                    for what in here
+                    if here[what] != there[what]
                 ]
                 raise AssertionError("\n".join(differences))
             time.sleep(0.005)
 
+    def look(self, side: Side) -> dict[object, int | list[Seen] | None]:
+        places: list[Place] = [
+            *(ToSubscriber(self.queues[kind].name) for kind in self.declared),
+            *(place for kind, place in self.dead_letters.items() if kind in self.declared),
+            self.undelivered,
+        ]
+        return side.look(self.names, places)
+
     def teardown(self) -> None:
         for side in self.sides:
-            for queue in list(side.holders):
-                side.crash(queue)
-            for kind in KINDS:
-                queue = self.queues[kind]
-                side.peer.delete(Queue(queue), dead_letter_queue(queue))
-            side.peer.take_all(f"{self.exchange}.undelivered")
+            for name in list(side.holders):
+                side.crash(name)
+            side.peer.delete(*self.names)
+            side.peer.take_all(self.undelivered)
 
 
 @pytest.mark.timeout(600)
@@ -329,7 +430,7 @@ def test_brokers_in_lock_step_show_the_same(
     exchange = shared_names.exchange()
     sides = [Side("memory://", memory_url), Side("RabbitMQ", rabbitmq_url)]
     for side in sides:
-        side.peer.declare(Exchange(exchange), *delays(exchange))
+        side.peer.declare(Queue(shared_names.queue(), Exchange(exchange), delays=True))
     examples = itertools.count()
 
     def machine() -> LockStep:

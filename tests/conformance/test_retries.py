@@ -9,9 +9,17 @@ from itertools import pairwise
 import onlooker
 import pytest
 from bench import Bench, Events, running
-from support import Names, wait_until
+from support import wait_until
 
-from domain_events import Backoff, DomainEvent, Reject, Retry, Subscriber, topology
+from conformance.peer import TIMEOUT, Peer
+from domain_events import Backoff, DeadLetter, DeadLetters, DomainEvent, Reject, Retry
+
+
+def letter_of(bench: Bench, queue: str) -> DeadLetter:
+    """The only dead letter."""
+    with DeadLetters(queue, bench.url) as dead_letters:
+        (letter,) = dead_letters
+    return letter
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 3])
@@ -102,7 +110,7 @@ def test_retry_returns_to_its_own_subscriber_only(bench: Bench) -> None:
 
 
 def test_retried_event_is_the_same_event(bench: Bench) -> None:
-    """Body, id and properties stay; only the count goes up."""
+    """Body and ids stay; only the count goes up."""
     subscriber = bench.subscriber()
     queue = bench.names.queue()
     seen: Events = []
@@ -123,16 +131,12 @@ def test_retried_event_is_the_same_event(bench: Bench) -> None:
         body,
         correlation_id="c",
         app_id="another",
-        headers={"h": 1},
     )
     subscriber.start_consuming(timeout=20)
     assert seen[0] == seen[1]
     properties, kept = onlooker.take(bench.url, f"{queue}-dl")
     assert kept == body
     assert (properties.correlation_id, properties.app_id) == ("c", "another")
-    headers = properties.headers or {}
-    assert headers["h"] == 1
-    assert not [name for name in headers if "death" in name]
 
 
 class Busy(Exception):
@@ -164,8 +168,7 @@ def test_listed_exceptions_are_retried_with_backoff(bench: Bench) -> None:
     first, second = (after - before for before, after in pairwise(came))
     assert first >= 0.2
     assert second >= 0.6
-    properties, _ = onlooker.take(bench.url, f"{queue}-dl")
-    assert str((properties.headers or {})["domain-events-error-type"]).endswith("Busy")
+    assert str(letter_of(bench, queue).error_type).endswith("Busy")
 
 
 def test_other_exceptions_are_not_retried(bench: Bench) -> None:
@@ -195,8 +198,7 @@ def test_rejected_event_is_not_retried(bench: Bench) -> None:
     subscriber.register(handle, queue, ["#"], max_retries=9)
     bench.publish("user.registered")
     subscriber.start_consuming(timeout=20)
-    properties, _ = onlooker.take(bench.url, f"{queue}-dl")
-    assert (properties.headers or {})["domain-events-error-message"] == "no such user"
+    assert letter_of(bench, queue).error_message == "no such user"
 
 
 def test_handler_that_asks_for_an_impossible_delay_fails(bench: Bench) -> None:
@@ -211,8 +213,7 @@ def test_handler_that_asks_for_an_impossible_delay_fails(bench: Bench) -> None:
     subscriber.register(handle, queue, ["#"], max_retries=9)
     bench.publish("user.registered")
     subscriber.start_consuming(timeout=20)
-    properties, _ = onlooker.take(bench.url, f"{queue}-dl")
-    assert "19 days" in str((properties.headers or {})["domain-events-error-message"])
+    assert "19 days" in str(letter_of(bench, queue).error_message)
 
 
 def test_thousand_retries_at_once_all_come_back(bench: Bench) -> None:
@@ -269,28 +270,29 @@ def test_retry_whose_subscriber_is_gone_is_kept_and_blocks_nobody(bench: Bench) 
     assert DomainEvent.from_json(body) == event
 
 
-@pytest.mark.parametrize("broken", ["level", "due", "dead letters"])
+@pytest.mark.parametrize("broken", ["delays", "dead letters"])
 def test_deleted_retry_queues_are_made_again(
-    bench: Bench, broken: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    peer: Peer,
+    broken: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An operator deleted them under a running subscriber: the event is held, not lost."""
-    monkeypatch.setattr("domain_events.subscription._PAUSE_AFTER_A_FAILED_MOVE", 0.2)
+    monkeypatch.setattr("domain_events.forwarding._PAUSES", Backoff(0.2, jitter=0))
     subscriber = bench.subscriber()
     queue = bench.names.queue()
+    dead = f"{queue}-dl"
     deliveries: list[int] = []
 
     def handle(event: DomainEvent) -> None:
         deliveries.append(event.retries)
-        if len(deliveries) == 1:
-            level = f"{bench.exchange}.delay.00"
-            if broken == "level":
-                onlooker.delete(bench.url, queues=[level], exchanges=[level])
-            elif broken == "due":
-                onlooker.delete(bench.url, queues=[level])
-            else:
-                onlooker.delete(bench.url, queues=[f"{queue}-dl"])
         if broken == "dead letters":
+            if len(deliveries) == 1:
+                onlooker.delete(bench.url, queues=[dead])
             raise Reject("to the dead letters")
+        if len(deliveries) == 1:
+            peer.consuming.delete([], bench.exchange, TIMEOUT)
         if event.retries == 0:
             raise Retry(0.1)
 
@@ -299,40 +301,40 @@ def test_deleted_retry_queues_are_made_again(
     with caplog.at_level(logging.ERROR, "domain_events"), running(subscriber):
         if broken == "dead letters":
             # It is declared again before anything can be in it.
-            dead = f"{queue}-dl"
-            wait_until(lambda: "could not be moved" in caplog.text)
+            wait_until(lambda: "could not be forwarded" in caplog.text)
             wait_until(lambda: onlooker.exists(bench.url, dead))
             wait_until(lambda: onlooker.count(bench.url, dead) == 1)
         else:
             wait_until(lambda: len(deliveries) == 2)
-    assert "could not be moved" in caplog.text
+    assert "could not be forwarded" in caplog.text
     assert deliveries == ([0] if broken == "dead letters" else [0, 1])
     assert onlooker.count(bench.url, queue) == 0
 
 
-def test_delay_levels_are_declared_with_the_first_that_may_retry(
-    bench: Bench,
-) -> None:
-    """A subscriber that never retries leaves none of these queues on the broker."""
-    level = f"{bench.exchange}.delay.00"
+def test_delays_are_declared_with_the_first_that_may_retry(bench: Bench) -> None:
+    """A subscriber that never retries leaves none of their queues on the broker."""
+    undelivered = f"{bench.exchange}.undelivered"
     with bench.subscriber() as subscriber:
         subscriber.register(print, bench.names.queue("a"), ["#"])
-        assert not onlooker.exists(bench.url, level)
+        assert not onlooker.exists(bench.url, undelivered)
         subscriber.register(print, bench.names.queue("b"), ["#"], max_retries=1)
-        assert onlooker.exists(bench.url, level)
+        assert onlooker.exists(bench.url, undelivered)
 
 
-def test_long_delays_wait_in_their_level(broker_url: str, names: Names) -> None:
-    """Nineteen days: accepted by the highest level, and still there."""
-    exchange, queue = names.exchange(), names.queue()
-    subscriber = Subscriber(broker_url, exchange)
+def test_long_delays_are_kept(bench: Bench) -> None:
+    """Nineteen days: the retry is taken, and is neither due nor a dead letter."""
+    queue = bench.names.queue()
+    subscriber = bench.subscriber()
 
-    def handle(_event: DomainEvent) -> None:
-        subscriber.stop_consuming()
-        raise Retry(19 * 24 * 3600)
+    def handle(event: DomainEvent) -> None:
+        if event.data == "last":
+            subscriber.stop_consuming()
+        else:
+            raise Retry(19 * 24 * 3600)
 
     subscriber.register(handle, queue, ["#"], max_retries=1)
-    onlooker.publish(broker_url, exchange, "a.b", DomainEvent("a.b", {}).to_json().encode())
+    bench.publish("a.b", "long")
+    bench.publish("a.b", "last")
     subscriber.start_consuming(timeout=20)
-    level, _ = topology.delay_address(exchange, queue, 19 * 24 * 3600)
-    assert onlooker.count(broker_url, level) == 1
+    for name in (queue, f"{queue}-dl", f"{bench.exchange}.undelivered"):
+        assert onlooker.count(bench.url, name) == 0

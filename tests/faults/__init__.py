@@ -1,9 +1,9 @@
-"""The fault harness: whole programs under load, a broker that fails, and a count of every event.
+"""The fault harness: real programs under load, a broker that fails, and an account of every event.
 
-``make faults``, or ``python tests/faults --help``. What is done to them: ``scenarios`` and
-``schedule`` decide, ``injectors`` do it, through ``broker`` and ``proxy``. Who suffers:
-``publisher`` and ``subscriber``, programs whose ``records`` on disk outlive them; ``kinds`` says
-what the handlers do. What came of it: ``evidence`` gathers the records, ``verdict`` judges,
-``report`` tells. ``harness`` is a run from its beginning to its end. ``broken`` has worse versions
-of the library, which the harness must find guilty.
+``make faults``, or ``python tests/faults --help``. The faults: ``scenarios`` and ``schedule``
+choose them, ``injectors`` inject them, through ``broker`` and ``proxy``. The programs under test:
+``publisher`` and ``subscriber``, whose ``records`` on disk outlive them; ``kinds`` defines the
+behaviour of handlers. The result: ``evidence`` gathers the records, ``verdict`` judges them,
+``report`` prints. ``harness`` is a run from start to end. ``broken`` has broken versions of the
+library, which the harness must detect.
 """

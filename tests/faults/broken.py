@@ -1,23 +1,25 @@
-"""Worse versions of the library, made at run time in the programs, never in the package.
+"""Broken versions of the library, patched in at run time in the programs, never in the package.
 
-The harness is worth something only if it finds each of them guilty. Each reaches deep into the
-library: when one of these names is gone, the mistake is to be made again in the new code.
+The harness is useful only if it detects each of them. Each patches internals of the library: if one
+of these names is gone, the mistake must be implemented again in the new code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from domain_events import subscription, topology
 from domain_events.broker.rabbitmq import consumer as consuming
-from domain_events.broker.rabbitmq import publishing
+from domain_events.broker.rabbitmq import publishing, topology
+from domain_events.forwarding import Forwarder
+from domain_events.handling import Delivered, Outcome, Subscription
+from domain_events.names import matches
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake, and the scenario in which it cannot hide."""
+    """A mistake, and the scenario that is certain to expose it."""
 
     about: str
     scenario: str
@@ -26,7 +28,7 @@ class Mistake:
 
 
 class _Acked:
-    """A consumer whose delivery is acked already."""
+    """A consumer whose delivery has already been acked."""
 
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
@@ -40,37 +42,37 @@ class _Acked:
     def flush(self) -> None:
         self._consumer.flush()
 
-    def repair(self, seconds: float, then: Any, also: Any = ()) -> None:
+    def repair(self, seconds: float, then: Any, *, delays: bool = False) -> None:
         pass
 
 
 def _patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute that must exist by what is made of it."""
+    """Replace an existing attribute by the result of a function of it."""
     setattr(owner, name, make(getattr(owner, name)))
 
 
 def _ack_first() -> None:
     def handle_acked(handle: Any) -> Any:
-        def broken(self: Any, delivery: Any, consumer: Any) -> None:
+        def broken(self: Any, delivery: Any, consumer: Any) -> Any:
             consumer.settle(delivery)
             consumer.flush()
-            handle(self, delivery, _Acked(consumer))
+            return handle(self, delivery, _Acked(consumer))
 
         return broken
 
-    _patch(subscription.Subscription, "handle", handle_acked)
+    _patch(Subscription, "handle", handle_acked)
 
 
 def _retry_after_ack() -> None:
-    def move_acked(move: Any) -> Any:
+    def forward_acked(forward: Any) -> Any:
         def broken(self: Any, message: Any, delivery: Any, consumer: Any, **how: Any) -> None:
             consumer.settle(delivery)
             consumer.flush()
-            move(self, message, delivery, _Acked(consumer), **how)
+            forward(self, message, delivery, _Acked(consumer), **how)
 
         return broken
 
-    _patch(subscription.Moves, "move", move_acked)
+    _patch(Forwarder, "forward", forward_acked)
 
 
 def _classic_delays() -> None:
@@ -81,7 +83,7 @@ def _classic_delays() -> None:
         arguments = {
             name: declaration.arguments[name] for name in kept if name in declaration.arguments
         }
-        return topology.Queue(declaration.name, {"x-queue-type": "classic", **arguments})
+        return replace(declaration, arguments={"x-queue-type": "classic", **arguments})
 
     _patch(topology, "delays", lambda delays: lambda exchange: [*map(classic, delays(exchange))])
 
@@ -104,25 +106,26 @@ def _stale_tags() -> None:
         return lambda self, delivery: True
 
     _patch(consuming.RabbitConsumer, "is_current", one_for_all)
-    # A careful start holds one delivery, and hides the mistake.
+    # A careful start holds one delivery, and would hide the mistake.
     never = property(lambda self: False, lambda self, value: None)
     consuming.RabbitConsumer._starts_carefully = never  # type: ignore[assignment]
-    # All channels have the same number, so that a tag of an old one passes for one of the new.
+    # All channels have the same number, so that a tag of an old one is accepted on the new one.
     consuming.Tags.epoch = property(lambda self: 1, lambda self, value: None)  # type: ignore[assignment]
 
 
 def _unlisted_acked() -> None:
     def ack_unlisted(handle: Any) -> Any:
-        def broken(self: Any, delivery: Any, consumer: Any) -> None:
+        def broken(self: Any, delivery: Any, consumer: Any) -> Any:
             key = delivery.original_routing_key
-            if any(topology.matches(each, key) for each in self.options.binding_keys):
-                handle(self, delivery, consumer)
-            elif consumer.is_current(delivery):
+            if any(matches(each, key) for each in self.options.queue.binding_keys):
+                return handle(self, delivery, consumer)
+            if consumer.is_current(delivery):
                 consumer.settle(delivery)
+            return Delivered(self.options.name, None, Outcome.RETIRED)
 
         return broken
 
-    _patch(subscription.Subscription, "handle", ack_unlisted)
+    _patch(Subscription, "handle", ack_unlisted)
 
 
 MISTAKES = {

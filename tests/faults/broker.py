@@ -1,6 +1,6 @@
-"""The broker under test: nodes of our own or a given one, and proxies before them.
+"""The broker under test: private nodes or a given one, with proxies in front of them.
 
-Programs connect through the proxies; the harness itself looks past them, with `pyamqp`.
+Programs connect through the proxies; the harness itself connects directly, with `pyamqp`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rabbitmq_node import Node
 
 from faults.proxy import Proxy
 
-#: For ``advanced.config``. A level waits so many milliseconds before it hands on again what was not
-#: confirmed: a node died, or the broker was just back and the next level was not. By default three
-#: minutes, which `lateness` measures.
+#: For ``advanced.config``. A level waits this many milliseconds before it dead-letters unconfirmed
+#: messages again: a node died, or the broker was just back and the next level was not. By default
+#: three minutes, which `lateness` measures.
 HAND_ON = "[{rabbit, [{dead_letter_worker_publisher_confirm_timeout, 3000}]}]."
 
-# Short, so that a connection whose other end has silently gone is noticed within seconds.
+# Short, so that a connection whose peer is silently gone is detected within seconds.
 _HEARTBEAT = 6
 
 _PATIENCE = 60.0
@@ -35,7 +35,7 @@ _BETWEEN_ATTEMPTS = 0.3
 
 
 class Broker:
-    """RabbitMQ on nodes of our own, one or a cluster of three; or one that was given by its URL."""
+    """RabbitMQ on private nodes, one or a cluster of three; or one that was given by its URL."""
 
     def __init__(self, release: str = "host", *, cluster: bool = False, url: str = "") -> None:
         self.nodes: list[Node] = []
@@ -67,7 +67,7 @@ class Broker:
 
     @property
     def urls(self) -> list[str]:
-        """Where programs connect: through the proxies."""
+        """The URLs to which programs connect: those of the proxies."""
         urls = []
         for direct, proxy in zip(self._direct(), self.proxies, strict=True):
             parts = urlsplit(direct)
@@ -78,17 +78,17 @@ class Broker:
 
     @property
     def version(self) -> str:
-        """As RabbitMQ gives it when a client connects."""
+        """As RabbitMQ reports it when a client connects."""
         with self.channel() as channel:
             return str(channel.connection.server_properties["version"])
 
     @property
     def old(self) -> bool:
-        """Whether it is of the line 3."""
+        """Whether it is a RabbitMQ 3."""
         return bool(self.nodes) and self.nodes[0].version.startswith("3.")
 
     def next_node(self) -> Node:
-        """Each one in its turn."""
+        """Each node in turn."""
         self._turn += 1
         return self.nodes[self._turn % len(self.nodes)]
 
@@ -97,7 +97,7 @@ class Broker:
         for node in self.nodes:
             node.sync()
         if not self.nodes:
-            # The table is written about a second later; a broker elsewhere does not show when.
+            # The table is written about a second later; a given broker does not show when.
             time.sleep(2)
 
     def close(self) -> None:
@@ -107,11 +107,11 @@ class Broker:
             for node in self.nodes:
                 node.close()
 
-    # --- a look past the proxies -----------------------------------------------------------------
+    # --- directly, without the proxies -----------------------------------------------------------
 
     @contextmanager
     def channel(self) -> Iterator[Channel]:
-        """A channel of its own on a node that answers; waits a minute for one."""
+        """A separate channel on a node that responds; waits up to a minute for one."""
         with self._connection() as connection:
             yield connection.channel()
 
@@ -139,9 +139,9 @@ class Broker:
         return sum(int(words[1]) for words in counts if words[0] in queues and words[1].isdigit())
 
     def take_all(self, queue: str, reasons: dict[str, str] | None = None) -> Counter[str]:
-        """Take all messages out of the queue: how often each event was among them.
+        """Take all messages out of the queue; returns how often each event was among them.
 
-        :param reasons: here goes, of each, the reason that it is a dead letter; by its id.
+        :param reasons: receives the reason of each dead letter, by the event's id.
         """
         ids: Counter[str] = Counter()
 
@@ -158,7 +158,7 @@ class Broker:
         return ids
 
     def delete(self, *, queue: str = "", exchange: str = "") -> None:
-        """Delete either, or both."""
+        """Delete the queue, the exchange, or both."""
         with self.channel() as channel:
             if queue:
                 channel.queue_delete(queue)
@@ -166,7 +166,7 @@ class Broker:
                 channel.exchange_delete(exchange)
 
     def _each(self, queues: Sequence[str], function: Callable[[Channel, str], None]) -> None:
-        """Call the function for each queue that exists; again after an error, for a minute."""
+        """Call the function for each existing queue; retries errors for a minute."""
         left = list(queues)
         deadline = time.monotonic() + _PATIENCE
         while left:
@@ -199,7 +199,7 @@ class Broker:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until this is done: a node half made, or half closed, leaves its epmd behind."""
+    """Ctrl-C waits until this is done: a node that is half started or closed leaks its epmd."""
     pending: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {n: signal.signal(n, lambda number, _frame: pending.append(number)) for n in numbers}

@@ -26,7 +26,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all is as promised. 1: it is not. 2: it could not be tried."""
+    """Returns 0: all promises were kept; 1: they were not; 2: they could not be tested."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     try:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(files: Sequence[Path], target: Path | None) -> None:
-    """One report of several runs."""
+    """A single report of several runs."""
     try:
         text = report.rst([json.loads(file.read_text()) for file in files])
     except (KeyError, ValueError, TypeError) as error:
@@ -121,27 +121,32 @@ def _parser() -> argparse.ArgumentParser:
         description="Programs publish and handle events while their broker, their network and they "
         "themselves fail; at the end every event is accounted for.",
         epilog=f"scenarios:\n{scenarios}\n\n"
-        f"mistakes, each tried in a scenario of its own:\n{mistakes}\n\n"
-        "exit status: 0 all is as promised, 1 it is not, 2 it could not be tried.",
+        f"mistakes, each tried in its own scenario:\n{mistakes}\n\n"
+        "exit status: 0 all promises were kept, 1 they were not, 2 they could not be tested.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--seconds", type=float, default=0.0, help="how long faults are injected (default: 60)")
-    add("--faults", type=int, default=0, help="how many are injected, however long that takes")
+    add("--faults", type=int, default=0, help="number of faults to inject, however long that takes")
     add("--seed", type=int, default=1, help="replays the same schedule (default: 1)")
     add("--release", default="host", help=f"of RabbitMQ: {', '.join(rabbitmq_node.RELEASES)}")
     add("--url", default="", help="a broker to use instead; faults of its process are left out")
-    add("--scenario", default="", help="one of those below (default: mixed)")
+    add("--scenario", default="", help="one of those listed below (default: mixed)")
     add("--cluster", action="store_true", help="three nodes: the scenario `cluster`")
-    add("--events", type=int, default=0, help="how many wait, with waiting-retries and --lateness")
+    add(
+        "--events",
+        type=int,
+        default=0,
+        help="number of waiting retries, for waiting-retries and --lateness",
+    )
     add(
         "--lateness",
         nargs="+",
         metavar="RELEASE",
-        help="instead of all this, measure how late retries are after a crash of the broker, with "
+        help="instead, measure how late retries are after a crash of the broker, with "
         "and without the setting that docs/broker.rst recommends",
     )
-    add("--broken", default="", metavar="MISTAKE", help="use the library with a mistake made in it")
+    add("--broken", default="", metavar="MISTAKE", help="break the library with this mistake")
     add("--report", type=Path, metavar="FILE", help="write the result as an RST fragment")
     add("--keep", type=Path, metavar="FOLDER", help="keep all records and logs there")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -150,13 +155,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="run nothing; make one report of what --json has kept",
+        help="run nothing; make one report from files written by --json",
     )
     return parser
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command that reproduces a run, without where its results went."""
+    """The command that reproduces a run, without its output options."""
     return shlex.join(["python", "tests/faults", *_without_files(words)])
 
 
@@ -172,12 +177,12 @@ def _without_files(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _this_process() -> Iterator[None]:
-    """What a run changes for the whole process; as before afterwards, for it may be a test's."""
+    """Process-wide settings of a run; restored afterwards, because the process may run tests."""
     logger = logging.getLogger("domain_events")
     level = logger.level
-    # The publisher of the side exchange runs in this process; its troubles are made by us.
+    # The publisher of the side exchange runs in this process; we cause its failures ourselves.
     logger.setLevel(logging.CRITICAL)
-    # Ctrl-C also where a shell runs us in the background, and SIGTERM: both end it in order.
+    # Ctrl-C, also if a shell runs us in the background, and SIGTERM both end the run in order.
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt),

@@ -1,4 +1,4 @@
-"""What the records say about each event, gathered as they are written. Pure."""
+"""The evidence about each event, gathered from the records as they are written. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from faults import rolling
 from faults.records import USAGE_EVERY
 from faults.rolling import Announced, Ended, Release
 
-#: After these errors an event was surely not sent.
+#: After these errors an event was definitely not sent.
 SURELY_NOT_SENT = frozenset({"BrokerUnavailable", "InvalidEvent"})
 
 
 @dataclass
 class Publication:
-    """One event, and what came of each attempt to publish it."""
+    """One event, and the outcome of each attempt to publish it."""
 
     routing_key: str
     taken: int = 0
@@ -30,7 +30,7 @@ class Publication:
 
     @property
     def surely_not_sent(self) -> bool:
-        """Every attempt ended, and each with an error that says so."""
+        """Every attempt has ended, each with an error that guarantees it."""
         return self.taken == len(self.outcomes) and SURELY_NOT_SENT.issuperset(self.outcomes)
 
 
@@ -41,13 +41,13 @@ class Handling:
     begun: Counter[int] = field(default_factory=Counter)  # how often, by the number of retries
     returned: set[int] = field(default_factory=set)
     last: float = 0.0
-    # For the subscriber of which there are several releases.
+    # For the subscriber with several releases.
     begun_by: set[str] = field(default_factory=set)
     ends: list[Ended] = field(default_factory=list)
 
 
 class Usage(NamedTuple):
-    """What a process used: threads, descriptors, kilobytes; and when."""
+    """Resources of a process: threads, descriptors, kilobytes; and the time."""
 
     threads: int
     descriptors: int
@@ -64,7 +64,7 @@ class Evidence:
         self.published = 0  # events whose publish returned
         self.handled = 0  # handlers that ended, however
         self.outcomes: Counter[str] = Counter()
-        self.latest_publish = float("-inf")  # most seconds that a publish ended after its deadline
+        self.latest_publish = float("-inf")  # most seconds that one took beyond its deadline
         #: When handlers ended, of each subscriber.
         self.ended_at: dict[str, list[float]] = defaultdict(list)
         #: The first and the last of each process.
@@ -73,14 +73,14 @@ class Evidence:
         self.ready: set[str] = set()
         #: Processes that have a release, and when they were last seen.
         self.announced: dict[str, Announced] = {}
-        self.latest = 0.0  # when a handler was last begun or ended
+        self.latest = 0.0  # when a handler last started or ended
 
     def add(self, process: str, words: list[str]) -> None:
-        """Take one record in."""
+        """Add one record."""
         word, *rest = words
         at = float(rest.pop())
         if process in self.announced:
-            # Another record comes within seconds, unless it has died.
+            # Another record follows within seconds, unless the process has died.
             self.announced[process].last = at + USAGE_EVERY + 1
         if word == "take":
             publication = self.publications.setdefault(rest[0], Publication(rest[1], first=at))
@@ -108,7 +108,7 @@ class Evidence:
                 self.announced[process].ready = at
 
     def _used(self, process: str, usage: Usage) -> None:
-        # The very first is of a program that has not begun; the second counts as the start.
+        # The very first is written before the program starts working; the second is the start.
         first = self.usage[process][0] if process in self._warm else usage
         if process in self.usage:
             self._warm.add(process)

@@ -1,4 +1,4 @@
-"""A run: starts all, has the faults come, waits until all is handled, and judges."""
+"""A run: starts everything, injects the faults, waits until all events are handled, and judges."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ from faults.verdict import LONGEST_SILENCE, Injected, Remains, Verdict, judge
 
 _START_SECONDS = 90.0
 _DRAIN_SECONDS = 240.0
-# Nothing was handled for so long: then all is done that is on its way in the broker ...
+# When nothing has been handled for this long, nothing is in flight in the broker any more ...
 _QUIET = 2.5
-# ... and if something is missing, it must have come back by now: a failed move after five
-# seconds.
+# ... and any missing event must have been redelivered by now: a failed move after five seconds.
 _QUIET_ENOUGH = 12.0
 _HELD_PATIENCE = 15.0
 _SIDE = "side"
 _HELD = held.LABEL
-# The events that wait fall due over this share of the time: each kill meets some.
+# The waiting events fall due over this fraction of the time, so that each kill affects some.
 _SPREAD = 0.6
 
 
@@ -51,10 +50,10 @@ class HarnessError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asks for."""
+    """The options of the user."""
 
     scenario: Scenario
-    #: Faults are injected for so long, and until they are so many.
+    #: Faults are injected for at least this time, and at least this number of them.
     seconds: float = 60.0
     faults: int = 0
     seed: int = 1
@@ -66,13 +65,13 @@ class Settings:
 
 @dataclass
 class Result:
-    """What a run has come to."""
+    """The result of a run."""
 
     settings: Settings
     version: str
     verdict: Verdict = field(default_factory=Verdict)
     faults: list[Injected] = field(default_factory=list)
-    #: Faults that could not be injected, and why.
+    #: Faults that could not be injected, with the reason.
     left_out: list[str] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     usage: dict[str, tuple[Usage, Usage]] = field(default_factory=dict)
@@ -96,7 +95,7 @@ class Harness:
         self._left_out: list[str] = []
 
     def run(self) -> Result:
-        """All of it. Whatever happens, nothing is left running."""
+        """Run everything. Whatever happens, nothing is left running."""
         settings = self._settings
         if not settings.url:
             self._say(f"starting RabbitMQ ({settings.release})")
@@ -170,7 +169,7 @@ class Harness:
             program.start()
         if not self._pause(_START_SECONDS, lambda: all(map(self._is_ready, subscribers))):
             raise HarnessError(f"the subscribers are not ready within {_START_SECONDS:.0f} s")
-        # From here on a crash of the broker may lose nothing.
+        # From here on a crash of the broker must not lose anything.
         self._broker.sync()
         due = time.monotonic() + 4 + self._scenario.waiting / 1000
         for number in range(self._scenario.publishing.processes):
@@ -194,7 +193,7 @@ class Harness:
     ) -> None:
         name = self._names.queue(label)
         # On RabbitMQ 3.10 a node fails when a quorum queue that dead-letters at least once is
-        # deleted soon after a start; so there what is to be deleted is a classic queue.
+        # deleted soon after a start; so there the queue to delete is a classic one.
         queue_type = "classic" if label == _SIDE and self._broker.old else "quorum"
         configuration = {
             "name": name,
@@ -212,7 +211,7 @@ class Harness:
             self._add_subscriber_program(f"{label}{number}", configuration)
 
     def _add_release(self, program: str, release: Release) -> Program:
-        """A process of the subscriber of which there are several releases; not started yet."""
+        """A process of the subscriber with several releases; not started yet."""
         configuration = {
             "name": self._names.queue(rolling.LABEL),
             "label": rolling.LABEL,
@@ -304,7 +303,7 @@ class Harness:
         world = World(
             self._broker,
             self._publishers,
-            # The others have faults of their own.
+            # The others have their own faults.
             [each for each in self._subscribers if each.name.startswith(tuple(self._plain()))],
             self._side,
             self._side_exchange,
@@ -318,8 +317,9 @@ class Harness:
             self._pause,
         )
         groups = self._scenario.schedule(self._settings.seed, sorted(impossible))
-        # Where no more is published, silence may also mean that nothing is left. And the next crash
-        # is to come while a broker that is just back hands on what fell due meanwhile.
+        # When nothing more is published, silence may also mean that nothing is left. And the next
+        # crash should happen while a restarted broker dead-letters the events that fell due
+        # meanwhile.
         patience = LONGEST_SILENCE if not self._scenario.waiting else 1.5
         for number, group in enumerate(groups):
             self._pause(group.gap)
@@ -334,7 +334,7 @@ class Harness:
                     f"{self._evidence.published:,} published, {self._evidence.handled:,} handled"
                 )
             silence = f"{time.monotonic() - over:.1f} s" if going_on else "SILENCE"
-            self._say(f"{at:6.1f} s  {told}; goes on after {silence}; {counts}")
+            self._say(f"{at:6.1f} s  {told}; resumes after {silence}; {counts}")
 
     def _impossible(self) -> set[str]:
         if self._broker.nodes:
@@ -342,19 +342,19 @@ class Harness:
         return {kind for kind in self._scenario.needed() if KINDS[kind].needs}
 
     def _is_enough(self, seconds: float) -> bool:
-        """Whether faults were injected for as long, and as many, as were asked for."""
+        """Whether faults were injected for the requested time, and in the requested number."""
         settings = self._settings
         return seconds >= settings.seconds and len(self._faults) >= settings.faults
 
     def _is_done(self) -> bool:
-        """Whether all the events that waited are handled."""
+        """Whether all the waiting events have been handled."""
         waiting = self._scenario.waiting
         return bool(waiting) and all(
             len(self._evidence.ended_at[name]) >= 2 * waiting for name in self._scenario.subscribers
         )
 
     def _inject_group(self, world: World, group: Group, number: int) -> str:
-        """The faults of a group, each on a thread of its own; says whom they befell."""
+        """Inject the faults of a group, each on its own thread; returns their targets."""
         told = [""] * len(group.faults)
         errors: list[BaseException] = []
 
@@ -387,7 +387,7 @@ class Harness:
         return " + ".join(told)
 
     def _all_handled_since(self, time: float) -> bool:
-        """Whether each subscriber has handled something since; or there is nothing to handle."""
+        """Whether each subscriber has handled something since then, or has nothing to handle."""
         names = [*self._plain(), *([rolling.LABEL] if self._rollout else [])]
         return self._is_done() or all(
             self._evidence.ended_at[name] and self._evidence.ended_at[name][-1] > time
@@ -412,7 +412,7 @@ class Harness:
     # --- afterwards ------------------------------------------------------------------------------
 
     def _stop_publishers(self) -> float:
-        """When silence ends to mean anything."""
+        """The time from which silence is no longer significant."""
         if self._side is not None:
             self._side.close()
         stopped = time.monotonic()
@@ -427,7 +427,7 @@ class Harness:
         return stopped
 
     def _drain(self, stopped: float) -> Remains:
-        """Wait until nothing is on its way; then stop the subscribers, and see what is left."""
+        """Wait until nothing is in flight; then stop the subscribers, and check what is left."""
         labels = self._labels()
         queues = {label: f"{self._names.prefix}-{label}" for label in labels}
         shared = [f"{self._exchange}.delay.{level:02}" for level in range(DELAY_LEVELS)]
@@ -454,10 +454,10 @@ class Harness:
             held = self._broker.held([*queues.values(), *shared])
             if not held:
                 break
-            self._say(f"          {held:,} are being handed on; quiet for {quiet:.0f} s")
+            self._say(f"          {held:,} are being dead-lettered; quiet for {quiet:.0f} s")
             self._pause(2.0)
         together(*(program.stop for program in self._subscribers))
-        self._pause(1.0)  # what they have given back is on its way into the queues
+        self._pause(1.0)  # the events that they requeued are still on their way into the queues
         self._take_dead_letters(queues, dead)
         waiting = {label: self._broker.take_all(queue) for label, queue in queues.items()}
         waiting[""] = Counter()
@@ -467,7 +467,7 @@ class Harness:
                 self._say(f"          {queue} held {', '.join(sorted(taken)[:10])}")
             waiting[""] += taken
         everywhere = [*queues.values(), *shared]
-        # A node tells figures that are up to five seconds old.
+        # A node's figures are up to five seconds old.
         self._pause(_HELD_PATIENCE, until=lambda: not self._broker.held(everywhere))
         return Remains(dead, waiting, self._broker.held(everywhere), self._reasons)
 
@@ -477,7 +477,7 @@ class Harness:
             dead[label] += self._broker.take_all(f"{queue}-dl", reasons)
 
     def _latest(self) -> float:
-        """When a handler was last begun or ended."""
+        """When a handler last started or ended."""
         with self._lock:
             self._poll()
             return self._evidence.latest
@@ -486,7 +486,7 @@ class Harness:
 
     @contextmanager
     def _looked_after(self) -> Iterator[None]:
-        """Programs that end are started again, and records are read, on a thread of its own."""
+        """Restart programs that end, and read the records, on a separate thread."""
         stopping = threading.Event()
 
         def look_after() -> None:
@@ -509,7 +509,7 @@ class Harness:
             self._evidence.add(process, words)
 
     def _pause(self, seconds: float, until: Callable[[], bool] | None = None) -> bool:
-        """Wait so long, or until the condition is true; false when it never was."""
+        """Wait for the time, or until the condition is true; returns False if it never was."""
         deadline = time.monotonic() + seconds
         while not (until and until()):
             left = deadline - time.monotonic()
@@ -536,7 +536,7 @@ class Harness:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    """How many wait, and where."""
+    """The number of waiting events, with their queues."""
     places = [f"{queue} {count:,}" for queue, count in counts.items() if count]
     return f"{sum(counts.values()):,} wait in queues ({', '.join(places) or 'nowhere'})"
 

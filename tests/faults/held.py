@@ -1,7 +1,7 @@
 """A subscriber of one process that holds many events, and whose queue allows few failures.
 
-What kills the process each time must become a dead letter; what is held behind it, and what is
-given back by one orderly stop after the other, must not.
+The event that kills the process each time must become a dead letter; the events that are held
+behind it, or requeued by one orderly stop after the other, must not.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from faults.evidence import Evidence
 from faults.kinds import POISON
 from faults.records import Recorder
 
-#: What the records, the report and the queue call the subscriber, and its routing keys' first word.
+#: The subscriber's name in the records, the report and the queue; the first word of its routing
+#: keys.
 LABEL = "held"
 
-#: The delivery limit of its queue, instead of a hundred: as many processes have to die.
+#: The delivery limit of its queue, instead of a hundred: this many processes have to die.
 DELIVERY_LIMIT = 10
 #: Orderly stops in a row: more than the limit.
 STOPS = 15
 
-#: Two that are handled before, the culprit, and those that are held behind it.
+#: Two that are handled before, the one that kills, and those that are held behind it.
 POISONED = ["ok"] * 2 + [POISON] + ["ok"] * 20
 #: More than are handled between the stops.
 MANY = ["slow"] * 60
@@ -39,7 +40,7 @@ class Held:
         self._number = 0
 
     def publish(self, kinds: Sequence[str]) -> int:
-        """One event of each kind, in this order; says how many the broker has confirmed."""
+        """Publish one event of each kind, in this order; returns how many were confirmed."""
         confirmed = 0
         for kind in kinds:
             self._number += 1

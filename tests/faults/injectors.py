@@ -1,4 +1,4 @@
-"""One function for each kind of fault: it does it, waits, undoes it, and says to whom."""
+"""One function for each kind of fault: it injects it, waits, undoes it, and returns the target."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _POISONED = 40.0
 
 
 class NotNow(Exception):
-    """The fault cannot be injected at this moment; the reason is for the user."""
+    """The fault cannot be injected at this moment; the user is shown the reason."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All that a fault can reach."""
+    """Everything that a fault can affect."""
 
     broker: Broker
     publishers: list[Program]
@@ -39,14 +39,14 @@ class World:
     held: Held | None
     held_program: Program | None
     neighbours_are_handled: Callable[[], bool]
-    #: Waits for so many seconds, or for the condition; false when neither came to be.
+    #: Waits for the given seconds, or for the condition; returns False if that was not met.
     pause: Pause
 
 
 def inject(world: World, fault: Fault) -> str:
-    """Inject the fault; whom it befell, in a word or two.
+    """Inject the fault; returns its target, in a word or two.
 
-    :raises NotNow: it cannot be, at this moment.
+    :raises NotNow: it is not possible at this moment.
     """
     return _INJECTORS[fault.kind](world, fault)
 
@@ -96,7 +96,7 @@ def _close_connections(world: World, _fault: Fault) -> str:
 
 
 def _kill_in_alarm(world: World, fault: Fault) -> str:
-    """Subscribers die while their acks pass and their retries do not."""
+    """Subscribers die while their acks get through and their retries do not."""
     node = world.broker.nodes[0]
     node.ctl("set_vm_memory_high_watermark", "0.0001")
     try:
@@ -107,7 +107,7 @@ def _kill_in_alarm(world: World, fault: Fault) -> str:
 
 
 def _kill_after_close(world: World, fault: Fault) -> str:
-    """Subscribers die soon after the deliveries that they hold have come again."""
+    """Subscribers die soon after the deliveries that they hold have been redelivered."""
     _close_connections(world, fault)
     world.pause(fault.seconds)
     return _kill_subscribers(world, fault)
@@ -126,7 +126,7 @@ def _kill_majority(world: World, fault: Fault) -> str:
     for node in nodes:
         node.kill()
     world.pause(fault.seconds)
-    # At the same time: each may wait for the other before it answers.
+    # At the same time: each may wait for the other before it responds.
     together(*(node.start for node in nodes))
     return ", ".join(node.name for node in nodes)
 
@@ -144,7 +144,7 @@ def _delete_queue(world: World, _fault: Fault) -> str:
 
 
 def _delete_exchange(world: World, _fault: Fault) -> str:
-    """AMQP tells no subscriber that its bindings are gone; it declares them when it reconnects."""
+    """AMQP does not notify a subscriber of lost bindings; it declares them when it reconnects."""
     side = _side(world)
     with side.paused():
         _wait_until_handled(world)
@@ -178,7 +178,7 @@ def _half_open(world: World, _fault: Fault) -> str:
     number = sum(proxy.connections() for proxy in world.broker.proxies)
     for proxy in world.broker.proxies:
         proxy.half_open()
-    # It is over when the last client has noticed: by its heartbeat, or by an overdue confirm.
+    # It is over when the last client has detected it: by its heartbeat, or by an overdue confirm.
     world.pause(
         _NOTICED,
         lambda: not any(proxy.half_open_connections() for proxy in world.broker.proxies),
@@ -270,7 +270,7 @@ def _rollout(world: World) -> Rollout:
 
 
 def _poison(world: World, _fault: Fault) -> str:
-    """An event that kills its process each time, with others behind it in the same hands."""
+    """An event that kills its process each time, while the process holds others behind it."""
     held_, program = _held(world)
     before = program.deaths
     confirmed = held_.publish(held.POISONED)
@@ -279,7 +279,7 @@ def _poison(world: World, _fault: Fault) -> str:
 
 
 def _stop_in_a_row(world: World, _fault: Fault) -> str:
-    """Orderly stops, more than the queue's delivery limit, of a process that holds many events."""
+    """More orderly stops than the queue's delivery limit, of a process that holds many events."""
     held_, program = _held(world)
     confirmed = held_.publish(held.MANY)
     for _ in range(held.STOPS):

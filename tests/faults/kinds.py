@@ -1,7 +1,7 @@
-"""The kinds of events: what their handler does, and what must become of them. Pure.
+"""The kinds of events: what their handler does, and the required outcome. Pure.
 
-The kind is in the routing key, ``<topic>.<kind>``, so that a record of the key says it all. The
-topic decides which subscribers get the event; it is ``event`` for most.
+The kind is in the routing key, ``<topic>.<kind>``, so that a record of the key is sufficient.
+The topic decides which subscribers get the event; it is ``event`` for most.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ DEAD_LETTER = "dead letter"
 
 POISON = "poison"  # it kills its process, each time
 
-#: How often each kind is published, among the others.
+#: The weight with which each kind is published.
 MIXED: Mapping[str, float] = {
     "ok": 850,
     "slow": 40,  # the handler sleeps
     "raise": 20,  # it raises: a dead letter
     "reject": 10,  # it raises Reject: the same
-    "retry.1": 40,  # it raises Retry so often, then returns
+    "retry.1": 40,  # it raises Retry this many times, then returns
     "retry.2": 20,
-    "exhaust": 15,  # it raises Retry for ever
+    "exhaust": 15,  # it always raises Retry
     "die": 0.5,  # it kills its process, the first time
 }
 
 
 class Fate(NamedTuple):
-    """What must become of an event at one subscriber."""
+    """The required outcome of an event at one subscriber."""
 
     end: str
-    last_retry: int  # it is seen with retries 0 to this, and never more
+    last_retry: int  # the handler sees retries from 0 to this, never more
 
 
 def fate(routing_key: str, max_retries: int) -> Fate:
-    """What a subscriber with ``max_retries`` must make of an event."""
+    """The required outcome at a subscriber with ``max_retries``."""
     kind = routing_key.split(".")[1]
     if kind in ("raise", "reject", POISON):
         return Fate(DEAD_LETTER, 0)
@@ -51,7 +51,7 @@ def fate(routing_key: str, max_retries: int) -> Fate:
 
 
 class Mix:
-    """Draws topics and kinds of events, as often as their weights say."""
+    """Draws topics and kinds of events, according to their weights."""
 
     def __init__(
         self, topics: Mapping[str, float], kinds: Mapping[str, float], source: random.Random

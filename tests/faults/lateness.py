@@ -1,13 +1,13 @@
 """How late retries are after a crash of the broker, with its default settings and with ours.
 
-Thousands of retries wait; the broker is killed while they fall due, and started again on a machine
-that has other work to do, as after a crash it often has. After its return a few more events ask for
-a short retry. Late is a retry by the seconds between the moment
-from which it could have come - when it was due, or when the broker was back, whichever was later -
-and the moment at which its handler was called.
+Thousands of retries wait; the broker is killed while they fall due, and restarted on a machine that
+has other work to do, as is often the case after a crash. After that a few more events request a
+short retry. The lateness of a retry is the time from the moment at which it could have been
+delivered - when it was due, or when the broker was back, whichever was later - to the moment at
+which its handler was called.
 
-RabbitMQ waits ``dead_letter_worker_publisher_confirm_timeout`` before it hands on again what its
-restart has found in the middle of a dead-lettering; three minutes unless `broker.HAND_ON` is set.
+RabbitMQ waits ``dead_letter_worker_publisher_confirm_timeout`` before it retries messages that were
+being dead-lettered when it restarted; three minutes unless `broker.HAND_ON` is set.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ RUNS = 3
 _SPREAD = 1.0  # seconds over which they fall due
 _LEAD = 8.0  # seconds from the first publish until the first is due
 _KILLED_AFTER = (0.3, 0.6, 0.9)  # seconds after the first was due, in turn
-_AFTERWARDS = 200  # events that ask for a retry once the broker is back
+_AFTERWARDS = 200  # events that request a retry once the broker is back
 _SHORT = 1.0  # and its delay
-# What makes a start slow, and so lets retries be handed on before all queues are recovered: queues
-# of other services, and processes that compute.
+# These slow down a start, so that retries are dead-lettered before all queues are recovered: queues
+# of other services, and processes that use the CPU.
 _OTHERS = 100
 _BUSY = 6
 # Twice the three minutes, for an event that is caught in two levels.
@@ -50,7 +50,7 @@ DEFAULT, RECOMMENDED = "default", "3 s"
 
 @dataclass(frozen=True)
 class Lateness:
-    """Seconds: of half of the retries, of 99 in 100, of all."""
+    """Seconds within which half, 99 % and all of the retries came."""
 
     p50: float
     p99: float
@@ -67,7 +67,7 @@ class Measurement:
     version: str
     setting: str
     waiting: Lateness  # retries that waited when the broker was killed
-    afterwards: Lateness  # retries that were asked for when it was back
+    afterwards: Lateness  # retries that were requested when it was back
 
 
 def lateness(seconds: Sequence[float]) -> Lateness:
@@ -145,7 +145,7 @@ def _measure(
     measurement = Measurement(
         node.version,
         setting,
-        # Those that had come before the kill were not put to the test.
+        # Those that came before the kill were not affected.
         lateness(
             [
                 came - max(event.data, back)

@@ -16,17 +16,17 @@ from typing import Any
 from faults.subscriber import DIED
 
 _TESTS = Path(__file__).resolve().parent.parent
-# A program is started again at once, but not in a spin.
+# A program is restarted at once, but not in a tight loop.
 _PAUSE_AFTER_A_FAILURE = 1.0
 
-#: Seconds for a program to end in order: its longest publish, and some.
+#: Seconds for an orderly end of a program: its longest publish, and some more.
 STOP_SECONDS = 45.0
 
 Configuration = Mapping[str, Any]
 
 
 class Program:
-    """One program: as many processes as it takes, one after the other."""
+    """One program: one process after the other, as they end."""
 
     def __init__(
         self, role: str, name: str, folder: Path, configure: Callable[[str], Configuration]
@@ -46,7 +46,7 @@ class Program:
 
     @property
     def process_name(self) -> str:
-        """The name of the present process in the records."""
+        """The name of the current process in the records."""
         return f"{self.name}.{self.starts}"
 
     def start(self) -> None:
@@ -54,9 +54,9 @@ class Program:
             self.starts += 1
             self._asked = False
             config = json.dumps(self._configure(self.process_name))
-            # Coverage is not measured here: it would slow down what is to be under load.
+            # Coverage is not measured here: it would slow down the programs under load.
             environment = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
-            # The library is the one that this process would import, be it installed or not.
+            # The library that this process would import, whether it is installed or not.
             paths = [str(_TESTS), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             with (self._folder / f"{self.name}.log").open("ab") as log:
@@ -66,12 +66,12 @@ class Program:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    # A group of its own: Ctrl-C is for the harness, which then ends the rest.
+                    # Its own process group: only the harness gets Ctrl-C, and then ends the rest.
                     start_new_session=True,
                 )
 
     def look_after(self) -> None:
-        """Start it again if it has ended; note when it should not have."""
+        """Restart it if it has ended; record if it should not have."""
         with self._lock:
             process = self._process
             if process is None or process.poll() is None:
@@ -96,7 +96,7 @@ class Program:
 
     def _last_words(self) -> str:
         lines = (self._folder / f"{self.name}.log").read_text(errors="replace").splitlines()
-        return lines[-1][:200] if lines else "(no word)"
+        return lines[-1][:200] if lines else "(no output)"
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -106,7 +106,7 @@ class Program:
                 self._process.wait(10)
 
     def fork(self) -> None:
-        """Have it fork; a publisher only."""
+        """Make it fork; for publishers only."""
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGUSR1)
@@ -126,14 +126,14 @@ class Program:
             process.kill()
             process.wait()
             return
-        # One that is just starting has no handler of signals yet.
+        # One that is just starting has not installed its signal handlers yet.
         if status not in (0, -signal.SIGTERM, -signal.SIGKILL, DIED):
             self.misbehaved.append(
                 f"{name} ended with status {status} at SIGTERM: {self._last_words()}"
             )
 
     def stop(self) -> None:
-        """SIGTERM, and do not start it again."""
+        """SIGTERM, without a restart."""
         self._wanted = False
         self.terminate()
 

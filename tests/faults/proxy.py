@@ -1,4 +1,4 @@
-"""A TCP proxy that makes a bad network: cut, stalled, slow and half-open connections."""
+"""A TCP proxy that simulates a bad network: cut, stalled, slow and half-open connections."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable
 
 _CHUNK = 65_536
-# A slow wire rests for so many seconds after each piece.
+# A slow connection pauses for this many seconds after each piece.
 _SLOW_PAUSE = 0.02
 
 
 class Proxy:
-    """Listens on a port of 127.0.0.1 and passes everything on to another; until told otherwise.
+    """Listens on a port of 127.0.0.1 and forwards everything to another one, until it is disturbed.
 
-    Runs an event loop on a thread of its own; the methods may be called from any other.
+    Runs an event loop on its own thread; the methods may be called from any other.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -25,7 +25,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._flowing = asyncio.Event()
         self._flowing.set()
-        # Bytes a second, towards the broker and back; 0: as they come.
+        # Bytes per second, towards the broker and back; 0: unlimited.
         self._rates = (0, 0)
         self._pairs: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -37,19 +37,19 @@ class Proxy:
     # --- any thread ------------------------------------------------------------------------------
 
     def cut(self) -> None:
-        """Reset all connections; what was under way in them is gone."""
+        """Reset all connections; data in flight is lost."""
         self._call(self._cut_all)
 
     def stall(self) -> None:
-        """Pass nothing, in either direction, and keep it."""
+        """Pass on nothing in either direction, but keep it."""
         self._call(self._flowing.clear)
 
     def slow(self, rate: int = 100_000, back: int = 100_000) -> None:
-        """Pass about so many bytes a second on each connection, towards the broker and back."""
+        """Limit each connection to about these bytes per second, towards the broker and back."""
         self._call(lambda: setattr(self, "_rates", (rate, back)))
 
     def flow(self) -> None:
-        """Be a good wire again."""
+        """Forward everything normally again."""
 
         def flow() -> None:
             self._rates = (0, 0)
@@ -58,7 +58,7 @@ class Proxy:
         self._call(flow)
 
     def half_open(self) -> None:
-        """The broker hangs up and the clients are not told; new connections are good."""
+        """Close the broker's side without notifying the clients; new connections work."""
 
         def lose() -> None:
             for pair in list(self._pairs):
@@ -67,15 +67,15 @@ class Proxy:
         self._call(lose)
 
     def connections(self) -> int:
-        """How many there are."""
+        """The number of connections."""
         return len(self._pairs)
 
     def half_open_connections(self) -> int:
-        """How many clients have not noticed yet."""
+        """The number of clients that have not noticed yet."""
         return sum(pair.lost_server for pair in list(self._pairs))
 
     def close(self) -> None:
-        """Reset all connections and listen no more."""
+        """Reset all connections and stop listening."""
         if self._thread.is_alive():
             self._call(self._loop.stop)
             self._thread.join(10)
@@ -127,7 +127,7 @@ class Proxy:
                 self._pass_on(from_server, to_client, pair),
             )
         except (OSError, asyncio.CancelledError):
-            pass  # the broker is down, or either side has hung up, or the proxy is closed
+            pass  # the broker is down, or either side has disconnected, or the proxy is closed
         finally:
             pair.cut()
             self._pairs.discard(pair)
@@ -137,7 +137,7 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pair: _Pair
     ) -> None:
         while data := await self._read(reader, writer, pair):
-            # A stalled wire keeps what it has, and takes no more than the buffers hold.
+            # A stalled connection keeps its data, and accepts no more than the buffers hold.
             await self._flowing.wait()
             if pair.lost_server:
                 continue
@@ -159,12 +159,12 @@ class Proxy:
             return await reader.read(_CHUNK)
         except OSError:
             if pair.lost_server and writer is pair.to_client:
-                return b""  # as intended: the client is not to know
+                return b""  # as intended: the client must not notice
             raise
 
 
 class _Pair:
-    """A client's connection and the one to the broker that belongs to it."""
+    """A client's connection and the corresponding one to the broker."""
 
     def __init__(self, to_client: asyncio.StreamWriter) -> None:
         self.to_client = to_client
@@ -183,7 +183,7 @@ class _Pair:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset: what is in the kernel's buffers is dropped, as by a dead network."""
+    """Close with a reset: the kernel's buffers are dropped, as by a dead network."""
     raw: socket.socket | None = writer.get_extra_info("socket")
     if raw is not None and raw.fileno() >= 0:
         with contextlib.suppress(OSError):

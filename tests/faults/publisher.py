@@ -1,8 +1,8 @@
-"""A program that publishes from several threads, and writes down what came of it.
+"""A program that publishes from several threads, and records the outcomes.
 
 Started by the harness: ``python -m faults.publisher CONFIG``, a JSON object; see `Config`.
 
-SIGTERM ends it in order; SIGUSR1 makes it fork, and the child publishes too.
+SIGTERM shuts it down in order; SIGUSR1 makes it fork, and the child publishes too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from faults.records import Recorder, watch
 
 _FORKED_EVENTS = 20
 _LONGEST_CHILD = 90
-# One in so many events can never be sent.
+# One in this many events can never be sent.
 _INVALID = 300
 _TRIES = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the harness tells a publisher."""
+    """A publisher's configuration, from the harness."""
 
     name: str
     urls: list[str]
@@ -47,7 +47,7 @@ class Config:
     topics: dict[str, float]
     mix: dict[str, float]
     broken: str
-    waiting: int  # publish so many events that wait for a retry until `due`, and nothing else
+    waiting: int  # publish this many events that wait for a retry until `due`, and nothing else
     due: float
     spread: float
 
@@ -79,13 +79,13 @@ class Program:
             self.stopping.wait(self._config.batch_pause)
 
     def publish_a_few(self) -> None:
-        """In the child of a fork."""
+        """Runs in the child of a fork."""
         events = self._events(self._name)
         for _ in range(_FORKED_EVENTS):
             self._publish(next(events), 10.0)
 
     def publish_waiting(self) -> None:
-        """Events whose handler asks for a retry that is due at a certain time, or soon after."""
+        """Events whose handler requests a retry that is due at a certain time, or soon after."""
         source = random.Random(self._config.seed)
         due = self._config.due
         for begin in range(0, self._config.waiting, 1000):
@@ -119,18 +119,18 @@ class Program:
         try:
             self._publisher.publish_many(take(), timeout=timeout)
         except DomainEventsError as error:
-            # What is known of the others is only that nobody knows.
+            # The outcome of the others is unknown.
             outcome = {event.uuid_string: "Unconfirmed" for event in error.unconfirmed}
             if error.event is not None:
                 outcome[error.event.uuid_string] = type(error).__name__
-        # The last one taken has the latest deadline.
+        # The last event that was taken has the latest deadline.
         beyond = time.monotonic() - taken_at - timeout
         for event in taken:
             name = event.uuid_string
             self.recorder.write("done", name, outcome.get(name, "returned"), f"{beyond:.3f}")
 
     def _publish(self, event: DomainEvent, timeout: float) -> None:
-        """Publish it, and the same one again while nobody knows whether it was stored."""
+        """Publish it, and publish it again while it is unknown whether it was stored."""
         for _ in range(_TRIES):
             self.recorder.write("take", event.uuid_string, event.routing_key)
             begun = time.monotonic()
@@ -159,7 +159,7 @@ def main() -> None:
     config = Config(**json.loads(sys.argv[1]))
     if config.broken:
         broken.make(config.broken)
-    # Taken one by one below. Blocked before there are threads, so that all of them have it so.
+    # Received one by one below. Blocked before any thread starts, so that all threads inherit this.
     signals = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     publisher = Publisher(config.urls, config.exchange)
@@ -188,7 +188,7 @@ def main() -> None:
 
 
 def _fork(config: Config, publisher: Publisher, number: int) -> int:
-    """Publish from a child as well, with the publisher that it inherits; its process id."""
+    """Publish from a child as well, with the inherited publisher; returns its process id."""
     child_id = os.fork()
     if child_id:
         return child_id

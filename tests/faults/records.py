@@ -1,4 +1,4 @@
-"""What each process writes down, a file for each; a kill loses no record.
+"""The records of each process, in one file each; a kill does not lose any record.
 
 A record is a line of words. It reaches the kernel in one ``write`` before the program goes on, so
 only a line that was being written can be torn, and only the last one.
@@ -11,7 +11,7 @@ only a line that was being written can be torn, and only the last one.
     ended SUBSCRIBER ID RETRIES OUTCOME TIME  it is about to return, or to raise
     usage THREADS DESCRIPTORS KILOBYTES TIME  of this process, every few seconds
     release TOPICS RETIRED RETRIES DEAD-LETTER TIME  it is about to register this (`rolling`)
-    ready TIME                                it has declared what it needs
+    ready TIME                                it has declared its queues
 
 Times are of the monotonic clock, which all processes of a machine share.
 """
@@ -57,7 +57,7 @@ class Reader:
             with path.open("rb") as file:
                 file.seek(begin)
                 data = file.read()
-            # What stands behind the last newline is being written, or was torn by a kill.
+            # The text after the last newline is still being written, or was torn by a kill.
             complete, newline, _ = data.rpartition(b"\n")
             self._read[path] = begin + len(complete) + len(newline)
             for line in complete.decode().splitlines():
@@ -65,7 +65,7 @@ class Reader:
 
 
 def watch(recorder: Recorder) -> None:
-    """Write down what this process uses, and end it when the one that started it is gone."""
+    """Record this process's resources, and end it when its parent is gone."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -75,7 +75,7 @@ def watch(recorder: Recorder) -> None:
             while time.monotonic() < until:
                 if os.getppid() != parent:
                     os._exit(1)
-                time.sleep(0.25)  # a thread of its own: who the parent is can only be polled
+                time.sleep(0.25)  # a separate thread: a change of the parent can only be polled
 
     threading.Thread(target=watch, name="watch", daemon=True).start()
 

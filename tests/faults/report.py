@@ -1,4 +1,4 @@
-"""A result in words: a table for the terminal, an RST fragment for the docs, JSON for programs."""
+"""Formats a result: a table for the terminal, an RST fragment for the docs, JSON for programs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from faults.evidence import Usage
 from faults.harness import Result
 from faults.verdict import LATEST, Verdict
 
-# A process that lived shorter says nothing about what piles up.
+# A process with a shorter life does not show whether resources pile up.
 _LONG_ENOUGH = 15.0
 
 Row = tuple[str, str]
 
-#: What is kept of a run.
+#: The stored result of a run.
 Kept: TypeAlias = dict[str, Any]
 
 
 def figures(result: Result) -> list[Row]:
-    """The figures of a run, each with its name; those that must be 0 say so."""
+    """The figures of a run, each with its name, which states whether it must be 0."""
     verdict = result.verdict
     share = verdict.duplicates / verdict.calls if verdict.calls else 0.0
     errors = {name: n for name, n in sorted(result.outcomes.items()) if name != "returned"}
@@ -90,7 +90,7 @@ def _usage(result: Result) -> Iterator[Row]:
 
 
 def _program(process: str) -> str:
-    """Without the number of its start, and of its release."""
+    """The name without the number of its start and of its release."""
     return re.split("[-.]", process)[0]
 
 
@@ -99,7 +99,7 @@ def _lifetime(usage: tuple[Usage, Usage]) -> float:
 
 
 def faults(result: Result) -> list[tuple[str, str, str, str]]:
-    """Each kind of fault: how often it came, what was lost in it, the longest silence after it."""
+    """Each kind of fault: its number, the events lost in it, the longest silence after it."""
     rows = []
     counts = Counter(fault.kind for fault in result.faults)
     for kind in sorted(counts):
@@ -145,7 +145,7 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def rst(kept: Sequence[Kept]) -> str:
-    """A fragment for the documentation, of what `as_json` kept: runs of a scenario side by side."""
+    """A fragment for the documentation, of `as_json` results: runs of a scenario side by side."""
     scenarios = dict.fromkeys(run["scenario"] for run in kept)
     return "\n".join(
         _rst_of_scenario([run for run in kept if run["scenario"] == name]) for name in scenarios
@@ -175,7 +175,7 @@ def _rst_of_scenario(runs: Sequence[Kept]) -> str:
 
 
 def _table(head: Sequence[str], columns: Sequence[Mapping[str, str]]) -> list[str]:
-    """Rows by their names, in the order in which they first come; a dash where one has none."""
+    """Rows by their names, in the order of first appearance; a dash where one has no value."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [head, *([name, *(column.get(name, "-") for column in columns)] for name in names)]
     lines = [".. list-table::", "   :header-rows: 1", ""]

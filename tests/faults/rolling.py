@@ -1,10 +1,10 @@
 """Releases of one subscriber, deployed one after the other while another still runs. Pure.
 
-A release lists some topics: the first words of routing keys. The next one lists another topic, or
-no longer one that the last one listed, or switches ``max_retries`` or ``dead_letter``; or all of
-it is rolled back. Old and new processes of one name share a queue meanwhile, so each receives
-events that only the other one lists. Such an event must be handled by a process that lists it, or
-become a dead letter that says why; only topics that a release has *retired* may be dropped.
+A release lists some topics: the first words of routing keys. The next one adds a topic, or removes
+one that the last one listed, or switches ``max_retries`` or ``dead_letter``; or everything is
+rolled back. Old and new processes of one name share a queue meanwhile, so each receives events that
+only the other one lists. Such an event must be handled by a process that lists it, or become a dead
+letter with that reason; only events of *retired* topics may be dropped.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-#: What the records, the report and the queue call the subscriber.
+#: The subscriber's name in the records, the report and the queue.
 LABEL = "rolling"
 
-ALWAYS = "t0"  # in each release: its events must go on
+ALWAYS = "t0"  # in each release: its events must not stop
 # Listed by some releases.
 TOPICS = (ALWAYS, "t1", "t2", "t3")
-# Listed by some releases, and retired by those that no longer do.
+# Listed by some releases, and retired by those that no longer list it.
 RETIRABLE = ("t4", "t5")
 
-#: All topics that are published, whoever lists them.
+#: All published topics, whether listed or not.
 PUBLISHED = (*TOPICS, *RETIRABLE)
 
 MAX_RETRIES = 3
 #: For the library's `_HAND_BACK_DELAYS`: seconds, instead of some fifteen minutes.
 HAND_BACK_DELAYS = (0.2, 0.4, 0.8, 1.5, 2.5, 4.0)
 
-# What retires a topic may drop its events for so long after they were published: with their retries
-# and the times they were handed back.
+# A release that retires a topic may drop its events for this long after they were published,
+# including their retries and hand-backs.
 RETIREMENT = 30.0
 
 
 @dataclass(frozen=True)
 class Release:
-    """How a process of the subscriber registers."""
+    """The options with which a process of the subscriber registers."""
 
     topics: tuple[str, ...]
     retired: tuple[str, ...] = ()
@@ -54,12 +54,12 @@ class Release:
         return " ".join(words)
 
 
-#: The last release, with which all is drained.
+#: The last release, which drains the queue.
 LAST = Release(PUBLISHED)
 
 
 def releases(seed: int) -> Iterator[Release]:
-    """One after the other, without end: each has changed something of the one before it."""
+    """An endless series of releases: each changes something of the one before it."""
     source = random.Random(f"releases {seed}")
     release = Release((ALWAYS, "t1", "t4"))
     while True:
@@ -86,7 +86,7 @@ def releases(seed: int) -> Iterator[Release]:
 
 
 class Plan:
-    """Which release is next, and which was before; a roll-back is followed by another release."""
+    """The next and the previous release; a rollback is followed by another release."""
 
     def __init__(self, seed: int) -> None:
         self._releases = releases(seed)
@@ -104,7 +104,7 @@ class Plan:
         return self.current
 
     def next(self) -> Release:
-        """A release that is begun to be deployed, and given up."""
+        """A release whose deployment is started, and abandoned."""
         return next(self._releases)
 
 
@@ -113,7 +113,7 @@ class Plan:
 
 @dataclass
 class Announced:
-    """A process, and what it registered."""
+    """A process, and the release that it registered."""
 
     release: Release
     begun: float
@@ -133,8 +133,8 @@ class Ended:
 def required(processes: Sequence[Announced], topic: str, published: float) -> bool:
     """Whether an event must be handled, or be a dead letter.
 
-    So it is when a process that lists its topic had bound it, and none that retires it was there
-    from then on until its time was over.
+    It must if a process that lists its topic had bound it, and no process that retires the topic
+    ran from then on until the time of the event was over.
     """
     until = published + RETIREMENT
     retiring = [each for each in processes if topic in each.release.retired]
@@ -146,7 +146,7 @@ def required(processes: Sequence[Announced], topic: str, published: float) -> bo
 
 
 def finished(ends: Sequence[Ended], processes: Mapping[str, Announced]) -> bool:
-    """Whether a handler returned; or failed for good where no dead letters were kept."""
+    """Whether a handler returned; or failed finally where no dead letters were kept."""
     for end in ends:
         if end.outcome == "returned":
             return True

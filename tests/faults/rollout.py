@@ -12,7 +12,7 @@ _READY = 30.0
 
 
 class Pause(Protocol):
-    """Waits so many seconds, or until the harness is to end."""
+    """Waits for the given seconds, or until the harness has to end."""
 
     def __call__(self, seconds: float, until: Callable[[], bool] | None = None) -> bool: ...
 
@@ -20,7 +20,7 @@ class Pause(Protocol):
 class Rollout:
     """The processes of the subscriber, and the release that each runs.
 
-    :param make: makes the program of that name with that release, and has it looked after.
+    :param make: creates the program of that name with that release, and supervises it.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Rollout:
         self._programs = [self._new(slot, self._plan.current) for slot in range(processes)]
 
     def forward(self, side_by_side: float) -> str:
-        """The next release, in the place of all processes."""
+        """The next release, replacing all processes."""
         release = self._plan.forward()
         self._deploy(release, len(self._programs), side_by_side)
         return str(release)
 
     def back(self, side_by_side: float, half_way: bool) -> str:
-        """The release before this one; or this one again, after half of a deployment."""
+        """The previous release; or this one again, after half of a deployment."""
         if not half_way:
             release = self._plan.back()
             self._deploy(release, len(self._programs), side_by_side)
@@ -65,7 +65,7 @@ class Rollout:
             old = self._programs[slot]
             new = self._new(slot, release)
             new.start()
-            # Not within this time while the broker is down: the old one ends all the same.
+            # While the broker is down this times out; the old one ends anyway.
             self._pause(_READY, lambda: self._is_ready(new))  # noqa: B023 - called at once
             self._pause(side_by_side)
             old.stop()

@@ -1,4 +1,4 @@
-"""The scenarios: who publishes what, who handles it, and which faults come upon them. Pure."""
+"""The scenarios: publishers, subscribers, and the faults that are injected. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from faults.schedule import Fault, Group
 
 @dataclass(frozen=True)
 class Publishing:
-    """What each publisher process does."""
+    """The work of each publisher process."""
 
     processes: int = 3
     threads: int = 3  # that publish one event at a time
     pause: float = 0.025  # seconds between them
-    batch: int = 100  # events at a time with publish_many, on a thread of its own; 0: none
+    batch: int = 100  # events at a time with publish_many, on a separate thread; 0: none
     batch_pause: float = 0.7
     timeouts: Sequence[float] = (1.0, 3.0, 8.0, 20.0)
     topics: Mapping[str, float] = field(default_factory=lambda: {"event": 1})
@@ -25,7 +25,7 @@ class Publishing:
 
 @dataclass(frozen=True)
 class Subscribing:
-    """What the processes of one subscriber do."""
+    """The work of the processes of one subscriber."""
 
     processes: int = 2
     workers: int = 3
@@ -47,19 +47,19 @@ class Scenario:
             "ledger": Subscribing(workers=1, max_retries=1),
         }
     )
-    #: Drawn from, in an order of chance ...
+    #: Drawn from, in random order ...
     kinds: Sequence[str] = ()
-    #: ... or these, again and again, after gaps of so many seconds.
+    #: ... or these, again and again, after gaps of this many seconds.
     faults: Sequence[Fault] = ()
     gaps: tuple[float, float] = (1.0, 2.0)
     #: Events that are published first, and all wait for their retry when the faults begin.
     waiting: int = 0
-    #: Processes of the subscriber of which one release after the other is deployed.
+    #: Processes of the subscriber that is deployed release after release.
     rolling: int = 0
     cluster: bool = False
 
     def schedule(self, seed: int, left_out: Sequence[str] = ()) -> Iterator[Group]:
-        """The groups of faults, without end."""
+        """An endless series of groups of faults."""
         if self.faults:
             return schedule.repeated(seed, self.faults, *self.gaps)
         return schedule.mixed(seed, [kind for kind in self.kinds if kind not in left_out])
@@ -72,7 +72,7 @@ class Scenario:
 # All topics, whether a release lists them at the time or not.
 _ROLLING = dict.fromkeys(rolling.PUBLISHED, 1.0)
 _FEW = Publishing(processes=2, threads=2, pause=0.02, batch=0)
-# Handlers that hold what they have for long, so that a queue builds up behind them.
+# Slow handlers, so that a queue builds up behind them.
 _SLOW_HANDLERS = {"mailer": Subscribing(workers=4, slow=(0.05, 0.2))}
 
 SCENARIOS = {
@@ -117,7 +117,7 @@ SCENARIOS = {
         ),
         Scenario(
             "killed-subscribers",
-            "all subscribers are killed while their hands are full",
+            "all subscribers are killed while they hold many deliveries",
             replace(_FEW, pause=0.08, mix={"slow": 1}),
             _SLOW_HANDLERS,
             faults=[Fault("subscribers-killed")],
@@ -125,14 +125,14 @@ SCENARIOS = {
         Scenario(
             "killed-in-an-alarm",
             "subscribers whose retries cannot be published now are killed",
-            # More than can be handled: there must be work while publishers are blocked.
+            # More than can be handled: there must be work left while publishers are blocked.
             replace(_FEW, pause=0.01, mix={"retry.1": 1, "slow": 1}),
             {"mailer": Subscribing(workers=4, slow=(0.1, 0.25))},
             faults=[Fault("killed-in-alarm", seconds=3.0)],
         ),
         Scenario(
             "cut-in-full-flight",
-            "connections are stalled, then cut with all that is under way",
+            "connections are stalled, then cut with all data in flight",
             replace(_FEW, mix={"ok": 1}),
             {"mailer": Subscribing()},
             faults=[Fault("wire-stalled", 0.0, 1.5), Fault("wire-cut", 1.0)],
@@ -140,7 +140,7 @@ SCENARIOS = {
         Scenario(
             "closed-under-slow-handlers",
             "connections are closed while handlers hold deliveries; soon the process dies",
-            # More is held than was ever acked, so that an old tag is one of the new channel's too.
+            # More events are held than were ever acked, so that old tags exist on the new channel.
             replace(_FEW, pause=0.01, mix={"slow": 1}),
             {"mailer": Subscribing(workers=4, prefetch_count=200, slow=(0.1, 0.25))},
             faults=[Fault("killed-after-close", seconds=1.2)],

@@ -1,6 +1,6 @@
-"""Which fault comes when. Pure: the same seed gives the same schedule.
+"""The schedule of faults. Pure: the same seed gives the same schedule.
 
-A schedule is a row of groups. A group's faults come at offsets from its beginning, singly or
+A schedule is a series of groups. A group's faults start at offsets from its beginning, singly or
 together; the next group begins some seconds after the last fault of this one is over.
 """
 
@@ -16,7 +16,7 @@ Needs = Literal["", "node", "cluster"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault. Two of one lane are never together: they would undo each other."""
+    """A kind of fault. Two in one lane never overlap: they would undo each other."""
 
     lane: str
     shortest: float = 0.0  # seconds from its beginning to its end
@@ -54,7 +54,7 @@ KINDS = {
 }
 
 MIXED = [name for name, kind in KINDS.items() if kind.needs != "cluster"]
-# Here no single node's fault is all of the broker's; "in turn" is what matters.
+# Here the fault of a single node does not stop the broker; they have to happen in turn.
 CLUSTER = [
     "node-killed",
     "node-killed",
@@ -73,7 +73,7 @@ _TOGETHER = 0.4
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, when in its group, how long, and a number to choose the victim by."""
+    """One fault: its kind, offset and duration, and a number that selects the target."""
 
     kind: str
     offset: float = 0.0
@@ -83,7 +83,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Group:
-    """Faults that belong together, and the seconds of peace before the first."""
+    """Faults that belong together, and the quiet seconds before the first."""
 
     gap: float
     faults: tuple[Fault, ...]
@@ -93,7 +93,7 @@ class Group:
 
 
 def mixed(seed: int, kinds: Sequence[str]) -> Iterator[Group]:
-    """All of these kinds, in an order of chance, again and again; some of them in pairs."""
+    """All of these kinds, in random order, again and again; some of them in pairs."""
     source = random.Random(seed)
     bag: list[str] = []
     while True:
@@ -104,7 +104,7 @@ def mixed(seed: int, kinds: Sequence[str]) -> Iterator[Group]:
         others = [name for name in bag if KINDS[name].lane != KINDS[first.kind].lane]
         if others and source.random() < _TOGETHER:
             bag.remove(others[-1])
-            # While the first one lasts, or while everybody recovers from it.
+            # While the first one lasts, or during the recovery from it.
             faults.append(_fault(others[-1], source, source.uniform(0, first.seconds + 1)))
         yield Group(round(source.uniform(0.5, 2.5), 2), tuple(faults))
 
@@ -118,7 +118,7 @@ def _fault(name: str, source: random.Random, offset: float) -> Fault:
 def repeated(
     seed: int, faults: Sequence[Fault], shortest: float, longest: float
 ) -> Iterator[Group]:
-    """The same faults again and again, after gaps of chance."""
+    """The same faults again and again, after random gaps."""
     source = random.Random(seed)
     while True:
         gap = round(source.uniform(shortest, longest), 2)

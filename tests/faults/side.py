@@ -1,9 +1,9 @@
 """An exchange to delete, with one subscriber and one publisher, apart from all others.
 
 An event published to an exchange without bindings is confirmed and gone; one in a queue that is
-deleted is gone with it. So nothing is deleted here but while publishing pauses and every event
-that was published is handled. Afterwards events are published as *mandatory*: until the subscriber
-is back, that is the error `EventUnroutable`, and nothing that returned may be lost.
+deleted is gone with it. So deletions happen only while publishing pauses and every published event
+has been handled. Afterwards events are published as *mandatory*: until the subscriber is back, they
+raise `EventUnroutable`, and no event whose publish returned may be lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TIMEOUT = 5.0
 
 
 class Side:
-    """Publishes to the side exchange, from a thread of the harness."""
+    """Publishes to the side exchange, on a thread of the harness."""
 
     def __init__(self, urls: list[str], exchange: str, folder: Path) -> None:
         self._publisher = Publisher(urls, exchange)
@@ -42,7 +42,7 @@ class Side:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Publish nothing meanwhile."""
+        """Pause publishing."""
         with self._publishing:
             yield
 
@@ -65,7 +65,7 @@ class Side:
 
 
 def all_handled(evidence: Evidence, subscriber: str) -> bool:
-    """Whether every event that was published to the side exchange is handled."""
+    """Whether every event published to the side exchange has been handled."""
     return all(
         0 in evidence.handlings[subscriber, event].returned
         for event, publication in list(evidence.publications.items())

@@ -1,4 +1,4 @@
-"""A program whose handlers succeed, fail, ask for retries, sleep and die, and write it down.
+"""A program whose handlers succeed, fail, request retries, sleep and die, and record it.
 
 Started by the harness: ``python -m faults.subscriber CONFIG``, a JSON object; see `Config`.
 """
@@ -21,27 +21,27 @@ from domain_events import (
     Reject,
     Retry,
     Subscriber,
-    subscription,
+    handling,
 )
 from faults import broken, rolling
 from faults.kinds import POISON
 from faults.records import Recorder, watch
 
-#: The exit status of a process that a handler has ended; or it kills itself.
+#: The exit status of a process that a handler ended; others kill themselves.
 DIED = 86
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the harness tells a subscriber."""
+    """A subscriber's configuration, from the harness."""
 
     process: str
-    name: str  # its queue's
-    label: str  # what the records call it
+    name: str  # that of its queue
+    label: str  # its name in the records
     urls: list[str]
     exchange: str
-    topics: list[str]  # first words of the routing keys that it lists
-    retired: list[str]  # and of those that are to go
+    topics: list[str]  # first words of its routing keys
+    retired: list[str]  # and of the retired ones
     folder: str
     workers: int
     max_retries: int
@@ -49,13 +49,13 @@ class Config:
     prefetch_count: int | None
     queue_type: str
     slow: list[float]
-    delivery_limit: int  # of the queue; 0: the library's
-    announce: bool  # write down what it registers
+    delivery_limit: int  # of the queue; 0: the library's default
+    announce: bool  # record what it registers
     broken: str
 
 
 class Handler:
-    """Does what the event's kind asks for, and writes down that it does."""
+    """Does what the event's kind requires, and records it."""
 
     def __init__(self, config: Config, recorder: Recorder) -> None:
         self._config = config
@@ -76,12 +76,12 @@ class Handler:
     def _handle(self, event: DomainEvent) -> None:
         _, kind, *rest = event.routing_key.split(".")
         if kind == "slow":
-            # The slow handler that is asked for; nothing is waited for.
+            # The kind requires a slow handler; this does not wait for a condition.
             time.sleep(random.uniform(*self._config.slow))
         elif kind == "raise":
-            raise ValueError("as asked for")
+            raise ValueError("as requested")
         elif kind == "reject":
-            raise Reject("as asked for")
+            raise Reject("as requested")
         elif kind == "exhaust" or (kind == "retry" and event.retries < int(rest[0])):
             raise Retry(random.uniform(0.1, 1.5))
         elif kind == "later" and event.retries == 0:
@@ -92,7 +92,7 @@ class Handler:
             self._die_once(event)
 
     def _die_once(self, event: DomainEvent) -> None:
-        """The first process of this subscriber that sees the event dies of it."""
+        """The first process of this subscriber that receives the event dies."""
         mark = Path(self._config.folder) / f"{self._config.label}-{event.uuid_string}.died"
         try:
             mark.touch(exist_ok=False)
@@ -116,7 +116,7 @@ def main() -> None:
         topics, retired = (",".join(each) or "-" for each in (config.topics, config.retired))
         recorder.write("release", topics, retired, config.max_retries, config.dead_letter)
     subscriber = Subscriber(config.urls, config.exchange, workers=config.workers)
-    # Not given when there are none: as a release does that knows nothing of it.
+    # Omitted if there are none: as in a release that does not have the option.
     others: dict[str, Any] = {}
     if config.retired:
         others["retired_keys"] = _keys(config.retired)
@@ -134,7 +134,7 @@ def main() -> None:
                 **others,
             )
         except BrokerUnavailable:
-            continue  # as a service that is started again until its broker is there
+            continue  # like a service that is restarted until its broker is available
         registered = True
     recorder.write("ready")
     subscriber.start_consuming()
@@ -145,14 +145,14 @@ def _keys(topics: list[str]) -> list[str]:
 
 
 def _hand_back_soon() -> None:
-    """An event that another release lists is a dead letter after seconds, not after minutes."""
-    subscription._HAND_BACK_DELAYS = rolling.HAND_BACK_DELAYS
+    """An event that only another release lists is dead-lettered after seconds, not minutes."""
+    handling._HAND_BACK_DELAYS = rolling.HAND_BACK_DELAYS
 
 
 def _limit_deliveries(limit: int) -> None:
-    """An event that kills its process does so less often: each time takes a start."""
-    subscription._MOST_FAILURES = limit
-    subscription._MOST_GIVE_BACKS = limit // 2
+    """An event that kills its process does so fewer times: each one needs a restart."""
+    handling._MOST_FAILURES = limit
+    handling._MOST_GIVE_BACKS = limit // 2
 
 
 if __name__ == "__main__":

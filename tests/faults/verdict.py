@@ -1,4 +1,4 @@
-"""From the evidence to a judgement: what was lost, what should not have been. Pure."""
+"""Derives the verdict from the evidence: lost events, and what must not happen. Pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from faults import held, rolling
 from faults.evidence import Evidence, Handling, Publication
 from faults.kinds import DEAD_LETTER, RETURNED, fate
 
-#: Most seconds that a publish may take beyond its deadline.
+#: Maximum seconds that a publish may take beyond its deadline.
 LATEST = 1.0
-#: Most seconds of silence after faults are over.
+#: Maximum seconds of silence after faults are over.
 LONGEST_SILENCE = 60.0
 
 
 @dataclass(frozen=True)
 class Injected:
-    """A fault that was injected; the group is the number of those that came with it."""
+    """An injected fault; the group is the number shared by all faults injected together."""
 
     kind: str
     begun: float
@@ -29,16 +29,16 @@ class Injected:
 
 @dataclass(frozen=True)
 class Remains:
-    """What was in the broker's queues when all had ended, by subscriber: ids of events.
+    """The ids of the events in the broker's queues after everything has ended, by subscriber.
 
-    Under the name ``""`` is what waits in queues that all subscribers share.
+    The name ``""`` stands for queues that all subscribers share.
     """
 
     dead_letters: Mapping[str, Counter[str]]
     waiting: Mapping[str, Counter[str]]
-    #: How many more the queues hold, of which only the number is known.
+    #: Further messages in the queues, of which only the number is known.
     held: int = 0
-    #: Of the dead letters of the subscriber that has several releases: why, by the event's id.
+    #: The reasons of the dead letters of the subscriber with several releases, by the event's id.
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -50,28 +50,29 @@ class Verdict:
     handled: dict[str, int] = field(default_factory=dict)  # events, by subscriber
     dead_lettered: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
-    #: Subscriber, event, routing key, and when it was last heard of.
+    #: Subscriber, event, routing key, and the time of its last record.
     lost: list[tuple[str, str, str, float]] = field(default_factory=list)
     duplicates: int = 0
     calls: int = 0  # of handlers
     forbidden: list[str] = field(default_factory=list)
     beyond_limit: list[str] = field(default_factory=list)
     below_limit: list[str] = field(default_factory=list)
-    #: Handled, and dead letters all the same.
+    #: Handled, but dead letters all the same.
     innocent: list[str] = field(default_factory=list)
     #: Handled by a process whose release does not list them.
     strayed: list[str] = field(default_factory=list)
-    #: Dead letters that no handler has seen, and that do not say why.
+    #: Dead letters that no handler has received, and that have no reason.
     unexplained: list[str] = field(default_factory=list)
-    #: Events that a release had bound, and dead letters since no process listed them any more.
+    #: Events that a release had bound, and those dead-lettered because no process listed them any
+    #: more.
     rolled: int = 0
     unlisted: int = 0
     latest_publish: float = 0.0
-    #: The longest silence after each group of faults, and of which subscriber.
+    #: The longest silence after each group of faults, with its subscriber.
     silences: dict[int, tuple[float, str]] = field(default_factory=dict)
-    #: Lost events by the group of faults in which they were last heard of.
+    #: Lost events by the group of faults during which they had their last record.
     lost_in: Counter[int] = field(default_factory=Counter)
-    #: Programs that ended though nobody had asked them to, or did not end though asked.
+    #: Programs that ended without a request, or did not end on request.
     misbehaved: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +80,7 @@ class Verdict:
         return max((seconds for seconds, _ in self.silences.values()), default=0.0)
 
     def violations(self) -> list[str]:
-        """What must not be, in words; empty if all is well."""
+        """The violations, in words; empty if all is well."""
         return list(self._violations())
 
     def _violations(self) -> Iterator[str]:
@@ -90,7 +91,7 @@ class Verdict:
         if self.waiting:
             yield f"{self.waiting:,} events still wait in a queue"
         if self.forbidden:
-            yield f"{len(self.forbidden):,} events were handled that surely were not sent"
+            yield f"{len(self.forbidden):,} events were handled that were definitely not sent"
         if self.beyond_limit:
             yield f"{len(self.beyond_limit):,} events were retried beyond their limit"
         if self.below_limit:
@@ -100,7 +101,7 @@ class Verdict:
         if self.strayed:
             yield f"{len(self.strayed):,} events were handled by a process that does not list them"
         if self.unexplained:
-            yield f"{len(self.unexplained):,} dead letters that nobody handled do not say why"
+            yield f"{len(self.unexplained):,} dead letters that were never handled have no reason"
         if self.latest_publish >= LATEST:
             yield f"a publish took {self.latest_publish:.2f} s beyond its deadline"
         if self.longest_silence >= LONGEST_SILENCE:
@@ -115,11 +116,11 @@ def judge(
     faults: Sequence[Injected],
     until: float,
 ) -> Verdict:
-    """Hold what was published against what was handled.
+    """Compare the published events with the handled ones.
 
     :param limits: first word of the routing key -> subscribers that must get such an event, each
         with its ``max_retries``.
-    :param until: when the last publisher ended; silence is measured no longer.
+    :param until: when the last publisher ended; silence is not measured after that.
     """
     verdict = Verdict(published=evidence.published, latest_publish=evidence.latest_publish)
     for event, publication in evidence.publications.items():
@@ -138,7 +139,7 @@ def judge(
         )
         verdict.dead_lettered[name] = len(remains.dead_letters.get(name, ()))
     verdict.waiting = sum(ids.total() for ids in remains.waiting.values()) + remains.held
-    # Which ones are held is not known, but so many of the missing are not lost.
+    # It is unknown which ones are held, but this many of the missing ones are not lost.
     verdict.lost = verdict.lost[remains.held :]
     begun = [handling.begun for handling in evidence.handlings.values()]
     verdict.calls = sum(each.total() for each in begun)
@@ -186,7 +187,7 @@ def _judge_rolled(
     event: str,
     topic: str,
 ) -> None:
-    """An event for the subscriber of which there are several releases."""
+    """An event for the subscriber with several releases."""
     name = rolling.LABEL
     handling = evidence.handlings.get((name, event)) or Handling()
     dead = event in remains.dead_letters.get(name, ())
@@ -225,7 +226,7 @@ def _measure_silences(
     handled_at = {
         name: sorted(times)
         for name, times in evidence.ended_at.items()
-        if name != held.LABEL  # has something to do at times only
+        if name != held.LABEL  # does not always have something to do
     }
     for group in sorted({fault.group for fault in faults}):
         over = max(fault.ended for fault in faults if fault.group == group)
@@ -233,7 +234,7 @@ def _measure_silences(
         end = min([*following, until])
         for name, times in handled_at.items():
             at = bisect.bisect(times, over)
-            # None until the next fault began: at least so long.
+            # None until the next fault began: a lower bound.
             first = times[at] if at < len(times) else end
             silence = max(0.0, min(first, max(end, over)) - over)
             if silence >= verdict.silences.get(group, (0.0, ""))[0]:
@@ -241,7 +242,7 @@ def _measure_silences(
 
 
 def _group_at(faults: Sequence[Injected], time: float) -> int:
-    """The group of faults that was going on, or came next; the last one when none did."""
+    """The group of faults that was active, or came next; otherwise the last one."""
     later = [fault for fault in faults if fault.ended >= time]
     if later:
         return min(later, key=lambda fault: fault.ended).group

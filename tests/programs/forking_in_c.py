@@ -65,8 +65,8 @@ def stop() -> None:
 def hold_our_locks(held: threading.Event, go_on: threading.Event) -> None:
     """As a thread does that is in the middle of something while another one forks."""
     with publishers._publishers_lock, memory._stores_lock, subscriber._lock:
-        connection: Any = publisher._publishing
-        inner = [memory.store("")._lock] if embedded else [connection._lock, connection._link._lock]
+        connection: Any = publisher._publishing()
+        inner = [memory.store("").lock] if embedded else [connection._lock, connection._link._lock]
         for lock in inner:
             lock.acquire()
         held.set()
@@ -89,7 +89,7 @@ pid = ctypes.PyDLL(None).fork()
 if pid == 0:
     try:
         if embedded:
-            subscriber._subscriptions.clear()  # the queues are the parent's, too
+            subscriber.subscriptions.clear()  # the queues are the parent's, too
             Subscriber().register(print, queue, ["never"])
         use("child")
         print("child done", flush=True)

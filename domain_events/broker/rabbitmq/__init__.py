@@ -1,9 +1,11 @@
-"""RabbitMQ over pika: the only room that knows pika.
+"""RabbitMQ over pika: the only package that uses AMQP and pika.
 
-``nodes``: addresses and refusals. ``link``: one connection on one I/O thread, kept open. ``loop``,
-``stream``, ``wire``: the thread's turns, what goes out and comes in, the frames there are many of.
-``publishing``, ``consuming``: what is done on it. ``opening``, ``declaring``: channels and the
-topology. ``consumer``, ``browser``: a queue. ``sending``: a message.
+From the top: `publishing` and `consuming` are the two kinds of connections; `consumer`, `browser`
+and `walk` use a queue. `channel` opens a channel and declares on it; `topology` holds the
+declarations, `envelope` the properties of messages, `errors` the meaning of refusals. `link` keeps
+a connection open on an I/O thread, to one of the `nodes`; `loop`, `transport` and `wire` are its
+loop, its bytes and its frames; `attempts` and `turns` keep connections and channels from harming
+one another; `doorbell` wakes the thread.
 
 Why an I/O thread and pika's SelectConnection: confirms can be pipelined, heartbeats go on however
 long a handler runs or a publisher idles, and any thread may publish.
@@ -15,16 +17,16 @@ import logging
 from collections.abc import Callable
 
 from domain_events import log
+from domain_events.broker import Exchange
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.nodes import Nodes, check
 from domain_events.broker.rabbitmq.publishing import RabbitPublishing
-from domain_events.topology import Topology
 
-# pika logs every lost connection a dozen times, with tracebacks, where we say it in one line.
-# Whoever wants its lines sets the level of the logger "pika" before.
+# pika logs every lost connection a dozen times, with tracebacks; this library logs one line. To see
+# pika's lines, set the level of the logger "pika" before this import.
 if logging.getLogger("pika").level == logging.NOTSET:
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-# It logs on our I/O threads, and on those of its own on which it looks up names for them.
+# It logs on our I/O threads, and on its own threads that resolve host names for them.
 log.redirect("pika")
 
 
@@ -35,7 +37,7 @@ class RabbitMQ:
         check(urls)  # at once, before any connection is made
         self._urls = urls
 
-    def publishing(self, declare: Topology, name: str) -> RabbitPublishing:
+    def publishing(self, name: str, declare: Exchange | None = None) -> RabbitPublishing:
         return RabbitPublishing(Nodes(self._urls), declare, name)
 
     def consuming(self, name: str, on_failure: Callable[[], None]) -> RabbitConsuming:

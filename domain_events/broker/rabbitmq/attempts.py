@@ -1,11 +1,11 @@
 """Attempts to log in, across the process: a refused login is not repeated at once.
 
-A wrong password that is tried again and again locks the account, and a program that makes a
-`Publisher` for each event would do so without any retry of ours. So a refusal is remembered for
+Repeated attempts with a wrong password may lock the account, and a program that creates a
+`Publisher` for each event makes them even if nothing is retried. So a refusal is remembered for
 some seconds, for every connection of this process. And until the first login at a broker has
 succeeded, only one connection at a time tries; otherwise twenty of them would be refused at once.
 
-Threads. The I/O threads of all links share this; everything is under one lock, held shortly.
+Threads. The I/O threads of all links share this; everything is under one lock, held briefly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from domain_events.process import on_fork
 
 # Seconds for which a refusal is remembered.
-_BELIEF = 5.0
+_REFUSAL_TTL = 5.0
 # Seconds after which others no longer wait for an attempt; pika's own time limit defaults to 15.
 _LONGEST_ATTEMPT = 30.0
 
@@ -77,7 +77,7 @@ class Attempts:
             for key, (until, _) in list(self._refused.items()):
                 if until < now:
                     del self._refused[key]
-            self._refused[_login(url) if login else hash(url)] = (now + _BELIEF, why)
+            self._refused[_login(url) if login else hash(url)] = (now + _REFUSAL_TTL, why)
 
 
 def _login(url: str) -> int:

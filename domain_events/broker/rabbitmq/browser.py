@@ -1,14 +1,14 @@
-"""Looks at a queue: a channel that gets message after message, and holds what it got.
+"""Browses a queue: a channel that gets message after message, and holds them.
 
-What is not acked is requeued in its old order. A quorum queue does not see to that itself (checked
-on 3.10, 4.0 and 4.3 by the tests of walks in tests/test_dead_letters.py):
+Unacked messages are requeued in their old order. A quorum queue does not guarantee that itself
+(checked on 3.10, 4.0 and 4.3 by the tests of walks in tests/test_dead_letters.py):
 
-- Of more than 32 that are requeued at a time, it takes some later than others, in any order. So
-  they are requeued in small pieces, each when the queue has the one before.
-- What is requeued goes to the front, but behind what was requeued before and not got since. So a
-  walk that was broken off first gets the rest of those, to requeue all of them together.
+- Of more than 32 messages requeued at a time, some return later than others, in any order. So they
+  are requeued in small pieces, each when the one before is back in the queue.
+- Requeued messages go to the front, but after those that were requeued before and not got since. So
+  an interrupted walk first gets the rest of those, to requeue all of them together.
 
-When the channel or the connection is lost, everything is requeued at once, perhaps in another
+When the channel or the connection is lost, all messages are requeued at once, perhaps in another
 order.
 """
 
@@ -26,9 +26,9 @@ from pika.channel import Channel
 from pika.spec import Basic
 
 from domain_events.broker.rabbitmq.channel import Answer, Channels
-from domain_events.broker.rabbitmq.nodes import close_code, explain
+from domain_events.broker.rabbitmq.envelope import RabbitDelivery
+from domain_events.broker.rabbitmq.errors import close_code, explain, read_error
 from domain_events.broker.rabbitmq.wire import text
-from domain_events.broker.refusals import unreadable
 from domain_events.errors import BrokerUnavailable
 from domain_events.log import Log
 from domain_events.message import Delivery
@@ -37,18 +37,18 @@ log = Log("domain_events")
 
 # How many are requeued at a time: half of what a quorum queue keeps in order.
 _PIECE = 16
-# How long to get those that were requeued before.
-_LONGEST_REST = 30.0
-# How long to wait until a piece is in the queue; others may have taken some of it.
-_LONGEST_RETURN = 1.0
-_LOOK_AGAIN = 0.001
+# How long to get messages that were requeued before.
+_GET_REST_TIMEOUT = 30.0
+# How long to wait until a piece is in the queue; others may have consumed some of it.
+_REQUEUE_TIMEOUT = 1.0
+_POLL_INTERVAL = 0.001
 
 #: Has the I/O thread perform a request and waits for its answer, at most so many seconds.
 _Call: TypeAlias = Callable[[Callable[[Answer], None], float], Any]
 
 
 class RabbitBrowser:
-    """See `domain_events.broker.Browser`.
+    """Gets the messages of one queue.
 
     Threads. The caller's makes one request after the other, each with a time limit; the I/O thread
     performs them one at a time, since a reply does not name its request. When one is not answered
@@ -61,22 +61,22 @@ class RabbitBrowser:
         self._call = call
         self._queue = queue
         self._timeout = timeout
-        # The I/O thread's: what waits for its reply, and what an interrupted caller left before it.
+        # I/O thread: the request that awaits its reply, and those after it of interrupted callers.
         self._answer: Answer | None = None
         self._to_do: deque[tuple[Callable[[], None], Answer]] = deque()
         # Got and not settled, in order.
         self._tags: dict[int, None] = {}
         # Whether the next message may be one that was requeued to a quorum queue before.
-        self._more_came_back = False
+        self._may_be_requeued = False
         self._channel: Channel = call(self._open, timeout)
 
-    def next(self, timeout: float) -> Delivery | None:
+    def next(self, timeout: float) -> RabbitDelivery | None:
         """The next message, or None."""
-        delivery: Delivery | None = self._ask(self._get, timeout)
+        delivery: RabbitDelivery | None = self._request(self._get, timeout)
         return delivery
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
-        """Take the message out of the queue."""
+        """Remove the message from the queue."""
         channel, tag = delivery.receipt
 
         def ack() -> None:
@@ -84,19 +84,19 @@ class RabbitBrowser:
                 channel.basic_ack(tag)
             self._answered(channel is self._channel)
 
-        if not self._ask(ack, timeout):
-            raise self._lost()
+        if not self._request(ack, timeout):
+            raise self._lost_error()
         self._tags.pop(tag, None)
 
     def rewind(self) -> None:
-        """Requeue all that was not acked; `next` then sees it again."""
+        """Requeue all unacked messages; `next` then returns them again."""
         if not self._is_open():
-            raise self._lost()
+            raise self._lost_error()
         if not self._tags:
             return
-        deadline = time.monotonic() + _LONGEST_REST
-        self._ask(partial(self._get_rest, deadline), self._timeout)
-        if self._more_came_back and time.monotonic() > deadline:
+        deadline = time.monotonic() + _GET_REST_TIMEOUT
+        self._request(partial(self._get_rest, deadline), self._timeout)
+        if self._may_be_requeued and time.monotonic() > deadline:
             log.warning(
                 "%s: requeuing %d messages in their order takes too long; their order changes.",
                 self._queue,
@@ -104,15 +104,15 @@ class RabbitBrowser:
             )
         tags = list(self._tags)
         self._tags.clear()
-        self._more_came_back = False
-        ready = self._ask(self._count, self._timeout)
+        self._may_be_requeued = False
+        ready = self._request(self._count, self._timeout)
         for start in range(0, len(tags), _PIECE):
             piece = tags[start : start + _PIECE]
-            self._ask(partial(self._nack_up_to, piece[-1]), self._timeout)
+            self._request(partial(self._nack_up_to, piece[-1]), self._timeout)
             ready = self._wait_for(ready + len(piece))
 
     def close(self, timeout: float) -> None:
-        """Requeue all that was not acked, and end."""
+        """Requeue all unacked messages, and end."""
         # When the connection is lost, the broker requeues all.
         with contextlib.suppress(BrokerUnavailable):
             self.rewind()
@@ -122,26 +122,26 @@ class RabbitBrowser:
 
     def _wait_for(self, number: int) -> int:
         """Wait until so many are in the queue; returns how many are."""
-        deadline = time.monotonic() + _LONGEST_RETURN
+        deadline = time.monotonic() + _REQUEUE_TIMEOUT
         while True:
-            ready: int = self._ask(self._count, self._timeout)
+            ready: int = self._request(self._count, self._timeout)
             if ready >= number or time.monotonic() > deadline:
                 return ready
-            time.sleep(_LOOK_AGAIN)
+            time.sleep(_POLL_INTERVAL)
 
-    def _ask(self, work: Callable[[], None], timeout: float) -> Any:
-        """Have it done on the I/O thread, and wait for the answer."""
+    def _request(self, work: Callable[[], None], timeout: float) -> Any:
+        """Do it on the I/O thread, and wait for the answer."""
 
         def request(answer: Answer) -> None:
             if self._is_open():
                 self._to_do.append((work, answer))
                 self._proceed()
             else:
-                answer.fail(self._lost())
+                answer.fail(self._lost_error())
 
         def drop() -> None:
             if self._is_open():
-                self._link.cut()
+                self._link.drop()
 
         try:
             return self._call(request, timeout)
@@ -150,14 +150,14 @@ class RabbitBrowser:
                 self._link.wake(drop)
             raise
 
-    def _lost(self) -> BrokerUnavailable:
+    def _lost_error(self) -> BrokerUnavailable:
         return BrokerUnavailable(
-            f"The connection was lost while browsing {self._queue!r}. Everything that was not "
-            "settled is back in the queue; begin again."
+            f"The connection was lost while browsing {self._queue!r}. All messages that were not "
+            "settled are back in the queue; begin again."
         )
 
     def _is_open(self) -> bool:
-        # After a fork the channel is the parent's, and looks as open as ever.
+        # After a fork the channel is the parent's, and seems to be open.
         connection = self._link.connection
         return self._channel.connection is connection and bool(self._channel.is_open)
 
@@ -198,13 +198,13 @@ class RabbitBrowser:
             channel: Channel, method: Basic.GetOk, properties: pika.BasicProperties, body: bytes
         ) -> None:
             self._answered(
-                Delivery(
+                RabbitDelivery(
                     text(method.exchange),
                     text(method.routing_key),
                     method.redelivered,
                     properties,
                     body,
-                    (channel, self._took(method, properties)),
+                    (channel, self._record(method, properties)),
                     method.message_count or 0,
                     release=self._release,
                 )
@@ -218,27 +218,27 @@ class RabbitBrowser:
         def on_message(
             _channel: Channel, method: Basic.GetOk, properties: pika.BasicProperties, _body: bytes
         ) -> None:
-            self._took(method, properties)
+            self._record(method, properties)
             self._get_rest(deadline, step + 1)
 
         if self._answer is not None:
             self._answer.progress(step)
-        if self._more_came_back and time.monotonic() < deadline:
+        if self._may_be_requeued and time.monotonic() < deadline:
             self._channel.basic_get(self._queue, self._link.guarded(on_message))
         else:
             self._answered(None)
 
-    def _took(self, method: Basic.GetOk, properties: pika.BasicProperties) -> int:
-        """Also what nobody waits for any more has to be requeued in its place."""
+    def _record(self, method: Basic.GetOk, properties: pika.BasicProperties) -> int:
+        """Remember its tag, even if the caller has given up: it has to be requeued in its place."""
         tag = int(method.delivery_tag or 0)
         self._tags[tag] = None
         headers = properties.headers or {}
         in_quorum_queue = "x-delivery-count" in headers or "x-acquired-count" in headers
-        self._more_came_back = bool(method.redelivered) and in_quorum_queue
+        self._may_be_requeued = bool(method.redelivered) and in_quorum_queue
         return tag
 
     def _on_empty(self, _frame: object) -> None:
-        self._more_came_back = False
+        self._may_be_requeued = False
         self._answered(None)
 
     def _count(self) -> None:
@@ -259,7 +259,7 @@ class RabbitBrowser:
         self._to_do.clear()
         for answer in answers:
             if answer is not None and code:
-                answer.fail(unreadable(self._queue, code, explain(reason)))
+                answer.fail(read_error(self._queue, code, explain(reason)))
 
     def _close(self, answer: Answer) -> None:
         if not self._is_open():

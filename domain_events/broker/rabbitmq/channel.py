@@ -1,15 +1,15 @@
 """Opens channels on a link's connection and declares on them what they need, within time limits.
 
-What lasts (exchanges, and what the retries of all subscribers share) is declared once on each
-connection. Several channels may need the same at the same time: one declares it, and the others
-wait. What belongs to one subscriber is declared each time, since it may have been deleted.
+Lasting declarations (exchanges, and those that the retries of all subscribers share) are sent once
+on each connection. Several channels may need the same at the same time: one declares it, and the
+others wait. A subscriber's own declarations are sent each time, since it may have been deleted.
 
 Declarations are sent in pieces: ``nowait`` for all but the last one of a piece, whose answer
-stands for all of them, because a channel processes what it is sent in order. An error closes the
-channel and does not name the declaration that caused it. So what is left is then declared one by
-one on another channel.
+stands for all of them, because a channel processes requests in order. An error closes the channel
+and does not name the declaration that caused it. So the rest is then declared one by one on
+another channel.
 
-Everything here belongs to the I/O thread, but for whoever waits for an `Answer`.
+Everything here belongs to the I/O thread, except for threads that wait for an `Answer`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ import pika
 import pika.exceptions
 from pika.channel import Channel
 
-from domain_events.broker.rabbitmq.link import Link
-from domain_events.broker.rabbitmq.nodes import close_code, explain
-from domain_events.broker.rabbitmq.transport import Connection
-from domain_events.broker.refusals import (
-    FORBIDDEN,
-    MISSING,
+from domain_events.broker.rabbitmq.errors import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    close_code,
+    declare_error,
+    explain,
     may_be_used,
-    no_channel,
-    undeclarable,
-    unreadable_by_this_user,
+    no_channel_error,
+    read_permission_error,
 )
-from domain_events.errors import DomainEventsError, TopologyError
-from domain_events.topology import (
+from domain_events.broker.rabbitmq.link import Link
+from domain_events.broker.rabbitmq.topology import (
     Binding,
     Declaration,
     Exchange,
@@ -47,6 +46,8 @@ from domain_events.topology import (
     Unbinding,
     is_shared,
 )
+from domain_events.broker.rabbitmq.transport import Connection
+from domain_events.errors import DomainEventsError, TopologyError
 
 # Seconds within which the broker must answer each request until the channel is usable; pika has
 # no limit. A broker that is recovering its queues needs less.
@@ -57,10 +58,10 @@ _MOST_IN_A_PIECE = 32
 
 
 class Answer(concurrent.futures.Future[Any]):
-    """The result of something that a caller's thread requested of the I/O thread.
+    """The result of a request of a caller's thread to the I/O thread.
 
     :ivar progressed_at: when the request was made, or when the broker last took it a step further.
-    :ivar trouble: why it has failed so far; it is repeated as long as somebody waits for it.
+    :ivar trouble: why it has failed so far; it is repeated as long as the caller waits.
     """
 
     def __init__(self, *, awaited: bool = True) -> None:
@@ -71,13 +72,13 @@ class Answer(concurrent.futures.Future[Any]):
         self._steps = 0
 
     def progress(self, step: int) -> None:
-        """I/O thread. After a new start on another connection, only further steps count."""
+        """I/O thread. After a restart on another connection, only further steps count."""
         if step > self._steps:
             self._steps = step
             self.progressed_at = time.monotonic()
 
     def succeed(self, result: object) -> None:
-        """I/O thread. Whoever waited may give up at this very moment."""
+        """I/O thread. The caller may give up at this very moment."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.set_result(result)
 
@@ -88,7 +89,7 @@ class Answer(concurrent.futures.Future[Any]):
 
 
 class Channels:
-    """The channels of one link, and what was declared on its connection and lasts.
+    """The channels of one link, and the lasting declarations on its connection.
 
     Invariant: ``known`` has only declarations that the broker has answered on this connection,
     and none of them since anything was found missing.
@@ -119,8 +120,8 @@ class Channels:
         return connection is not None and bool(connection.is_open)
 
     def forget(self) -> None:
-        """Something was deleted, or may have been: declare everything again."""
-        # Not emptied: a declaration that is not answered yet must not get into the new one.
+        """Something may have been deleted: declare everything again."""
+        # Not cleared: a declaration that is not answered yet must not get into the new one.
         self.known: set[str] = set()
 
     def lost(self) -> None:
@@ -130,7 +131,7 @@ class Channels:
         self._waiting: list[ChannelSetup] = []
 
     def may_declare(self, setup: ChannelSetup) -> bool:
-        """Whether no other channel declares what lasts; else it has to wait for `released`."""
+        """Whether no other channel sends lasting declarations; else it must wait for `released`."""
         if self._declaring in (None, setup):
             self._declaring = setup
             return True
@@ -138,12 +139,12 @@ class Channels:
         return False
 
     def progress(self, steps: int) -> None:
-        """What the others wait for goes on."""
+        """The declarations that the others wait for go on."""
         for each in self._waiting:
             each.progress(steps)
 
     def release(self, setup: ChannelSetup) -> None:
-        """This one declares nothing that lasts any more."""
+        """This one sends no lasting declarations any more."""
         if setup in self._waiting:
             self._waiting.remove(setup)
         if setup is self._declaring:
@@ -188,14 +189,14 @@ class ChannelSetup:
         self._deadline: object = None
         self._usable = False
         self._closing = False
-        self._missing: set[str] = set()  # queues that were looked for
+        self._missing: set[str] = set()  # queues that a passive declaration did not find
         self._one_by_one = False
         self._declare_all(trusting=True)
         self._link.turns.take(self)
 
     @property
     def step(self) -> object:
-        """What is being declared; None while the channel is not open, or when all is declared."""
+        """The current declaration; None while the channel is not open, or when all are declared."""
         left = self._lasting or self._own
         return left[0] if left and self._channel is not None else None
 
@@ -207,9 +208,9 @@ class ChannelSetup:
         try:
             self._connection.channel(on_open_callback=self._link.guarded(self._opened))
         except pika.exceptions.NoFreeChannels as error:
-            refusal = no_channel(f"channel_max is {self._connection.params.channel_max}")
+            refusal = no_channel_error(f"channel_max is {self._connection.params.channel_max}")
             self._stop_waiting()
-            # Not now: whoever makes this does not have it yet.
+            # Not now: the caller of this constructor does not have the object yet.
             self._link.call_later(0, partial(self._refuse, refusal, error))
 
     def usable(self) -> None:
@@ -222,7 +223,7 @@ class ChannelSetup:
     def await_answer(self) -> None:
         """Give the broker a time limit to answer; `usable` or `closed` ends it."""
         self._stop_waiting()
-        self._deadline = self._link.call_later(_ANSWER_TIMEOUT, self._too_late)
+        self._deadline = self._link.call_later(_ANSWER_TIMEOUT, self._on_timeout)
 
     def close(self, channel: Channel) -> None:
         """Close the channel, since the broker has cancelled its consumer; `closed` is called."""
@@ -233,11 +234,11 @@ class ChannelSetup:
 
     def blame(self, reason: BaseException) -> None:
         """The broker has closed the connection over this channel, or over a declaration on it."""
-        error = no_channel(explain(reason)) if self._channel is None else self._error(reason)
+        error = no_channel_error(explain(reason)) if self._channel is None else self._error(reason)
         self._failed(error, reason)
 
     def released(self) -> None:
-        """No other channel declares what lasts any more."""
+        """No other channel sends lasting declarations any more."""
         if self._channel is not None and self._channel.is_open:
             self.await_answer()
             self._declare()
@@ -245,7 +246,7 @@ class ChannelSetup:
     # --- declaring -------------------------------------------------------------------------------
 
     def _declare_all(self, *, trusting: bool) -> None:
-        """:param trusting: whether to leave out what is known to be declared."""
+        """:param trusting: whether to leave out declarations that are in ``known``."""
         self._trusting = trusting
         self._lasting = [each for each in self._topology if _lasts(each)]
         self._own = [each for each in self._topology if not _lasts(each)]
@@ -259,6 +260,8 @@ class ChannelSetup:
         """Send the next piece; when nothing is left, have the channel prepared."""
         channels, channel = self._channels, self._channel
         assert channel is not None
+        if not channel.is_open:
+            return  # the connection is being closed
         if self._trusting:
             known = channels.known
             self._lasting = [each for each in self._lasting if str(each) not in known]
@@ -279,7 +282,7 @@ class ChannelSetup:
         self._send(channel, piece[-1], self._link.guarded(answered))
 
     def _piece(self, left: list[Declaration]) -> Sequence[Declaration]:
-        """What is sent together: that over which the connection may be closed is sent alone."""
+        """Declarations to send together; one that may close the connection is sent alone."""
         together = 1 if self._one_by_one else _MOST_IN_A_PIECE
         return list(itertools.takewhile(_is_safe, left[:together])) or left[:1]
 
@@ -301,7 +304,7 @@ class ChannelSetup:
         elif isinstance(declaration, Queue):
             channel.queue_declare(
                 declaration.name,
-                passive=self._looks_for(declaration),
+                passive=self._is_passive(declaration),
                 durable=declaration.durable,
                 exclusive=declaration.exclusive,
                 auto_delete=declaration.auto_delete,
@@ -311,7 +314,7 @@ class ChannelSetup:
         else:
             bind: Callable[..., None]
             if isinstance(declaration, Unbinding):
-                bind = channel.queue_unbind  # of what is not bound, it is not an error
+                bind = channel.queue_unbind  # not an error if it is not bound
             else:
                 bind = channel.exchange_bind if declaration.to_exchange else channel.queue_bind
             bind(
@@ -337,11 +340,11 @@ class ChannelSetup:
         self._channels.progress(steps)
         self._declare()
 
-    def _looks_for(self, queue: Queue) -> bool:
-        return queue.as_found and queue.name not in self._missing
+    def _is_passive(self, queue: Queue) -> bool:
+        return queue.adopt_existing and queue.name not in self._missing
 
     def _can_go_on(self, reason: BaseException) -> bool:
-        """Whether what is left can be declared on another channel, after this one was closed."""
+        """Whether the rest can be declared on another channel, after this one was closed."""
         left = self._lasting or self._own
         if not left:
             return False
@@ -353,25 +356,25 @@ class ChannelSetup:
             self._channels.known.add(str(declaration))
             del left[0]
             return True
-        if code != MISSING:
+        if code != NOT_FOUND:
             return False
-        if isinstance(declaration, Queue) and self._looks_for(declaration):
+        if isinstance(declaration, Queue) and self._is_passive(declaration):
             self._missing.add(declaration.name)
             return True
         if isinstance(declaration, Binding | Unbinding) and self._trusting:
-            self._channels.forget()  # what it binds was deleted on this connection
+            self._channels.forget()  # its queue or exchange was deleted on this connection
             self._declare_all(trusting=False)
             return True
         return False
 
     def _error(self, reason: BaseException) -> DomainEventsError:
-        code, said = close_code(reason), explain(reason)
+        code, text = close_code(reason), explain(reason)
         left = self._lasting or self._own
         if left:
-            return undeclarable(left[0], code, said)
-        if code == FORBIDDEN:
-            return unreadable_by_this_user(said)
-        return TopologyError(f"The broker closed the channel: {said}.")
+            return declare_error(left[0], code, text)
+        if code == ACCESS_REFUSED:
+            return read_permission_error(text)
+        return TopologyError(f"The broker closed the channel: {text}.")
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -380,10 +383,10 @@ class ChannelSetup:
             self._link.cancel_call(self._deadline)
             self._deadline = None
 
-    def _too_late(self) -> None:
+    def _on_timeout(self) -> None:
         self._deadline = None
         if self._link.connection is self._connection:
-            self._link.cut()
+            self._link.drop()
 
     def _on_close(self, _channel: Channel, reason: BaseException) -> None:
         self._stop_waiting()
@@ -395,7 +398,9 @@ class ChannelSetup:
         self._channel = None
         self._channels.release(self)
         if goes_on:
-            self.begin()
+            # Not now: pika frees the number of the closed channel only after its callbacks
+            # (Channel._transition_to_closed), and it may be the only one.
+            self._link.call_later(0, self.begin)
         elif self._usable:
             self._closed(reason)
         else:

@@ -1,21 +1,22 @@
-"""One queue being consumed, over every trouble: deliveries in, settlements out.
+"""Consumes one queue, across reconnects and other failures: deliveries in, settlements out.
 
-Threads. Whoever settles appends to ``_settled`` and rings; the I/O thread alone owns the channel,
-its tags and all other state. Other threads only read which channel is the current one.
+Threads. A thread that settles appends to ``_settled`` and rings; the I/O thread alone owns the
+channel, its tags and all other state. Other threads only read which channel is the current one.
 
-A tag dies with its channel. So each channel has a number, its *epoch*, which each receipt names.
-What is settled under an old epoch is ignored, since the broker has requeued the delivery.
+A delivery tag is valid on its channel only. So each channel has a number, its *epoch*, which is
+part of each receipt. Settlements of an old epoch are ignored, since the broker has requeued their
+deliveries.
 
 **When acks are sent.** Together, since a wake-up and a frame for each would halve the speed, but
-never later than anybody could notice:
+without a noticeable delay:
 
 - when `_ACKS_TOGETHER` deliveries were settled;
 - when one is settled after more than `_SLOW` seconds: the handlers are slow, and the wake-up does
-  not count;
+  not matter;
 - on `flush`, which a worker calls when it has nothing else to do: the broker may be waiting for
   this very ack before it sends more;
-- after `_LONGEST_WITHHELD` seconds in any case: the next handler may take an hour, and to the
-  broker what is not acked is not handled.
+- after `_LONGEST_WITHHELD` seconds in any case: the next handler may take an hour, and the broker
+  redelivers whatever was not acked.
 
 **The careful start.** See `CarefulStart`.
 """
@@ -26,20 +27,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 from pika.channel import Channel
 
-from domain_events.broker import Consumer, Settlement
+from domain_events.broker import Consumer, Queue, Settlement
+from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.channel import Channels, ChannelSetup
 from domain_events.broker.rabbitmq.doorbell import Doorbell
+from domain_events.broker.rabbitmq.envelope import Properties, RabbitDelivery
+from domain_events.broker.rabbitmq.errors import close_code, explain
 from domain_events.broker.rabbitmq.link import is_io_thread
-from domain_events.broker.rabbitmq.nodes import close_code, explain
+from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
-from domain_events.message import Delivery, Properties
+from domain_events.message import Delivery
 from domain_events.retry import Backoff
-from domain_events.topology import Topology
 
 log = Log("domain_events")
 
@@ -51,13 +55,13 @@ _LONGEST_WITHHELD = 0.1
 # Before a consumer that the broker refused tries again.
 _PAUSES = Backoff(0.1, maximum=10.0, jitter=0.5)
 # The same for one over which the broker closes the connection, others' too.
-_BARS = Backoff(60.0, maximum=3600.0, jitter=0.0)
+_LONG_PAUSES = Backoff(60.0, maximum=3600.0, jitter=0.0)
 
-# Up to RabbitMQ 4.2 an orderly stop counts as a failure, too: so many are nobody's fault.
-_ABOVE_SUSPICION = 3
+# Failures from which a delivery is suspect: up to RabbitMQ 4.2 an orderly stop counts as one, too.
+_SUSPECT_FAILURES = 3
 # How long a suspect is handled before one more delivery is taken beside it, by how often it has
-# failed: what is slow and innocent, but was held beside a culprit again and again, is left alone
-# for long enough before it has failed too often.
+# failed: a slow and innocent one that was held beside a culprit repeatedly is then left alone for
+# long enough before it has failed too often.
 _ALONE = Backoff(3.0, maximum=3600.0, jitter=0.0)
 
 # Bodies from this size on are counted, and a warning is logged when the consumer holds so many
@@ -69,10 +73,10 @@ _MANY_BYTES = 256 * 2**20
 class Tags:
     """The deliveries of one channel, by tag; replaced as a whole with the channel.
 
-    Invariant: what is below ``_floor`` or in ``_settled_above`` is settled, and the broker knows
-    or is about to; everything else up to ``_last`` is unsettled. The floor itself is not settled.
+    Invariant: tags below ``_floor`` or in ``_settled_above`` are settled, and the broker is
+    informed or about to be; all others up to ``_last`` are unsettled, also the floor itself.
 
-    :ivar ticking: whether a look at what was settled and not sent is scheduled.
+    :ivar ticking: whether the next check for unsent settlements is scheduled.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -84,7 +88,7 @@ class Tags:
         self._large: dict[int, int] = {}  # sizes of large bodies that are unsettled
 
     def delivered(self, tag: int, size: int) -> None:
-        """The broker has sent this one."""
+        """The broker has sent this delivery."""
         self._last = tag
         if size >= _LARGE:
             self._large[tag] = size
@@ -108,9 +112,9 @@ class Tags:
         return self._floor > self._last
 
     def acks(self, done: Sequence[int]) -> list[tuple[int, bool]]:
-        """How to ack these, which were marked as settled: tags, and whether up to each.
+        """The acks for these settled tags: a tag each, and whether ``multiple``.
 
-        A run of acks that leaves no gap goes as one.
+        A run of acks without a gap is sent as one.
         """
         above = self._settled_above
         while self._floor in above:
@@ -118,7 +122,7 @@ class Tags:
             self._floor += 1
         acks = [(tag, False) for tag in done if tag > self._floor]
         if together := [tag for tag in done if tag < self._floor]:
-            # The tag named must itself be outstanding, hence the highest of these.
+            # That tag must itself be outstanding (otherwise 406), hence the highest of these.
             acks.insert(0, (max(together), True))
         return acks
 
@@ -130,25 +134,25 @@ class Tags:
 class CarefulStart:
     """How many deliveries to take on a channel, from its start on; replaced with the channel.
 
-    A quorum queue counts a lost connection against everything that was unsettled on it. So each
-    channel is first consumed with a prefetch of 1: what comes again may have killed the process
+    A quorum queue counts a lost connection against all deliveries that were unsettled on it. So
+    each channel is first consumed with a prefetch of 1: a redelivery may have killed the process
     that held it, and is handled alone or, if that takes long, with one more beside it at a time;
-    the longer alone, the more often it has failed. When a delivery arrives that is above
-    suspicion, this consumer, which can have nothing else on its way, is cancelled. Once that
-    delivery is settled, another consumer takes as many as the prefetch count allows. If its
-    handler takes long, others must not wait for it: then the other one takes all but what is
-    unsettled, and for each of these one more consumer takes one when it is settled.
+    the longer alone, the more often it has failed. When a delivery arrives that is not suspect,
+    this consumer, which has no other in flight, is cancelled. Once that delivery is settled,
+    another consumer takes as many as the prefetch count allows. If its handler takes long, others
+    must not wait for it: then the other consumer takes the prefetch count less the unsettled
+    deliveries, and for each of these one more consumer takes one when it is settled.
 
-    Invariant: what the consumers of the channel may hold together, and ``_owed``, are never more
-    than the prefetch count.
+    Invariant: the deliveries that the consumers of the channel may hold, together with ``_owed``,
+    are never more than the prefetch count.
     """
 
     def __init__(self, prefetch_count: int, *, careful: bool) -> None:
         self._prefetch_count = prefetch_count
-        #: While all that came was delivered before.
+        #: While all deliveries were redeliveries.
         self.one_at_a_time = careful
-        self._first = 0  # the first that was not, as long as it is unsettled
-        # What was unsettled when the others were taken; for each, one more is due.
+        self._first = 0  # the tag of the first that was not suspect, as long as it is unsettled
+        # Tags that were unsettled when the others were taken; for each, one more is due.
         self._owed: set[int] | None = None
 
     @property
@@ -156,7 +160,7 @@ class CarefulStart:
         return 1 if self.one_at_a_time else self._prefetch_count
 
     def trust(self, tag: int) -> None:
-        """What comes has killed nobody."""
+        """A delivery has arrived that is not suspect."""
         self.one_at_a_time = False
         self._first = tag
 
@@ -182,18 +186,18 @@ class CarefulStart:
 
 
 class Trouble:
-    """Why a queue is not consumed, until it is again; what repeats is logged once.
+    """Why a queue is not being consumed; a refusal that repeats is logged once.
 
     :ivar reason: in words for the log; empty while all is well.
     :ivar failures: how often it has failed since it last consumed.
-    :ivar barred_until: when it may be tried again, if the broker closes connections over it.
+    :ivar not_before: when it may be tried again, if the broker closes connections over it.
     """
 
     def __init__(self, queue: str) -> None:
         self._queue = queue
         self.reason = ""
         self.failures = 0
-        self.barred_until = 0.0
+        self.not_before = 0.0
         self._refusal = ""
 
     def pause(self) -> float:
@@ -201,11 +205,11 @@ class Trouble:
         self.failures += 1
         return _PAUSES.delay(self.failures)
 
-    def bar(self) -> float:
+    def long_pause(self) -> float:
         """The same, after the broker has closed a connection that others use, too."""
         self.failures += 1
-        seconds = _BARS.delay(self.failures)
-        self.barred_until = time.monotonic() + seconds
+        seconds = _LONG_PAUSES.delay(self.failures)
+        self.not_before = time.monotonic() + seconds
         return seconds
 
     def refused(self, error: DomainEventsError) -> None:
@@ -229,22 +233,19 @@ class RabbitConsumer:
         self,
         channels: Channels,
         declare: Callable[[Topology, Callable[[bool], None]], None],
-        queue: str,
-        topology: Topology,
+        queue: Queue,
         prefetch_count: int,
         deliver: Callable[[Delivery, Consumer], None],
-        *,
-        careful: bool,
     ) -> None:
         self._channels = channels
         self._link = channels.link
         self._declare = declare
         self._queue = queue
-        self._topology = topology
+        self._return_exchanges = topology.return_exchanges(queue.exchange.name)
         self._prefetch_count = prefetch_count
         self._deliver = deliver
-        self._starts_carefully = careful and prefetch_count > 1
-        # Any thread: what was settled and not sent to the broker yet, and when the last of it was.
+        self._starts_carefully = queue.counts_failures and prefetch_count > 1
+        # Any thread: settlements that were not sent to the broker yet, and the time of the last.
         self._settled: deque[tuple[tuple[int, int], Settlement]] = deque()
         self._settled_at = 0.0
         self._bell = Doorbell(lambda: self._link.wake(self._send_settled))
@@ -253,7 +254,7 @@ class RabbitConsumer:
         self._consumer_tags: dict[str, bool] = {}  # whether each is being cancelled
         self._stopping = False
         self._stopped = threading.Event()
-        self._trouble = Trouble(queue)
+        self._trouble = Trouble(queue.name)
         self._warned_of_bytes = False
         self._begin_channel(None, 0)
 
@@ -270,7 +271,7 @@ class RabbitConsumer:
         return bool(delivery.receipt[0] == self._tags.epoch)
 
     def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
-        """Settle the delivery; the broker learns of it soon, with `flush` at once."""
+        """Settle the delivery; the broker is informed soon, or at once by `flush`."""
         self._settled.append((delivery.receipt, how))
         now = time.monotonic()
         slow = now - self._settled_at > _SLOW
@@ -279,25 +280,26 @@ class RabbitConsumer:
             self.flush()
 
     def flush(self) -> None:
-        """Have everything settled so far sent to the broker now."""
+        """Send all settlements so far to the broker now."""
         if self._settled:
             self._wake(self._bell.ring)
 
-    def repair(self, seconds: float, then: Callable[[bool], None], also: Topology = ()) -> None:
-        """Declare the topology again, and ``also``; call ``then`` after a pause."""
+    def repair(self, seconds: float, then: Callable[[bool], None], *, delays: bool = False) -> None:
+        """Declare the queue again, with ``delays`` or without; call ``then`` after a pause."""
 
         def declared(succeeded: bool) -> None:
             self._link.call_later(seconds, partial(then, succeeded))
 
-        topology = [*self._topology, *also]
-        self._wake(partial(self._link.wake, lambda: self._declare(topology, declared)))
+        wanted = replace(self._queue, delays=delays or self._queue.delays)
+        needed = topology.needed(wanted)
+        self._wake(partial(self._link.wake, lambda: self._declare(needed, declared)))
 
     def stop(self, timeout: float) -> None:
         """Take no more deliveries."""
 
         def stop() -> None:
             if self._stopping:
-                return  # pika would never answer a second cancel
+                return  # pika ignores a second basic_cancel, and does not call back
             self._stopping = True
             if self._channel is None or not self._channel.is_open:
                 self._stopped.set()
@@ -313,19 +315,22 @@ class RabbitConsumer:
         try:
             wake()
         except BrokerUnavailable:
-            return False  # closed: the broker has requeued whatever was not settled
+            return False  # closed: the broker has requeued all unsettled deliveries
         return True
 
     # --- the I/O thread: the channel -----------------------------------------------------------
 
     def open(self) -> None:
-        """Declare, and consume; again after any trouble."""
+        """Declare and consume; called again after each failure."""
         if self._setup or self._stopping or not self._channels.is_open:
             return
-        if time.monotonic() < self._trouble.barred_until:
+        if time.monotonic() < self._trouble.not_before:
             return
         self._setup = self._channels.open(
-            self._topology, prepare=self._prepare, failed=self._refused, closed=self._closed
+            topology.needed(self._queue),
+            prepare=self._prepare,
+            failed=self._refused,
+            closed=self._closed,
         )
 
     def _prepare(self, channel: Channel) -> None:
@@ -349,17 +354,17 @@ class RabbitConsumer:
         self._begin_channel(channel, self._tags.epoch + 1)
         epoch = self._tags.epoch
         channel.add_on_cancel_callback(guarded(self._cancelled))
-        # Deliveries may come before the reply to what is requested below.
+        # Deliveries may arrive before the reply to the request below.
         connection.transport.on_deliver(
             channel.channel_number,
             guarded(partial(self._on_delivery, epoch, connection.release)),
-            self._queue,
+            self._queue.name,
         )
         self._consume(channel)
 
     def _consume(self, channel: Channel) -> None:
         tag = channel.basic_consume(
-            self._queue,
+            self._queue.name,
             lambda *_: None,  # required; never called, since our own reader takes deliveries
             callback=self._link.guarded(self._consumes),
         )
@@ -383,8 +388,9 @@ class RabbitConsumer:
             self._stopped.set()
 
     def _cancelled(self, _frame: object) -> None:
-        # The queue was deleted, or its node is stopping, or a delivery was held for too long. The
-        # broker has requeued what is still unsettled here, if the queue exists.
+        # The queue was deleted, or its node is stopping, or a delivery was held for too long
+        # (https://www.rabbitmq.com/docs/consumer-cancel). If the queue exists, the broker has
+        # requeued its unsettled deliveries.
         self._trouble.reason = "the broker had cancelled the consumer"
         self._send_settled()
         if self._setup is not None and self._channel is not None and self._channel.is_open:
@@ -392,35 +398,36 @@ class RabbitConsumer:
 
     def _refused(self, error: DomainEventsError, _reason: BaseException) -> None:
         if self._stopping:
+            self._end_channel()  # `stop` waits for that
             return
         self._trouble.refused(error)
         # Without a connection: the broker has closed it over this one, and others use it.
-        barred = self._link.connection is None
-        self._open_later(self._trouble.bar() if barred else self._trouble.pause())
+        broke_connection = self._link.connection is None
+        self._open_later(self._trouble.long_pause() if broke_connection else self._trouble.pause())
 
     def _closed(self, reason: BaseException) -> None:
         if self._stopping:
-            self._let_go()
+            self._end_channel()
             return
         if close_code(reason):
             self._trouble.reason = f"the broker had closed the channel: {explain(reason)}"
         self._open_later(self._trouble.pause())
 
     def lost(self, trouble: str, *, mistake: bool) -> None:
-        """The connection is gone, and the channel with it; perhaps over somebody's mistake."""
+        """The connection is gone, and the channel with it; ``mistake``: over a bad request."""
         self._trouble.reason = trouble
         self._bell.answer()
         if not mistake:
-            self._trouble.barred_until = 0.0  # another broker, perhaps with other plugins
-        self._let_go()
+            self._trouble.not_before = 0.0  # another broker, perhaps with other plugins
+        self._end_channel()
 
     def forget(self) -> None:
         """After a fork, in the child: these deliveries are the parent's."""
         self._stopping = True
-        self._let_go()
+        self._end_channel()
 
-    def _let_go(self) -> None:
-        # From here on, what was delivered on the old channel is not current any more.
+    def _end_channel(self) -> None:
+        # From here on, deliveries of the old channel are not current any more.
         self._begin_channel(None, self._tags.epoch + 1)
         self._setup = None
         self._settled.clear()
@@ -428,7 +435,7 @@ class RabbitConsumer:
             self._stopped.set()
 
     def _open_later(self, pause: float) -> None:
-        self._let_go()
+        self._end_channel()
         self._link.call_later(pause, self.open)
 
     # --- the I/O thread: deliveries ------------------------------------------------------------
@@ -453,38 +460,46 @@ class RabbitConsumer:
         if not tags.ticking:
             self._tick_later(tags)
         receipt = (epoch, tag)
-        delivery = Delivery(exchange, routing_key, redelivered, properties, body, receipt)
-        delivery.release = release
+        delivery = RabbitDelivery(
+            exchange,
+            routing_key,
+            redelivered,
+            properties,
+            body,
+            receipt,
+            release=release,
+            is_ours=exchange in self._return_exchanges,
+        )
         self._deliver(delivery, self)
         if self._start.one_at_a_time:
-            self._judge(delivery, tag)
+            self._check_suspect(delivery, tag)
 
-    def _judge(self, delivery: Delivery, tag: int) -> None:
+    def _check_suspect(self, delivery: Delivery, tag: int) -> None:
         """Whether the delivery may have killed a process, or broken a connection."""
-        least = 1 if delivery.counts_returns else _ABOVE_SUSPICION
+        least = _SUSPECT_FAILURES if delivery.give_back_counts else 1
         if delivery.redelivered and delivery.failures >= least:
             alone = _ALONE.delay(delivery.failures - least + 1)
-            self._link.call_later(alone, partial(self._go_around, self._tags, tag))
+            self._link.call_later(alone, partial(self._bypass_suspect, self._tags, tag))
             return
         channel = self._channel
         self._start.trust(tag)
         if channel is not None and channel.is_open and not self._stopping:
             self._cancel_all(channel)
-            self._link.call_later(_LONGEST_WITHHELD, partial(self._go_on, self._tags))
+            self._link.call_later(_LONGEST_WITHHELD, partial(self._bypass_first, self._tags))
 
-    def _go_around(self, tags: Tags, tag: int) -> None:
-        """A suspect has not killed anybody for a while: others must not wait for it."""
+    def _bypass_suspect(self, tags: Tags, tag: int) -> None:
+        """A suspect has not killed the process so far: others must not wait for it."""
         careful = tags is self._tags and self._start.one_at_a_time and tags.is_unsettled(tag)
         if careful and len(self._consumer_tags) < self._prefetch_count:
             self._take(1)
 
-    def _go_on(self, tags: Tags) -> None:
-        """Others must not wait for the first delivery that is above suspicion, either."""
+    def _bypass_first(self, tags: Tags) -> None:
+        """Others must not wait for the first delivery that is not suspect, either."""
         if tags is self._tags:
             self._take(self._start.waited(tags))
 
     def _take(self, prefetch_count: int) -> None:
-        """Consume so many at a time, besides what is consumed already."""
+        """Start one more consumer, with this prefetch count."""
         channel, setup = self._channel, self._setup
         if not prefetch_count or channel is None or setup is None or self._stopping:
             return
@@ -505,9 +520,9 @@ class RabbitConsumer:
         if size >= _MANY_BYTES and not self._warned_of_bytes:
             self._warned_of_bytes = True
             log.warning(
-                "%s holds %d MiB of events that are not settled, in %d deliveries. It may hold %d "
-                "deliveries (prefetch_count); with a lower one, less.",
-                self._queue,
+                "%s holds %d MiB of unsettled events, in %d deliveries. It may hold %d "
+                "deliveries (prefetch_count); to save memory, lower that.",
+                self._queue.name,
                 size // 2**20,
                 number,
                 self._prefetch_count,
@@ -520,7 +535,7 @@ class RabbitConsumer:
         self._link.call_later(_LONGEST_WITHHELD, partial(self._tick, tags))
 
     def _tick(self, tags: Tags) -> None:
-        """As long as something is unsettled: send what was settled and nobody has flushed."""
+        """While any delivery is unsettled: send settlements that were not flushed."""
         if tags is not self._tags:
             return
         tags.ticking = False
@@ -530,7 +545,6 @@ class RabbitConsumer:
             self._tick_later(tags)
 
     def _send_settled(self) -> None:
-        """Send what was settled."""
         self._bell.answer()
         channel, tags = self._channel, self._tags
         done: list[int] = []

@@ -1,8 +1,8 @@
-"""Declaring, counting, consuming and browsing on one connection, over every trouble.
+"""Declaring, counting, consuming and browsing on one connection, across reconnects.
 
 Threads. Callers append to ``_requests`` and wake the I/O thread, which performs them as soon as
-there is a connection; calls that block wait for an `Answer`, with a time limit. A request may be
-performed twice, and is when the connection is lost under it.
+there is a connection; calls that block wait for an `Answer`, with a time limit. A request is
+repeated if the connection is lost meanwhile.
 """
 
 from __future__ import annotations
@@ -12,26 +12,39 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
 from pika.channel import Channel
 
-from domain_events.broker import Consumer
+from domain_events.broker import Consumer, Publishing, Queue
+from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.channel import Answer, Channels
 from domain_events.broker.rabbitmq.consumer import RabbitConsumer
+from domain_events.broker.rabbitmq.errors import (
+    ResourceLocked,
+    close_code,
+    closed_error,
+    explain,
+    read_error,
+)
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
-from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
+from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.turns import is_mistake
-from domain_events.broker.refusals import closed, unreadable
-from domain_events.errors import BrokerUnavailable, ConfigurationError, DomainEventsError
+from domain_events.broker.rabbitmq.walk import RabbitWalk
+from domain_events.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEventsError,
+    TopologyError,
+)
 from domain_events.log import Log
-from domain_events.message import Delivery
+from domain_events.message import Delivery, Place
 from domain_events.process import check_fork
-from domain_events.topology import Exchange, Queue, Topology
 
 log = Log("domain_events")
 
@@ -66,36 +79,39 @@ class RabbitConsuming:
     # --- any thread ----------------------------------------------------------------------------
 
     def failure(self) -> DomainEventsError | None:
-        """Why this connection has given up for good, if it has."""
         return self._failure
 
-    def declare(self, topology: Topology, timeout: float) -> None:
-        """Make sure that all of this exists."""
-        self._call(partial(self._declare, topology), timeout)
+    def declare(self, queue: Queue, timeout: float) -> None:
+        self._declare_all(topology.needed(queue), timeout)
 
-    def delete(self, topology: Topology, timeout: float) -> None:
-        """Delete the queues and exchanges among this."""
-        self._call(partial(self._delete, topology), timeout)
+    def _declare_all(self, declarations: Topology, timeout: float) -> None:
+        self._call(partial(self._declare, declarations), timeout)
 
-    def count(self, queue: str, timeout: float) -> int:
-        """How many messages are ready in the queue."""
-        frame = self._call(partial(self._look_at, queue), timeout)
+    def delete(self, names: Sequence[str], exchange: str, timeout: float) -> None:
+        self._call(partial(self._delete, topology.all_of(names, exchange)), timeout)
+
+    def count(self, place: Place, timeout: float) -> int:
+        return self._count(topology.queue_of(place), timeout)
+
+    def _count(self, queue: str, timeout: float) -> int:
+        frame = self._call(partial(self._declare_passively, queue), timeout)
         return int(frame.method.message_count)
 
+    def is_registered(self, name: str, timeout: float, *, strict: bool) -> bool:
+        self._count(name, timeout)  # declaring it would create a missing one
+        for queue in topology.registered(name, strict=strict):
+            try:
+                self._declare_all([queue], timeout)
+            except TopologyError:
+                continue
+            return True
+        return False
+
     def consume(
-        self,
-        queue: str,
-        topology: Topology,
-        prefetch_count: int,
-        deliver: Callable[[Delivery, Consumer], None],
-        *,
-        careful: bool = False,
+        self, queue: Queue, prefetch_count: int, deliver: Callable[[Delivery, Consumer], None]
     ) -> RabbitConsumer:
-        """Start to consume, and go on over every trouble."""
         check_fork()
-        consumer = RabbitConsumer(
-            self._channels, self._repair, queue, topology, prefetch_count, deliver, careful=careful
-        )
+        consumer = RabbitConsumer(self._channels, self._repair, queue, prefetch_count, deliver)
 
         def start() -> None:
             self._consumers.append(consumer)
@@ -105,22 +121,31 @@ class RabbitConsuming:
         self._link.wake(start)
         return consumer
 
-    def browse(self, queue: str, timeout: float) -> RabbitBrowser:
-        """Look at the messages of a queue."""
-        return RabbitBrowser(self._channels, self._call, queue, timeout)
+    def browse(
+        self, place: Place, timeout: float, publishing: Callable[[], Publishing]
+    ) -> RabbitWalk:
+        browser = RabbitBrowser(self._channels, self._call, topology.queue_of(place), timeout)
+        return RabbitWalk(place, browser, self._declare_all, publishing, timeout)
+
+    def is_browsed(self, place: Place, timeout: float) -> bool:
+        try:
+            self._count(topology.walk_marker(place).name, timeout)
+        except ResourceLocked:
+            return True
+        except (TopologyError, ConfigurationError):
+            pass  # there is none, or this user may not check
+        return False
 
     def close(self, timeout: float) -> None:
-        """Send the broker all that was settled, then close."""
         # pika closes the channels first, behind all acks already given to them.
         self._link.close(timeout)
-        self._fail_requests(closed())
+        self._fail_requests(closed_error())
 
     def close_soon(self) -> bool:
-        """Close without waiting."""
         return self._link.close_soon()
 
     def _call(self, request: _Request, timeout: float) -> Any:
-        """Have the request performed on the I/O thread, as soon as there is a connection."""
+        """Perform the request on the I/O thread, as soon as there is a connection."""
         answer = Answer()
         entry = (request, answer)
         check_fork()
@@ -132,7 +157,7 @@ class RabbitConsuming:
         self._requests.append(entry)
         try:
             self._link.wake(self._perform)
-            # From answer to answer: a thousand binding keys would be too many for one time limit.
+            # Each answer restarts the time limit: a thousand binding keys take long.
             while (
                 left := answer.progressed_at + timeout - time.monotonic()
             ) > 0 and not answer.done():
@@ -146,8 +171,8 @@ class RabbitConsuming:
         error = answer.exception()
         if error is None:
             return answer.result()
-        # A fresh one. pika's callbacks still have the other one, and a traceback has the callers:
-        # until a garbage collection, their owners could not be dropped.
+        # A fresh one. pika's callbacks still refer to the other one, whose traceback would keep the
+        # callers' objects alive until a garbage collection.
         fresh = type(error)(*error.args)
         fresh.__cause__ = error.__cause__
         del answer, entry, error
@@ -157,7 +182,7 @@ class RabbitConsuming:
             del fresh
 
     def _drop(self, entry: tuple[_Request, Answer]) -> None:
-        """Keep nothing of a request for which nobody waits."""
+        """Keep nothing of a request for which no caller waits."""
         with self._lock:
             for entries in (self._requests, self._running):
                 with contextlib.suppress(ValueError):
@@ -166,7 +191,7 @@ class RabbitConsuming:
     # --- the I/O thread --------------------------------------------------------------------------
 
     def opened(self, _connection: Connection) -> None:
-        """There is a connection: perform what waits, and consume again."""
+        """There is a connection: perform waiting requests, and consume again."""
         for consumer in self._consumers:
             consumer.open()
         self._perform()
@@ -181,7 +206,7 @@ class RabbitConsuming:
             self._running.clear()
 
     def refused(self, error: ConfigurationError) -> None:
-        """No connection can be made: everybody who waits gets the error."""
+        """No connection can be made: all waiting requests fail with the error."""
         self._fail_requests(error)
         if self._consumers:
             self._failure = error
@@ -209,40 +234,40 @@ class RabbitConsuming:
             if not answer.done():
                 request(answer)
 
-    def _declare(self, topology: Topology, answer: Answer) -> None:
-        self._on_channel(answer, lambda _channel, done: done(None), topology)
+    def _declare(self, declarations: Topology, answer: Answer) -> None:
+        self._on_channel(answer, lambda _channel, done: done(None), declarations)
 
-    def _delete(self, topology: Topology, answer: Answer) -> None:
+    def _delete(self, declarations: Topology, answer: Answer) -> None:
         def delete(channel: Channel, done: Callable[[object], None]) -> None:
             def deleted(frame: object) -> None:
                 self._channels.forget()
                 done(frame)
 
-            # Deleting what does not exist is not an error, and needs no reply; that of the last
-            # request comes when all is done.
-            for declaration in topology:
-                if isinstance(declaration, Queue):
+            # Deleting something that does not exist is not an error. No replies: that of the last
+            # request comes when all are done.
+            for declaration in declarations:
+                if isinstance(declaration, topology.Queue):
                     channel.queue_delete(declaration.name)
-                elif isinstance(declaration, Exchange):
+                elif isinstance(declaration, topology.Exchange):
                     channel.exchange_delete(declaration.name)
             channel.basic_qos(callback=deleted)
 
         self._on_channel(answer, delete)
 
-    def _look_at(self, queue: str, answer: Answer) -> None:
+    def _declare_passively(self, queue: str, answer: Answer) -> None:
         def refused(_error: DomainEventsError, reason: BaseException) -> DomainEventsError:
-            return unreadable(queue, close_code(reason), explain(reason))
+            return read_error(queue, close_code(reason), explain(reason))
 
-        def look(channel: Channel, done: Callable[[object], None]) -> None:
+        def declare(channel: Channel, done: Callable[[object], None]) -> None:
             channel.queue_declare(queue, passive=True, callback=done)
 
-        self._on_channel(answer, look, refused=refused)
+        self._on_channel(answer, declare, refused=refused)
 
     def _on_channel(
         self,
         answer: Answer,
         work: Callable[[Channel, Callable[[object], None]], None],
-        topology: Topology = (),
+        declarations: Topology = (),
         refused: Callable[[DomainEventsError, BaseException], DomainEventsError] = (
             lambda error, _reason: error
         ),
@@ -263,9 +288,9 @@ class RabbitConsuming:
                 answer.fail(error)
 
         def again() -> None:
-            # On the next connection it is begun again anyhow.
+            # On the next connection it is repeated anyway.
             if is_same() and not answer.done():
-                self._on_channel(answer, work, topology, refused)
+                self._on_channel(answer, work, declarations, refused)
 
         def prepare(channel: Channel) -> None:
             def done(result: object) -> None:
@@ -276,15 +301,15 @@ class RabbitConsuming:
             work(channel, self._link.guarded(done))
 
         setup = self._channels.open(
-            topology,
+            declarations,
             prepare=prepare,
             failed=failed,
             closed=lambda _reason: None,
             progress=answer.progress,
         )
 
-    def _repair(self, topology: Topology, then: Callable[[bool], None]) -> None:
-        """Declare the topology again, without anybody waiting for it; then call ``then``."""
+    def _repair(self, declarations: Topology, then: Callable[[bool], None]) -> None:
+        """Declare all of this again, in the background; then call ``then``."""
         if not self._channels.is_open:
             then(False)
             return
@@ -300,4 +325,4 @@ class RabbitConsuming:
                 log.error("%s", error)
 
         answer.add_done_callback(report)
-        self._declare(topology, answer)
+        self._declare(declarations, answer)

@@ -1,4 +1,4 @@
-"""Wakes a connection's I/O thread, once for all that was added before it looks."""
+"""Wakes a connection's I/O thread, once for all work that was added before it checks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from domain_events.errors import BrokerUnavailable
 
 
 class Doorbell:
-    """Whoever adds something for the I/O thread then rings; the I/O thread answers, then looks.
+    """A thread that adds work for the I/O thread then rings; the I/O thread answers, then checks.
 
-    A wake-up is a system call, so that one has to do for all that is added until the I/O thread
-    answers. One too many is harmless, one too few leaves somebody waiting for ever. Invariant:
+    A wake-up is a system call, so one has to suffice for all work that is added until the I/O
+    thread answers. One too many is harmless, one too few leaves work waiting for ever. Invariant:
     while ``_rung`` is set, a wake-up is on its way to the I/O thread, or some thread is about to
-    send one, or the I/O thread has promised to look anyhow (`mute`).
+    send one, or the I/O thread will check anyway (`mute`).
 
     No lock: a signal handler, or a finalizer, may ring in the middle of a `ring` on its own thread.
     It must then not rely on the one it has interrupted, which goes on only after it.
 
-    :param wake: has the I/O thread answer and look; raises `BrokerUnavailable` when it has ended.
+    :param wake: makes the I/O thread answer and check; raises `BrokerUnavailable` once it ended.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -28,7 +28,7 @@ class Doorbell:
         self._ringing: set[int] = set()  # the threads that are in the middle of it
 
     def ring(self) -> None:
-        """Any thread: have the I/O thread look."""
+        """Any thread: make the I/O thread check for work."""
         thread = threading.get_ident()
         interrupting = thread in self._ringing
         if self._rung and not interrupting:
@@ -48,9 +48,9 @@ class Doorbell:
                 self._ringing.discard(thread)
 
     def answer(self) -> None:
-        """I/O thread: before it looks, so that whatever comes too late for that rings again."""
+        """I/O thread: called before it checks, so that work added later rings again."""
         self._rung = False
 
     def mute(self) -> None:
-        """I/O thread: nobody needs to ring until the next `answer`, since it will look anyhow."""
+        """I/O thread: no wake-up is needed until the next `answer`, since it will check anyway."""
         self._rung = True

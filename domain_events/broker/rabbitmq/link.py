@@ -1,13 +1,13 @@
-"""One connection, kept open: an I/O thread that runs pika and connects again after any trouble.
+"""One connection, kept open: an I/O thread that runs pika and reconnects after any failure.
 
 Threads. The I/O thread is the only one that touches pika; it owns every attribute below but
 those that ``_lock`` guards (``_thread``, ``_closing``). Other threads add work to queues of the
 link's owner and call `wake`.
 
-Whatever goes wrong on the I/O thread - an exception in a callback of ours, one that escapes from
+Whatever goes wrong on the I/O thread - an exception in one of our callbacks, one that escapes from
 pika, one that another thread or a tracer injects - ends the current loop; everything that belonged
 to it is disposed of, the owner is notified as for any lost connection, and another loop begins. The
-application's code never runs here: log lines are written by another thread (`log.elsewhere`).
+application's code never runs here: log lines are written by another thread (`log.in_background`).
 
 A fork copies no thread. In the child a link drops everything without touching it: to close or to
 unregister would affect the parent's sockets. A closed link stays closed.
@@ -27,19 +27,19 @@ from functools import partial
 from typing import Any, Protocol
 
 from domain_events.broker.rabbitmq.attempts import attempts
-from domain_events.broker.rabbitmq.loop import Loop
-from domain_events.broker.rabbitmq.nodes import (
-    REFUSED_LOGIN,
-    Nodes,
+from domain_events.broker.rabbitmq.errors import (
+    LOGIN_REFUSED,
     close_code,
+    closed_error,
     explain,
-    permanent,
+    permanent_reason,
 )
+from domain_events.broker.rabbitmq.loop import Loop
+from domain_events.broker.rabbitmq.nodes import Nodes
 from domain_events.broker.rabbitmq.transport import Attempt, Connection
 from domain_events.broker.rabbitmq.turns import Turns
-from domain_events.broker.refusals import closed
 from domain_events.errors import BrokerUnavailable, ConfigurationError
-from domain_events.log import Log, elsewhere
+from domain_events.log import Log, in_background
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 
@@ -54,7 +54,7 @@ _LASTING = 5.0
 # Seconds after which an attempt is given up; pika has no time limit for resolving a name.
 _LONGEST_ATTEMPT = 60.0
 
-# How long a graceful close may take before the socket is cut.
+# How long a graceful close may take before the connection is dropped.
 _GRACE = 2.0
 
 _numbers = itertools.count(1)
@@ -91,7 +91,7 @@ class Owner(Protocol):
 
 
 class Link:
-    """A connection to one of the nodes, and its I/O thread, both made when first woken."""
+    """A connection to one of the nodes, and its I/O thread, both started by the first `wake`."""
 
     def __init__(self, nodes: Nodes, role: str, owner: Owner) -> None:
         self._nodes = nodes
@@ -106,7 +106,7 @@ class Link:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._loop: Loop | None = None
-        # What is to be called soon. Not the loop's own: after a crash the next one takes it over.
+        # Callbacks to run soon. Not the loop's own: after a crash the next one takes them over.
         self._calls: deque[Callable[[], None]] = deque()
         self._has_run = False  # whether the I/O thread was ever scheduled
         self._crash: BaseException | None = None
@@ -114,17 +114,17 @@ class Link:
         #: The channels that are being set up on it.
         self.turns = Turns()
         self._attempt: Attempt | None = None  # under way, or the one that made `connection`
-        self._pause: Any = None
-        self._overdue: Any = None
+        self._reconnect_timer: Any = None
+        self._attempt_timer: Any = None
         self._failures = 0  # since a connection last lasted
-        # By URL, while there is no connection: the last error, and the final one, if it is final.
+        # By URL, while there is no connection: the last error, and as exception, if it is final.
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
 
     @property
     def node(self) -> str:
-        """The address of the node whose turn it is, without the password."""
+        """The address of the current node, without the password."""
         return str(self._nodes)
 
     @property
@@ -132,7 +132,7 @@ class Link:
         """Why there is no connection, for errors; empty while there is one."""
         if self._thread is not None and not self._has_run:
             return (
-                "the connection's own thread does not run; under uWSGI, switch threads on with "
+                "the connection's own thread does not run; under uWSGI, enable threads with "
                 "enable-threads = true"
             )
         # A copy, since the I/O thread may be changing it.
@@ -149,10 +149,10 @@ class Link:
         check_fork()
         with self._lock:
             if self._closing:
-                raise closed()
+                raise closed_error()
             if self._thread is None or not self._thread.is_alive():
                 self._start_thread()
-        self._soon(callback)
+        self._call_soon(callback)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """I/O thread: run ``callback`` there after ``seconds``."""
@@ -166,11 +166,11 @@ class Link:
         return loop.call_later(seconds, self.guarded(call))
 
     def cancel_call(self, handle: Any) -> None:
-        """I/O thread: take `call_later` back."""
+        """I/O thread: cancel a `call_later`."""
         if self._loop is not None:
             self._loop.remove_timeout(handle)
 
-    def cut(self) -> None:
+    def drop(self) -> None:
         """I/O thread: drop the connection at once; the link notifies its owner and reconnects."""
         if self.connection is not None:
             self.connection.transport.drop()
@@ -197,14 +197,16 @@ class Link:
         On an I/O thread (a finalizer may run there) it does not wait.
         """
         self.close_soon()
-        thread = self._thread
+        with self._lock:  # which `wake` holds until the thread has started
+            thread = self._thread
         if thread is None or is_io_thread():
             return
-        thread.join(timeout)
+        with contextlib.suppress(RuntimeError):  # a signal handler, as this thread starts it
+            thread.join(timeout)
         if thread.is_alive():
-            self._soon(self.cut)
+            self._call_soon(self.drop)
             log.warning(
-                "The %s connection did not close in %.0f s; it is broken off.", self._role, timeout
+                "The %s connection did not close in %.0f s; it is dropped.", self._role, timeout
             )
 
     def close_soon(self) -> bool:
@@ -216,14 +218,14 @@ class Link:
         was_open = not self._closing and self._thread is not None
         self._closing = True
         if self._thread is not None:
-            self._soon(self._shut_down)
+            self._call_soon(self._shut_down)
         return was_open
 
     def connect(self) -> None:
-        """I/O thread: make sure that a connection is there or on its way."""
+        """I/O thread: connect, unless connected or connecting."""
         self._connect()
 
-    def _soon(self, callback: Callable[[], None]) -> None:
+    def _call_soon(self, callback: Callable[[], None]) -> None:
         self._calls.append(self.guarded(callback))
         # In this order: a loop that follows this one runs `_calls` as it begins.
         loop = self._loop
@@ -252,11 +254,11 @@ class Link:
         _here.is_io_thread = True
         while True:
             try:
-                with elsewhere():
+                with in_background():
                     while not self._serve():
                         pass
                 return
-            except BaseException as error:  # noqa: BLE001 - injected between two lines of ours
+            except BaseException as error:  # noqa: BLE001 - injected by another thread
                 self._crash = self._crash or error
                 time.sleep(_BACKOFF.maximum)
 
@@ -264,12 +266,12 @@ class Link:
         """Run one loop to its end. True when that was the link's end too."""
         self._has_run = True
         if self._loop is not None:
-            self._let_go()
+            self._recover()
         loop = self._new_loop()
         if loop is None:
             return True
         try:
-            self._soon(self._connect_later if self._failures else self._connect)
+            self._call_soon(self._connect_later if self._failures else self._connect)
             loop.start()
         except BaseException as error:  # noqa: BLE001 - pika's, or injected by another thread
             self._crash = self._crash or error
@@ -279,7 +281,7 @@ class Link:
         return True
 
     def _new_loop(self) -> Loop | None:
-        """A loop, as soon as there are descriptors for one; None when the link is closed first."""
+        """A loop, as soon as there are descriptors for it; None if the link is closed first."""
         while not self._closing:
             try:
                 self._loop = Loop(self._calls)
@@ -290,38 +292,35 @@ class Link:
                 return self._loop
         return None
 
-    def _let_go(self) -> None:
-        """After a crash: of all that was the last loop's. May be interrupted, and repeated."""
+    def _recover(self) -> None:
+        """Clean up after a crashed loop. May be interrupted, and repeated."""
         crash, self._crash = self._crash, None
         attempts.ended(self._nodes.url, self)
-        self.connection = self._pause = None
+        self.connection = self._reconnect_timer = None
         self._count_failure()
-        self._note(f"{self.node}: {_internal(crash)}")
+        self._note(f"{self.node}: {_describe_crash(crash)}")
         self._lose(crash)
         self._dispose()
         if isinstance(crash, OSError):
-            log.warning("The %s connection broke off: %s.", self._role, _internal(crash))
+            log.warning("The %s connection was lost: %s.", self._role, _describe_crash(crash))
         else:
             log.error(
                 "Internal error on the %s connection; reconnecting.", self._role, exc_info=crash
             )
 
     def _connect(self) -> None:
-        """Make a connection, unless there is one, or one is under way or waiting for its time."""
-        if self._closing or self._attempt or self._pause or self._loop is None:
+        """Connect, unless connected, connecting, or waiting for the next attempt."""
+        if self._closing or self._attempt or self._reconnect_timer or self._loop is None:
             return
         url = self._nodes.url
-        refusal = attempts.refusal(url, login_only=self._was_connected)
-        if refusal is not None:
-            self._failed(refusal, refusal)
-            return
         try:
             parameters = self._nodes.parameters(self._role)
         except ConfigurationError as error:
             self._refuse(error)
             return
         try:
-            # pika does not report in `on_done` that there is no descriptor left.
+            # pika does not report in `on_done` that there is no descriptor left
+            # (test_publisher_recovers_when_there_are_descriptors_again in tests/test_processes.py).
             socket.socket().close()
         except OSError as error:
             self._failed(explain(error))
@@ -332,9 +331,15 @@ class Link:
             self._nodes.rotate()
             self._connect_in(_BACKOFF.first)
             return
+        # Now that no other attempt is under way there, whose refusal would be missed.
+        refusal = attempts.refusal(url, login_only=self._was_connected)
+        if refusal is not None:
+            attempts.ended(url, self)
+            self._failed(refusal, refusal)
+            return
         self._attempt = attempt = Attempt(self._loop)
         longest = max(_LONGEST_ATTEMPT, 4 * (parameters.stack_timeout or 0))
-        self._overdue = self.call_later(longest, self._give_up)
+        self._attempt_timer = self.call_later(longest, self._give_up)
         attempt.start(parameters, self.guarded(partial(self._attempted, attempt)))
 
     def _attempted(self, attempt: Attempt, result: Connection | BaseException) -> None:
@@ -342,7 +347,7 @@ class Link:
             if not isinstance(result, BaseException):
                 result.close()
             return
-        self.cancel_call(self._overdue)
+        self.cancel_call(self._attempt_timer)
         if isinstance(result, BaseException):
             self._attempt_failed(attempt.cause or result)
             return
@@ -355,24 +360,24 @@ class Link:
         self._owner.opened(result)
 
     def _give_up(self) -> None:
-        error = TimeoutError("no answer, or its name cannot be looked up")
+        error = TimeoutError("no answer, or its name cannot be resolved")
         if self._attempt is not None:
             self._attempt.abandon(error)
         self._attempt_failed(error)
 
     def _attempt_failed(self, error: BaseException) -> None:
         self._attempt = None
-        attempts.ended(self._nodes.url, self)
-        if self._closing:
-            return  # `_shut_down` is about to run
-        hint = permanent(error, was_connected=self._was_connected)
+        url = self._nodes.url
+        hint = permanent_reason(error, was_connected=self._was_connected)
         if hint is not None:
-            login = close_code(error) == REFUSED_LOGIN
-            attempts.refused(self._nodes.url, hint, login=login)
-        self._failed(explain(error), hint)
+            # Before it ends, or another connection could try in between.
+            attempts.refused(url, hint, login=close_code(error) == LOGIN_REFUSED)
+        attempts.ended(url, self)
+        if not self._closing:  # else `_shut_down` is about to run
+            self._failed(explain(error), hint)
 
     def _failed(self, why: str, hint: str | None = None) -> None:
-        """The current node cannot be connected to; ``hint``: why no retry can help."""
+        """The attempt has failed; ``hint``: why no retry can help."""
         node, url = self.node, self._nodes.url
         final = hint and ConfigurationError(f"Cannot connect to {node}: {hint}.")
         self._failures += 1
@@ -380,7 +385,7 @@ class Link:
         self._nodes.rotate()
         finals = [final for _, final in self._troubles.values() if final is not None]
         if len(finals) == len(self._nodes):
-            self._refuse(finals[0] if len(finals) == 1 else _all_of(finals))
+            self._refuse(finals[0] if len(finals) == 1 else _combined_error(finals))
             return
         self._connect_later()
         if self._failures == 1:
@@ -396,10 +401,10 @@ class Link:
 
     def _connect_in(self, seconds: float) -> None:
         def try_again() -> None:
-            self._pause = None
+            self._reconnect_timer = None
             self._connect()
 
-        self._pause = self.call_later(seconds, try_again)
+        self._reconnect_timer = self.call_later(seconds, try_again)
 
     def _count_failure(self) -> None:
         # A broker that accepts connections only to drop them counts as one that fails.
@@ -434,12 +439,12 @@ class Link:
         self.turns.lost(error)
 
     def _shut_down(self) -> None:
-        if self._pause is not None:
-            self.cancel_call(self._pause)
+        if self._reconnect_timer is not None:
+            self.cancel_call(self._reconnect_timer)
         if self.connection is not None:
             if self.connection.is_open:
                 self.connection.close()
-            self.call_later(_GRACE, self.cut)
+            self.call_later(_GRACE, self.drop)
             self.call_later(_GRACE * 2, self._stop_loop)
         else:
             if self._attempt is not None:
@@ -451,13 +456,13 @@ class Link:
             self._loop.stop()
 
     def _dispose(self) -> None:
-        """Close what the last loop had open."""
+        """Close the sockets of the last loop."""
         loop, attempt = self._loop, self._attempt
         self._loop = self._attempt = None
         if attempt is not None:
             attempt.dispose()
         if loop is not None:
-            # pika takes a loop that could not even be entered for one that runs.
+            # pika considers a loop running that could not even be entered.
             with contextlib.suppress(Exception):
                 loop.close()
 
@@ -467,11 +472,11 @@ class Link:
         self._owner.forget()
 
 
-def _internal(error: BaseException | None) -> str:
+def _describe_crash(error: BaseException | None) -> str:
     return explain(error) if isinstance(error, OSError) else f"internal error ({error!r:.200})"
 
 
-def _all_of(errors: list[ConfigurationError]) -> ConfigurationError:
+def _combined_error(errors: list[ConfigurationError]) -> ConfigurationError:
     return ConfigurationError(" ".join(dict.fromkeys(map(str, errors))))
 
 

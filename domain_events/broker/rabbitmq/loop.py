@@ -1,8 +1,9 @@
 """pika's I/O loop, with a wake-up that may interrupt another one.
 
 A signal handler or a finalizer may wake the loop in the middle of a wake-up on the same thread.
-pika's own ``add_callback_threadsafe`` takes a lock that is not re-entrant, and would wait for
-itself. Here there is none: a deque's `append` and one `send`.
+pika's own ``add_callback_threadsafe`` takes a lock that is not re-entrant (``_waking_mutex`` in
+pika/adapters/select_connection.py), and would deadlock. Here there is none: a deque's `append` and
+one `send`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pika.adapters.select_connection import IOLoop
 
 
 class Loop(IOLoop):
-    """One thread's loop; made on any thread, run and closed on its own.
+    """One thread's loop; created on any thread, run and closed on its own.
 
-    :param calls: what is to be called soon; its owner's, so that the next loop runs what this one
-        did not get to.
+    :param calls: callbacks to run soon; the owner's, so that the next loop runs those that this one
+        did not.
     """
 
     def __init__(self, calls: deque[Callable[[], None]] | None = None) -> None:
@@ -36,7 +37,7 @@ class Loop(IOLoop):
         self.wake()
 
     def wake(self) -> None:
-        """Any thread: have the loop run what is to be called soon."""
+        """Any thread: make the loop run waiting callbacks."""
         # Full: it will wake anyway. Closed: it has ended.
         with contextlib.suppress(OSError):
             self._wake_w.send(b"!")
@@ -44,7 +45,7 @@ class Loop(IOLoop):
     def _on_wake(self, _fd: int, _events: int) -> None:
         for _ in range(len(self._calls)):
             self._calls.popleft()()
-        # Afterwards, as the calls are urgent. Whoever was too late to be called has woken in vain.
+        # Afterwards, as the calls are urgent. This may also consume the wake-ups of later calls.
         with contextlib.suppress(BlockingIOError):
             self._wake_r.recv(4096)
         if self._calls:

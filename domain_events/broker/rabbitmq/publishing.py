@@ -5,19 +5,19 @@ senders (channels) and what is in flight on them. ``_lock`` guards in each publi
 from waiting to sent and from not done to done: a caller that gives up at its deadline must know
 for sure whether its message was ever sent.
 
-When a connection is lost, what was unconfirmed goes back to the head of ``_waiting``, in order.
-When the broker closes the *channel*, it does not name the message. Then what was in flight is sent
-again one at a time, until the culprit is alone; otherwise a message that the broker will never
-take would close the channel for ever, and take others with it.
+When a connection is lost, unconfirmed publications go back to the head of ``_waiting``, in order.
+When the broker closes the *channel*, it does not name the message. Then those in flight are sent
+again one at a time, until the culprit is alone; otherwise a message that the broker never accepts
+would close the channel for ever, and fail others with it.
 
-When the broker *nacks*, that may be for good (a queue at its length limit) or because the channel
-clings to a queue's leader that is gone: in a cluster, a channel that first used a queue during an
-election is refused for as long as it lives (rabbit_fifo_client, seen on 3.10). So a nacked message
-is sent again a few times, after pauses, each time on a channel opened for it, before its publisher
-gets the error. The main channel goes on meanwhile. When the broker confirms on the new channel
-what it nacked on the main one, the new one becomes the main one, as soon as the broker has routed
-what is in flight on the old one, so that nothing overtakes it; the old one is closed when all on
-it is answered.
+A *nack* may be final (a queue at its length limit), or the channel may use the leader of a queue
+that is gone: in a cluster, a channel that first used a queue during an election gets nacks for as
+long as it lives (rabbit_fifo_client.erl, seen on 3.10). So a nacked message is sent again a few
+times, after pauses, each time on a channel opened for it, before its publisher gets the error. The
+main channel goes on meanwhile. When the broker confirms on the new channel what it nacked on the
+main one, the new one becomes the main one, as soon as the broker has routed all in flight on the
+old one, so that nothing overtakes it; the old one is closed when all on it are answered
+(tests/test_nacks.py).
 """
 
 from __future__ import annotations
@@ -34,14 +34,25 @@ from typing import Any
 import pika
 import pika.exceptions
 
-from domain_events.broker import Publication
+from domain_events.broker import Exchange, Publication
+from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.doorbell import Doorbell
+from domain_events.broker.rabbitmq.errors import (
+    ACCESS_REFUSED,
+    PRECONDITION_FAILED,
+    close_code,
+    closed_error,
+    encode_error,
+    explain,
+    nacked_error,
+    publish_error,
+)
 from domain_events.broker.rabbitmq.link import Link, is_io_thread
-from domain_events.broker.rabbitmq.nodes import Nodes, close_code, explain
-from domain_events.broker.rabbitmq.sending import Sender, blame, nacked, unsendable
+from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.broker.rabbitmq.sending import Sender
+from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.broker.rabbitmq.transport import Connection
-from domain_events.broker.refusals import FORBIDDEN, REFUSED, closed
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -51,7 +62,6 @@ from domain_events.errors import (
 from domain_events.log import Log
 from domain_events.process import check_fork
 from domain_events.text import printable
-from domain_events.topology import Topology
 
 log = Log("domain_events")
 
@@ -59,7 +69,7 @@ log = Log("domain_events")
 _MOST_IN_FLIGHT = 2000
 _MOST_BYTES_IN_FLIGHT = 16 * 2**20
 
-# Seconds without a confirm while one is overdue, after which the connection is made anew.
+# Seconds without a confirm while one is overdue, after which to reconnect.
 _SUSPICIOUS_SILENCE = 5.0
 
 # Seconds to wait, before each time that a nacked message is sent again.
@@ -68,22 +78,22 @@ _NACK_RETRY_DELAYS = (0.25, 0.5, 1.0)
 _NACK_TRUST = 10.0
 _MOST_TRUSTED = 1000
 # Channels besides the main one; with so many, none is opened for nacked messages.
-_MOST_ASIDE = 4
+_MOST_SECONDARY = 4
 
 # Seconds for which publishing fails at once, after the broker has closed the connection over it.
-_REFUSAL_TRUST = 10.0
+_REFUSAL_TTL = 10.0
 
-# A broker that is short of memory reads nothing, not even that the connection is closed.
-_GOODBYE_WHILE_BLOCKED = 0.1
+# A broker that is short of memory reads nothing from publishers, not even connection.close.
+_CLOSE_TIMEOUT_WHILE_BLOCKED = 0.1
 
-# The broker's operator closes connections with this; that is nobody's fault.
+# The code of connections closed by an operator; no message is to blame.
 _CONNECTION_FORCED = 320
 
 
 class Nacked:
     """Nacked publications that are to be sent again, and for which addresses a nack is final.
 
-    Invariant: what is in here is not in flight, and was nacked at most as often as there are
+    Invariant: publications in here are not in flight, and were nacked at most as often as there are
     `_NACK_RETRY_DELAYS`. Other threads may `copy` it.
     """
 
@@ -94,7 +104,8 @@ class Nacked:
     def add(self, publication: Publication) -> bool:
         """Keep it, to be sent again; False when the nack is final."""
         now = time.monotonic()
-        address = publication.message.exchange, publication.message.routing_key
+        message = publication.message
+        address = topology.address(message.destination, message.routing_key)
         if publication.nacks < len(_NACK_RETRY_DELAYS) and now >= self._trusted.get(address, 0):
             self._waiting.append((now + _NACK_RETRY_DELAYS[publication.nacks], publication))
             publication.nacks += 1
@@ -124,8 +135,10 @@ class Nacked:
 class RabbitPublishing:
     """See `domain_events.broker.Publishing`."""
 
-    def __init__(self, nodes: Nodes, declare: Topology, name: str) -> None:
-        self._declare = declare
+    def __init__(self, nodes: Nodes, declare: Exchange | None, name: str) -> None:
+        self._declare: Topology = (
+            () if declare is None else [topology.Exchange(declare.name, declare.type)]
+        )
         self._link = Link(nodes, f"{name} publishing", self)
         self._channels = Channels(self._link)
         self._closed = False  # for good, also in the child of a fork
@@ -138,7 +151,7 @@ class RabbitPublishing:
         self._waiting: deque[Publication] = deque()
         self._bell = Doorbell(lambda: self._link.wake(self._pump))
         self._may_declare = True
-        # Over what the broker has closed the connection, and until when nobody tries again.
+        # The error over which the broker closed the connection, and until when not to try again.
         self._refusal: tuple[DomainEventsError, float] | None = None
         self._blocked = ""
         # How many publications are still to be sent one at a time.
@@ -152,26 +165,25 @@ class RabbitPublishing:
         self._opening: Sender | None = None  # it will be the main one
         self._main: Sender | None = None
         self._timer: Any = None  # when the first of the nacked ones is due
-        self._fresh: Sender | None = None  # being opened for them
-        # What has something in flight besides the main one, the oldest first: channels on which
-        # nacked messages were sent again, and those that were the main one.
-        self._aside: list[Sender] = []
-        # Which of them becomes the main one, as soon as the order allows it.
+        self._retry_sender: Sender | None = None  # being opened for them
+        # Other senders with publications in flight, the oldest first: those on which nacked
+        # messages were sent again, and those that were the main one.
+        self._secondary: list[Sender] = []
+        # The one of them that becomes the main one, as soon as the order allows it.
         self._successor: Sender | None = None
 
     # --- any thread ----------------------------------------------------------------------------
 
     @property
     def trouble(self) -> str:
-        """Why nothing goes through at the moment; empty if nothing is known."""
+        """Why nothing is confirmed at the moment; empty if there is no known reason."""
         if self._blocked:
             return f"{self._link.node} blocks publishers: {self._blocked}"
         return self._link.trouble
 
     def submit(self, publication: Publication) -> None:
-        """Send this behind all before it, as soon as there is room in the window."""
         if self._closed:
-            self._finish(publication, closed())
+            self._finish(publication, closed_error())
             return
         if publication.awaited and is_io_thread():
             error = BrokerUnavailable(
@@ -188,23 +200,21 @@ class RabbitPublishing:
             self._fail_all(error)
 
     def withdraw(self, publication: Publication) -> bool:
-        """Give up a publication; ``publication.sent`` is then final. False: it is done already."""
         with self._lock:
             if publication.done:
                 return False
             publication.done = True
-            publication.let_go()
+            publication.detach()
             # Mostly the first one: deadlines come in the order of the publishes.
             with contextlib.suppress(ValueError):
                 self._waiting.remove(publication)
             self._changed.notify_all()
         if publication.sent:
             with contextlib.suppress(BrokerUnavailable):
-                self._link.wake(self._cut_if_silent)
+                self._link.wake(self._drop_if_silent)
         return True
 
     def close(self, timeout: float) -> None:
-        """Take no more, wait for what is under way, then close."""
         check_fork()
         deadline = time.monotonic() + timeout
         self._closed = True
@@ -218,9 +228,9 @@ class RabbitPublishing:
                 raise
             if self._blocked:
                 with contextlib.suppress(BrokerUnavailable):
-                    self._link.wake(self._cut_soon)
+                    self._link.wake(self._drop_soon)
             self._link.close(max(1.0, deadline - time.monotonic()))
-        self._bell.answer()  # whoever comes now gets an error
+        self._bell.answer()  # later publications get an error
         with self._lock:
             left_over = self._under_way()
             self._waiting.clear()
@@ -238,7 +248,6 @@ class RabbitPublishing:
                     return
 
     def close_soon(self) -> bool:
-        """Close without waiting."""
         self._closed = True
         return self._link.close_soon()
 
@@ -252,7 +261,7 @@ class RabbitPublishing:
     def _senders(self) -> list[Sender]:
         """Those that may have something in flight."""
         main = self._main
-        return self._aside.copy() if main is None else [*self._aside, main]
+        return self._secondary.copy() if main is None else [*self._secondary, main]
 
     # --- the I/O thread: the link's calls --------------------------------------------------------
 
@@ -264,17 +273,17 @@ class RabbitPublishing:
         self._open_main()
 
     def lost(self, error: BaseException | None) -> None:
-        """The connection is gone; what was in flight waits for the next one."""
+        """The connection is gone; publications in flight wait for the next one."""
         self._blocked = ""
         nacked_before = self._nacked.take()
         in_flight = [each for sender in self._senders() for each in sender.in_flight.values()]
         if self._timer is not None:
             self._link.cancel_call(self._timer)
         self._forget_senders()
-        self._take_back(error, in_flight, nacked_before)
+        self._resubmit(error, in_flight, nacked_before)
 
     def refused(self, error: ConfigurationError) -> None:
-        """No connection can be made: everybody who waits gets the error."""
+        """No connection can be made: all waiting publications fail with the error."""
         self._fail_all(error)
 
     # --- the I/O thread: channels ----------------------------------------------------------------
@@ -304,24 +313,24 @@ class RabbitPublishing:
         if sender is self._opening:
             self._opening, self._main = None, sender
             self._pump()
-        elif sender is self._fresh:
-            self._fresh = None
-            self._aside.append(sender)
+        elif sender is self._retry_sender:
+            self._retry_sender = None
+            self._secondary.append(sender)
             self._send_nacked(sender)
 
     def not_opened(self, sender: Sender, error: DomainEventsError, reason: BaseException) -> None:
         """The broker has closed a channel before it could send."""
         if self._link.connection is None:
-            # The broker closed the connection over it, as it would for each event that comes.
-            self._refusal = error, time.monotonic() + _REFUSAL_TRUST
+            # The broker closed the connection over it, as it would for each further event.
+            self._refusal = error, time.monotonic() + _REFUSAL_TTL
             self._fail_all(error)
             return
         main = sender is self._opening
         if main:
             self._opening = None
         else:
-            self._fresh = None
-        if close_code(reason) == FORBIDDEN and self._may_declare:
+            self._retry_sender = None
+        if close_code(reason) == ACCESS_REFUSED and self._may_declare:
             # A publisher that may not configure still publishes to an exchange that exists.
             self._may_declare = False
             self._open_main()
@@ -332,17 +341,17 @@ class RabbitPublishing:
             self._accept_nacks()
 
     def closed_by_broker(self, sender: Sender, reason: BaseException) -> None:
-        """The broker has closed a channel that could send; what was in flight is sent again."""
+        """The broker has closed a channel; publications in flight on it are sent again."""
         if sender is self._main:
             self._main = self._successor = None
-        elif sender in self._aside:
-            self._aside.remove(sender)
+        elif sender in self._secondary:
+            self._secondary.remove(sender)
             if sender is self._successor:
                 self._successor = None
         else:
             return  # closed by us
         log.warning("The broker closed the publishing channel: %s.", explain(reason))
-        self._take_back(reason, list(sender.in_flight.values()))
+        self._resubmit(reason, list(sender.in_flight.values()))
         self._pump()
 
     def _on_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
@@ -351,13 +360,13 @@ class RabbitPublishing:
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = ""
-        log.warning("%s takes events again.", self._link.node)
+        log.warning("%s no longer blocks publishers.", self._link.node)
         self._pump()
 
     # --- the I/O thread: sending -----------------------------------------------------------------
 
     def _pump(self) -> None:
-        """Send what waits, as far as there is room in the window."""
+        """Send waiting publications, as far as there is room in the window."""
         self._bell.answer()
         main = self._main
         if main is None:
@@ -367,7 +376,7 @@ class RabbitPublishing:
         most, in_flight, channel = self._most_in_flight(), main.in_flight, main.channel
         waiting, lock, send, now = self._waiting, self._lock, main.send, time.monotonic()
         try:
-            # The window, spelled out: a call for each event is measurable.
+            # The window is checked inline: a call for each event is measurable.
             while (
                 waiting
                 and len(in_flight) < most
@@ -388,35 +397,35 @@ class RabbitPublishing:
                 except Exception as error:  # noqa: BLE001 - whatever is wrong with this one
                     # It cannot be encoded; nothing of it was sent, nor will be.
                     publication.sent = again
-                    self._finish(publication, unsendable(message, error))
-                except BaseException:  # injected by another thread: nothing is known of this one
+                    self._finish(publication, encode_error(message, error))
+                except BaseException:  # injected by another thread: it may have been sent or not
                     waiting.appendleft(publication)
                     raise
         finally:
             main.flush()
         if len(in_flight) >= most or main.bytes >= _MOST_BYTES_IN_FLIGHT:
-            self._bell.mute()  # whoever frees window space also sends what waits
+            self._bell.mute()  # whatever frees window space also sends waiting publications
 
     def _most_in_flight(self) -> int:
         if self._blocked or self._successor is not None:
             return 0
         return 1 if self._one_at_a_time else _MOST_IN_FLIGHT
 
-    def _cut_if_silent(self) -> None:
+    def _drop_if_silent(self) -> None:
         """A caller gave up: if there was no confirm for long, reconnect.
 
-        The other end may be gone without closing the connection; the heartbeat takes a minute or
-        two to find out, a new connection milliseconds. Or what fills the window is never confirmed.
+        The other end may be gone without closing the connection; heartbeats take a minute or two to
+        detect that, a new connection milliseconds. Or a full window is never confirmed.
         """
         oldest = [next(iter(each.in_flight.values())) for each in self._senders() if each.in_flight]
         if not oldest or self._blocked:
             return
         since = max(self._answered_at, min(publication.sent_at for publication in oldest))
         if time.monotonic() - since > _SUSPICIOUS_SILENCE:
-            self._link.cut()
+            self._link.drop()
 
-    def _cut_soon(self) -> None:
-        self._link.call_later(_GOODBYE_WHILE_BLOCKED, self._link.cut)
+    def _drop_soon(self) -> None:
+        self._link.call_later(_CLOSE_TIMEOUT_WHILE_BLOCKED, self._link.drop)
 
     # --- the I/O thread: answers -----------------------------------------------------------------
 
@@ -434,7 +443,7 @@ class RabbitPublishing:
             else:
                 self._finish(publication, None)
         if main:
-            self._bell.answer()  # before the look at what waits: whoever comes later rings
+            self._bell.answer()  # before `_waiting` is checked: later publications ring
             if self._waiting:
                 self._pump()
         else:
@@ -442,7 +451,7 @@ class RabbitPublishing:
                 self._succeed(sender)
             self._close_answered()
 
-    # --- the I/O thread: what was nacked ---------------------------------------------------------
+    # --- the I/O thread: nacked publications -----------------------------------------------------
 
     def _on_nack(self, publication: Publication) -> None:
         if publication.done:
@@ -450,32 +459,32 @@ class RabbitPublishing:
         if self._nacked.add(publication):
             self._retry_later()
         else:
-            self._finish(publication, nacked(publication.message))
+            self._finish(publication, nacked_error(publication.message))
 
     def _retry_later(self) -> None:
-        """Have nacked messages sent again when the first of them is due."""
-        if self._timer is None and self._fresh is None:
+        """Schedule the next sending of nacked messages, for when the first of them is due."""
+        if self._timer is None and self._retry_sender is None:
             pause = self._nacked.pause()
             if pause is not None:
-                if not self._may_open_aside():
+                if not self._may_open_secondary():
                     pause = max(pause, _NACK_RETRY_DELAYS[0])
                 self._timer = self._link.call_later(pause, self._retry)
 
     def _retry(self) -> None:
         self._timer = None
         self._close_answered()
-        if not self._may_open_aside():
+        if not self._may_open_secondary():
             self._retry_later()
         elif self._nacked.pause() is not None:
-            self._fresh = self._open()
+            self._retry_sender = self._open()
 
-    def _may_open_aside(self) -> bool:
-        return not self._blocked and len(self._aside) < _MOST_ASIDE
+    def _may_open_secondary(self) -> bool:
+        return not self._blocked and len(self._secondary) < _MOST_SECONDARY
 
     def _accept_nacks(self) -> None:
-        """No channel can be opened on which nacked messages could be sent again."""
+        """Fail all nacked messages: no channel can be opened to send them again on."""
         for publication in self._nacked.take():
-            self._finish(publication, nacked(publication.message))
+            self._finish(publication, nacked_error(publication.message))
 
     def _send_nacked(self, sender: Sender) -> None:
         """On a channel opened for them: send those that are due."""
@@ -491,9 +500,9 @@ class RabbitPublishing:
         self._retry_later()
 
     def _succeed(self, sender: Sender) -> None:
-        """The broker confirmed here what it nacked on others: go on with this one, if it is newer.
+        """This sender gets confirms where others got nacks: switch to it, if it is newer.
 
-        Not before the broker has routed all that the main one has in flight.
+        Not before the broker has routed all that are in flight on the main one.
         """
         main = self._main
         if (
@@ -510,36 +519,36 @@ class RabbitPublishing:
         if self._successor is not new or self._main is not old:
             return  # the broker has closed one of them meanwhile
         self._successor = None
-        self._aside.remove(new)
-        self._aside.append(old)
+        self._secondary.remove(new)
+        self._secondary.append(old)
         self._main = new
         self._close_answered()
         self._pump()
 
     def _close_answered(self) -> None:
-        """Close the channels aside on which nobody waits for an answer any more."""
-        for sender in self._aside.copy():
+        """Close the secondary channels on which nothing awaits an answer any more."""
+        for sender in self._secondary.copy():
             answered = all(each.done for each in sender.in_flight.values())
             if answered and sender is not self._successor:
-                self._aside.remove(sender)
+                self._secondary.remove(sender)
                 sender.close()
 
-    def _take_back(
+    def _resubmit(
         self,
         reason: BaseException | None,
         in_flight: list[Publication],
         before: Sequence[Publication] = (),
     ) -> None:
-        """A channel is gone: what was in flight waits again, in its old order."""
+        """A channel is gone: publications in flight on it wait again, in their old order."""
         self._bell.answer()
         code = close_code(reason)
         if code not in (0, _CONNECTION_FORCED) and in_flight:
             if len(in_flight) == 1:
                 culprit = in_flight[0]
-                culprit.strikes += 1
+                culprit.channel_errors += 1
                 # A missing exchange is declared again with the next channel: one more chance.
-                if culprit.strikes > 1 or code in (FORBIDDEN, REFUSED):
-                    self._finish(culprit, blame(culprit.message, code, reason))
+                if culprit.channel_errors > 1 or code in (ACCESS_REFUSED, PRECONDITION_FAILED):
+                    self._finish(culprit, publish_error(culprit.message, code, reason))
                     self._one_at_a_time = max(0, self._one_at_a_time - 1)
             else:
                 self._one_at_a_time = max(self._one_at_a_time, len(in_flight))

@@ -1,4 +1,4 @@
-"""A channel that publishes with confirms, and the errors of what the broker does not take.
+"""A channel that publishes with confirms.
 
 Everything here belongs to the I/O thread.
 """
@@ -17,32 +17,19 @@ from pika.spec import Basic
 
 from domain_events.broker import Publication
 from domain_events.broker.rabbitmq.channel import Channels
-from domain_events.broker.rabbitmq.nodes import explain
+from domain_events.broker.rabbitmq.envelope import message_id, properties
+from domain_events.broker.rabbitmq.errors import unroutable_error
+from domain_events.broker.rabbitmq.topology import Topology, address
 from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.wire import Writer
-from domain_events.broker.refusals import (
-    FORBIDDEN,
-    MISSING,
-    REFUSED,
-    no_exchange,
-    unroutable,
-    unwritable,
-)
-from domain_events.errors import (
-    DomainEventsError,
-    EventNotConfirmed,
-    EventRejected,
-    InvalidEvent,
-)
+from domain_events.errors import DomainEventsError
 from domain_events.message import Message
-from domain_events.text import printable
-from domain_events.topology import Topology
 
 _numbers = itertools.count(1)
 
 
 class Owner(Protocol):
-    """Who publishes through senders."""
+    """The user of senders; see `publishing`."""
 
     def ready(self, sender: Sender) -> None:
         """It can send now."""
@@ -54,13 +41,13 @@ class Owner(Protocol):
         """The broker has confirmed these, or nacked them."""
 
     def closed_by_broker(self, sender: Sender, reason: BaseException) -> None:
-        """The broker has closed the channel; what was in flight on it is unanswered."""
+        """The broker has closed the channel; publications in flight on it are unanswered."""
 
 
 class Sender:
-    """A channel in confirm mode, and what is in flight on it.
+    """A channel in confirm mode, and the publications in flight on it.
 
-    :ivar channel: pika's; set when the owner is called with `Owner.ready`.
+    :ivar channel: pika's; set before `Owner.ready` is called.
     :param declare: the exchanges to declare first.
     """
 
@@ -72,7 +59,7 @@ class Sender:
     ) -> None:
         #: Later ones have larger numbers.
         self.number = next(_numbers)
-        #: What the broker has not answered yet, by delivery tag, in the order it was sent.
+        #: Unanswered publications by delivery tag, in the order they were sent.
         self.in_flight: dict[int, Publication] = {}
         #: The size of the bodies in flight.
         self.bytes = 0
@@ -104,34 +91,33 @@ class Sender:
         """Send the message, at the latest with `flush`.
 
         :param now: the time, which is the same for many.
-        :raises Exception: it cannot be put into frames; nothing of it was sent.
+        :raises Exception: it cannot be encoded; nothing of it was sent.
         """
         frames = self._writer.frames(message)
         if frames is None:
             self.channel.basic_publish(
-                message.exchange,
-                message.routing_key,
+                *address(message.destination, message.routing_key),
                 message.body,
                 properties(message),
                 message.mandatory,
             )
         else:
             self._transport.buffer(frames)
-        # Only now, so that the tags stay those that the broker counts.
+        # Only now, so that the tags match those that the broker counts.
         publication.sent_at = now
         self.in_flight[self._next_tag] = publication
         self._next_tag += 1
         self.bytes += publication.size
 
     def flush(self) -> None:
-        """Pass what was sent to the socket."""
+        """Write everything sent to the socket."""
         self._transport.flush()
 
     def call_when_routed(self, callback: Callable[[], None]) -> None:
-        """Call back once the broker has routed all that was sent here.
+        """Call back once the broker has routed all messages sent here.
 
-        A channel processes what it is sent in order; so the reply to a request that changes
-        nothing comes after it, however long the confirms take.
+        A channel processes requests in order; so the reply to one that changes nothing comes after
+        they are routed, however long the confirms take.
         """
         self._setup.await_answer()
 
@@ -144,16 +130,16 @@ class Sender:
     def returned_error(self, message: Message) -> DomainEventsError | None:
         """The error of a confirmed mandatory message, if no queue was bound for it."""
         if self._returned:
-            # Returns come before the confirm of what they return.
-            key = (message.message_id, message.exchange, message.routing_key)
+            # basic.return comes before the confirm (https://www.rabbitmq.com/docs/confirms).
+            key = (message_id(message), *address(message.destination, message.routing_key))
             if self._returned[key] > 0:
                 self._returned[key] -= 1
-                self._returned += Counter()  # drops what is back at zero
-                return unroutable(message)
+                self._returned += Counter()  # drops counts of zero
+                return unroutable_error(message)
         return None
 
     def close(self) -> None:
-        """Close the channel; the broker has answered all that was sent on it."""
+        """Close the channel; nothing on it is unanswered."""
         if self.channel.is_open:
             self.channel.close()
 
@@ -170,7 +156,7 @@ class Sender:
         try:
             self._owner.answered(self, list(answered.values()), acked)
         except BaseException:
-            # The connection is given up: what nobody was informed of is to be sent again.
+            # The connection is given up: those whose owner was not informed are sent again.
             self.in_flight = {**answered, **in_flight}
             raise
 
@@ -182,54 +168,3 @@ class Sender:
         _body: bytes,
     ) -> None:
         self._returned[properties.message_id, method.exchange, method.routing_key] += 1
-
-
-def properties(message: Message) -> pika.BasicProperties:
-    return pika.BasicProperties(
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        headers=dict(message.headers) if message.headers else None,
-        delivery_mode=pika.DeliveryMode.Persistent,
-        correlation_id=message.correlation_id,
-        reply_to=message.reply_to,
-        message_id=message.message_id,
-        timestamp=message.timestamp,
-        type=message.type,
-        app_id=message.app_id,
-    )
-
-
-def unsendable(message: Message, error: Exception) -> DomainEventsError:
-    """The error of a message that cannot be encoded."""
-    invalid = InvalidEvent(f"{_named(message)} cannot be sent over AMQP: {printable(error)}")
-    invalid.__cause__ = error
-    return invalid
-
-
-def nacked(message: Message) -> DomainEventsError:
-    """The error of a message that the broker has refused."""
-    return EventRejected(
-        f"The broker refused {_named(message)}; a queue that it goes to may be at its length "
-        "limit, or unavailable."
-    )
-
-
-def blame(message: Message, code: int, reason: BaseException | None) -> DomainEventsError:
-    """The error of a message over which the broker has closed the channel or the connection."""
-    said = explain(reason)
-    what = f"{_named(message)} ({len(message.body):,} bytes)"
-    error: DomainEventsError
-    if code == FORBIDDEN:
-        error = unwritable(message, said)
-    elif code == MISSING:
-        error = no_exchange(message, said)
-    elif code == REFUSED:
-        error = InvalidEvent(f"The broker does not take {what}: {said}.")
-    else:
-        error = EventNotConfirmed(f"The broker broke off over {what}, twice: {said}.")
-    error.__cause__ = reason
-    return error
-
-
-def _named(message: Message) -> str:
-    return repr(message.type or message.routing_key)

@@ -1,9 +1,9 @@
 """Between pika and the socket: all bytes of a connection pass through here.
 
-Whatever is written in one turn of the loop is sent together, where pika's transport calls
-``send()`` for each frame; reads are 64 KiB at a time, not 4 KiB. The frames of high volume are
-encoded and decoded in `wire`, and pika never sees them. Each system call may hand the interpreter
-over to another thread, which costs more than the call itself.
+All frames written in one iteration of the loop are sent together, whereas pika's transport calls
+``send()`` for each; reads are 64 KiB at a time, not 4 KiB. The frames of high volume are encoded
+and decoded in `wire`, without pika. Each system call may release the GIL to another thread, which
+costs more than the call itself.
 
 `Attempt` is what pika calls I/O services, `Transport` a stream transport: both are interfaces
 that pika publishes (``pika.adapters.utils.nbio_interface``). Besides these and pika's documented
@@ -13,7 +13,7 @@ classes, this package depends on
   function for custom implementations of `create_connection()`". Without it there is no connection
   at all, so that every test with a broker fails.
 - ``Connection.bytes_received``, which pika's heartbeat checker compares to see whether the broker
-  is alive. It does not count what pika never sees: `test_transport.py`,
+  is alive. pika does not count frames that bypass it: `test_transport.py`,
   ``test_deliveries_keep_a_connection_alive_and_silence_does_not``.
 - ``Connection.server_properties``, for the release of RabbitMQ: `test_transport.py`,
   ``test_release_of_the_broker_is_known``.
@@ -41,16 +41,16 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 from pika.connection import Parameters
 from pika.exceptions import ConnectionClosedByBroker
 
+from domain_events.broker.rabbitmq.errors import LOGIN_REFUSED, close_code
 from domain_events.broker.rabbitmq.loop import Loop
-from domain_events.broker.rabbitmq.nodes import REFUSED_LOGIN, close_code
 from domain_events.broker.rabbitmq.wire import Confirmed, Delivered, Reader, UnreadableStream
 
-# So much is sent without waiting for the end of the turn; the most that is read at a time.
+# So much is sent without waiting for the end of the iteration; the most that is read at a time.
 _MOST_BUFFERED = 64 * 1024
 _MOST_READ = 64 * 1024
 
-# The peer has gone, and TLS adds nothing to that.
-_HUNG_UP = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# The peer has closed the connection; the TLS error adds nothing to that.
+_PEER_CLOSED = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 _Linked: TypeAlias = tuple[AbstractStreamTransport, AbstractStreamProtocol]
 
@@ -75,7 +75,7 @@ class Attempt(SelectorIOServicesAdapter):
     """One attempt to connect to a node, at each of its addresses, and its connection.
 
     :ivar cause: why there is no connection (any more), where pika keeps only a text of it, or
-        takes it for something else: what was read is not AMQP, TLS failed, or the broker has closed
+        reports another error: the server does not use AMQP, TLS failed, or the broker has closed
         the connection during the login.
     """
 
@@ -100,7 +100,7 @@ class Attempt(SelectorIOServicesAdapter):
         begin([parameters], make, self, None, on_done)
 
     def abandon(self, error: BaseException) -> None:
-        """Try no further address. What is under way ends in pika's own time."""
+        """Try no further address. The current attempt ends in pika's own time."""
         self.cause, self._abandoned = error, True
 
     def dispose(self) -> None:
@@ -117,7 +117,7 @@ class Attempt(SelectorIOServicesAdapter):
         on_done: Callable[[BaseException | None], None],
     ) -> Any:
         # A host's addresses are all the same broker's: no second login after a refused one.
-        if self._abandoned or close_code(self.cause) == REFUSED_LOGIN:
+        if self._abandoned or close_code(self.cause) == LOGIN_REFUSED:
             return self.call_later(0, partial(on_done, self.cause))
         self.cause, self._sock = None, sock
         return super().connect_socket(sock, resolved_addr, on_done)
@@ -150,14 +150,14 @@ class Attempt(SelectorIOServicesAdapter):
             protocol.connection_made(self._connection.transport)
             return self._connection.transport, protocol
 
-        # pika does not expect an answer before it has the result.
+        # Not at once: pika expects the callback after this has returned.
         return cast(AbstractIOReference, self.call_later(0, link_up))
 
 
 class Transport(AbstractStreamTransport):
     """The bytes of one connection, with or without TLS.
 
-    :param protocol: pika's connection, as its transports see it.
+    :param protocol: pika's connection, as an interface for transports.
     """
 
     def __init__(
@@ -181,16 +181,16 @@ class Transport(AbstractStreamTransport):
         self._loop.add_handler(sock.fileno(), self._on_ready, self._watched)
 
     def on_deliver(self, channel: int, delivered: Delivered, queue: str = "") -> None:
-        """Call this with the deliveries on this channel, from this queue, instead of pika."""
+        """Call ``delivered`` with deliveries on this channel (of this queue), instead of pika."""
         self._reader.delivered[channel] = delivered
         self._reader.queues[channel] = queue
 
     def on_confirm(self, channel: int, confirmed: Confirmed) -> None:
-        """Call this with the confirms on this channel, instead of pika."""
+        """Call ``confirmed`` with confirms on this channel, instead of pika."""
         self._reader.confirmed[channel] = confirmed
 
     def buffer(self, data: bytes) -> None:
-        """Send this behind what was written before it, at the latest with `flush`."""
+        """Send this after everything written before it, at the latest with `flush`."""
         if not self._ended:
             self._out += data
             if len(self._out) >= _MOST_BUFFERED and self._watched == Loop.READ:
@@ -200,7 +200,7 @@ class Transport(AbstractStreamTransport):
         """Send what is buffered, as far as the socket takes it; the rest follows by itself."""
         try:
             while self._out:
-                # OpenSSL wants to be called with the same bytes again, and more are allowed.
+                # OpenSSL requires the same bytes again after a failed write; more may follow them.
                 del self._out[: self._sock.send(self._out)]
         except (BlockingIOError, ssl.SSLWantWriteError):
             self._watch(Loop.READ | Loop.WRITE)
@@ -217,7 +217,7 @@ class Transport(AbstractStreamTransport):
 
     def write(self, data: bytes) -> None:
         if not self._out:
-            self._loop.call_later(0, self.flush)  # at the end of this turn
+            self._loop.call_later(0, self.flush)  # at the end of this iteration
         self.buffer(data)
 
     def get_write_buffer_size(self) -> int:
@@ -228,7 +228,7 @@ class Transport(AbstractStreamTransport):
 
     def abort(self) -> None:
         self._end(None)
-        self._error = None  # pika knows why, and passes on no other error
+        self._error = None  # pika has its own reason, and accepts no other
 
     # --- the socket ----------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Transport(AbstractStreamTransport):
                     self._received(data)
                 elif not self._protocol.eof_received():
                     self._end(None)
-                # The rest is for the next turn, except for what only TLS knows of.
+                # The rest is for the next iteration, except bytes that TLS has buffered.
                 if not self._pending():
                     return
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -254,7 +254,7 @@ class Transport(AbstractStreamTransport):
         except ssl.SSLWantWriteError:
             self._watch(Loop.READ | Loop.WRITE)
         except UnreadableStream as error:
-            self._end(UnreadableStream(*error.args))  # without its traceback, with the data in it
+            self._end(UnreadableStream(*error.args))  # without its traceback, which has the data
         except Exception as error:  # noqa: BLE001 - of the socket, or pika's
             self._end(error)
 
@@ -283,7 +283,9 @@ class Transport(AbstractStreamTransport):
         closed, error = self._reader.closed, self._error
         if closed is not None:
             self._attempt.cause = ConnectionClosedByBroker(*closed)
-        elif isinstance(error, UnreadableStream | ssl.SSLError) and not isinstance(error, _HUNG_UP):
+        elif isinstance(error, UnreadableStream | ssl.SSLError) and not isinstance(
+            error, _PEER_CLOSED
+        ):
             self._attempt.cause = error
         self._protocol.connection_lost(error)
 

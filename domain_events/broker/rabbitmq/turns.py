@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-from domain_events.broker.rabbitmq.nodes import close_code
+from domain_events.broker.rabbitmq.errors import close_code
 
 # The reply codes of mistakes (https://www.rabbitmq.com/amqp-0-9-1-reference#constants): FRAME_ERROR
 # to RESOURCE_ERROR, NOT_ALLOWED, NOT_IMPLEMENTED, and INTERNAL_ERROR, which may also be the

@@ -1,9 +1,9 @@
-"""Fast path: the frames of high volume (events, deliveries, confirms), without pika.
+"""Fast path: encodes and decodes the high-volume frames (events, deliveries, confirms) itself.
 
-pika can do all that is done here; it is measured to take four times as long. Everything of low
-volume is pika's: what `Writer` returns None for, and what `Reader` passes on.
+pika can do all of this, in about four times the time. It handles everything else: messages for
+which `Writer` returns None, and frames that `Reader` passes on.
 
-Bytes in, bytes out; knows no sockets and no threads. The grammar is that of AMQP 0-9-1, chapters
+Bytes in, bytes out; uses no sockets and no threads. The grammar is that of AMQP 0-9-1, chapters
 2.3 and 4.2 of its specification.
 """
 
@@ -26,20 +26,22 @@ from pika.spec import (
     Connection,
 )
 
-from domain_events import topology
+from domain_events.broker.rabbitmq.envelope import Properties
+from domain_events.broker.rabbitmq.topology import address
 from domain_events.log import Log
-from domain_events.message import Message, Properties
+from domain_events.message import Message, ToExchange
+from domain_events.names import LONGEST_NAME
 from domain_events.text import printable
 
 log = Log("domain_events")
 
-# What surely fits a frame: the smallest limit that a broker may set is 4,096 bytes.
+# Surely fits a frame: the smallest limit that a broker may set is 4,096 bytes (frame-min-size).
 _LARGEST_PLAIN_BODY = 4000
-# Addresses whose frames are remembered; a routing key may hold a user's number.
+# The most addresses whose frames are cached; a routing key may contain an id.
 _MOST_REMEMBERED = 1000
 
-# The broker adds headers of its own to a message (x-delivery-count, x-death), also where the
-# publisher's fill a frame already, and sends it all the same.
+# The broker adds headers of its own to a message (x-delivery-count, x-death), even if the
+# publisher's fill a frame already (tests/test_large_input.py).
 _ADDED = {FRAME_HEADER: 64 * 1024}
 _KINDS = (FRAME_METHOD, FRAME_HEADER, FRAME_BODY, FRAME_HEARTBEAT)
 _BASIC = Basic.INDEX
@@ -83,38 +85,33 @@ class Writer:
 
     def __init__(self, channel: int) -> None:
         self._channel = channel
-        # What is alike in all events of one address: their first frame, and the beginning and
-        # the end of their properties.
+        # The constant parts of all events of one address: their first frame, and the beginning
+        # and the end of their properties.
         self._known: dict[tuple[object, ...], tuple[bytes, bytes, bytes]] = {}
 
     def frames(self, message: Message) -> bytes | None:
         """The event's frames, or None if pika has to write them.
 
-        :raises ValueError: it has a text that is too long for AMQP.
+        :raises ValueError: a str in it is too long for AMQP.
         """
         body, timestamp = message.body, message.timestamp
         message_id, correlation_id = message.message_id, message.correlation_id
+        destination = message.destination
         if (
-            message.headers
+            type(destination) is not ToExchange
+            or message.source is not None
+            or message.cause is not None
+            or message.retries
             or timestamp is None
             or message_id is None
             or correlation_id is None
-            or message.content_encoding is not None
-            or message.reply_to is not None
             or not 0 < len(body) <= _LARGEST_PLAIN_BODY
         ):
             return None
-        key = (
-            message.exchange,
-            message.routing_key,
-            message.mandatory,
-            message.content_type,
-            message.type,
-            message.app_id,
-        )
+        key = (destination.exchange, message.routing_key, message.mandatory, message.app_id)
         known = self._known.get(key)
         if known is None:
-            known = self._learn(message)
+            known = self._constant_parts(message)
             if known is None:
                 return None
             if len(self._known) >= _MOST_REMEMBERED:
@@ -143,34 +140,30 @@ class Writer:
             )
         )
 
-    def _learn(self, message: Message) -> tuple[bytes, bytes, bytes] | None:
-        if message.content_type is None or message.type is None or message.app_id is None:
+    def _constant_parts(self, message: Message) -> tuple[bytes, bytes, bytes] | None:
+        exchange, routing_key = address(message.destination, message.routing_key)
+        if message.app_id is None:
             return None
-        # The ticket in front is a relic, the bits behind are mandatory and immediate.
-        arguments = (
-            bytes(2)
-            + _short(message.exchange)
-            + _short(message.routing_key)
-            + bytes((message.mandatory,))
-        )
+        # First a reserved short, last the bits mandatory and immediate.
+        arguments = bytes(2) + _short(exchange) + _short(routing_key) + bytes((message.mandatory,))
         head = _FRAME.pack(FRAME_METHOD, self._channel, len(_PUBLISH) + len(arguments))
         return (
             head + _PUBLISH + arguments + _END,
-            _FLAGS.pack(_PLAIN_FLAGS) + _short(message.content_type) + _PERSISTENT,
-            _short(message.type) + _short(message.app_id),
+            _FLAGS.pack(_PLAIN_FLAGS) + _short("application/json") + _PERSISTENT,
+            _short(routing_key) + _short(message.app_id),
         )
 
 
 def _short(text: str) -> bytes:
     data = text.encode()
-    if len(data) > topology.LONGEST_NAME:
-        raise ValueError(f"{text[:60]!r}... has {len(data)} bytes, {topology.LONGEST_NAME} at most")
+    if len(data) > LONGEST_NAME:
+        raise ValueError(f"{text[:60]!r}... has {len(data)} bytes, {LONGEST_NAME} at most")
     return bytes((len(data),)) + data
 
 
 #: Called with a delivery: exchange, routing key, whether it is redelivered, tag, properties, body.
 Delivered: TypeAlias = Callable[[str, str, bool, int, Properties, bytes], None]
-#: Called with a confirm: tag, whether all before it are meant too, whether it is an ack.
+#: Called with a confirm: tag, whether it is ``multiple``, whether it is an ack.
 Confirmed: TypeAlias = Callable[[int, bool, bool], None]
 
 #: The largest frame before the two ends have agreed on a maximum.
@@ -178,25 +171,25 @@ LARGEST_FRAME = 128 * 1024
 #: RabbitMQ's own upper bound for the body of a message, whatever it is configured to.
 LARGEST_BODY = 512 * 2**20
 
-# How a TLS listener answers what is not TLS.
+# How a TLS listener answers a client without TLS.
 _TLS_ALERT = b"\x15\x03"
 
-# What a frame has besides its payload; a negotiated maximum counts it.
+# The bytes of a frame besides its payload; frame_max includes them.
 _AROUND_PAYLOAD = _FRAME.size + len(_END)
 
 
 class UnreadableStream(AMQPError):
-    """What was received is not AMQP 0-9-1 within its limits; the connection cannot go on."""
+    """The received bytes are not AMQP 0-9-1 within its limits; the connection cannot go on."""
 
 
 class Reader:
     """Reads all deliveries and confirms on the channels that have a callback for them.
 
-    Everything else is passed on, frame by frame and in its place between what is read here.
-    Headers that pika cannot read are taken out of what is passed on: pika would take the error
-    for a broken connection, and the broker would deliver the same message on the next one, and so
-    on for ever. A timestamp in milliseconds is enough (in the year 55,000, which no `datetime`
-    has), or arrays a thousand deep.
+    Everything else is passed on, frame by frame and in order. Headers that pika cannot decode are
+    removed before: pika would drop the connection over them, and the broker would deliver the same
+    message on the next one, and so on for ever. A timestamp in milliseconds is enough (before pika
+    1.5; in the year 55,000, which no `datetime` has), or arrays a thousand deep
+    (tests/test_hostile_input.py).
 
     Whatever the other end sends, the memory that this takes is bounded by the largest frame and
     the largest body, and the time is linear in the number of bytes.
@@ -205,19 +198,19 @@ class Reader:
     :ivar largest_frame: the largest frame to accept, in bytes.
     :ivar delivered: callbacks for deliveries, by the channel's number.
     :ivar confirmed: callbacks for confirms, likewise.
-    :ivar queues: what is consumed on a channel, for log lines.
+    :ivar queues: the queue consumed on a channel, for log lines.
     :ivar closed: reply code and text with which the broker has closed the connection, if it has.
     """
 
     def __init__(self, others: Callable[[bytes], None]) -> None:
         self._others = others
-        # The beginning of a frame, or of a delivery, and how many bytes it takes to go on.
+        # The beginning of a frame, or of a delivery, and how many bytes are needed to go on.
         self._pieces: list[bytes] = []
         self._length = 0
         self._needed = 0
-        # By channel: deliveries that take more frames than three, or that others come between.
-        self._growing: dict[int, _Growing] = {}
-        # By channel: the routing key of the message that was got last, and passed on.
+        # By channel: deliveries of more than three frames, or interleaved with other frames.
+        self._partial: dict[int, _PartialDelivery] = {}
+        # By channel: the routing key of the last basic.get-ok.
         self._got: dict[int, str] = {}
         self.largest_frame = LARGEST_FRAME
         self.delivered: dict[int, Delivered] = {}
@@ -226,7 +219,7 @@ class Reader:
         self.closed: tuple[int, str] | None = None
 
     def feed(self, data: bytes) -> int:
-        """Read what came; how many bytes of it were not passed on.
+        """Read received bytes; returns how many of them were not passed on.
 
         :raises UnreadableStream: it is not AMQP, or over a limit.
         """
@@ -246,7 +239,7 @@ class Reader:
         return own
 
     def _read(self, data: bytes) -> tuple[int, int, int]:
-        """Where the rest begins, how long it must be to be read, and what was not passed on."""
+        """Where the rest begins, its length once it can be read, and bytes not passed on."""
         at = own = 0
         most = self.largest_frame - _AROUND_PAYLOAD
         while len(data) - at >= _FRAME.size:
@@ -261,20 +254,20 @@ class Reader:
                 raise UnreadableStream("the broker sent a frame without its end")
             if kind == FRAME_HEADER:
                 _check_announced(data, payload)
-            if kind == FRAME_METHOD or (channel in self._growing and kind != FRAME_HEARTBEAT):
-                behind, needed, tell, arguments = self._told(kind, data, payload, after, channel)
+            if kind == FRAME_METHOD or (channel in self._partial and kind != FRAME_HEARTBEAT):
+                behind, needed, call, arguments = self._parse(kind, data, payload, after, channel)
                 if needed:
                     return at, needed - at, own
                 if behind:
                     own += behind - at
                     at = behind
-                    tell(*arguments)
+                    call(*arguments)
                     continue
             frame = data[at:after]
             if kind == FRAME_HEADER:
-                legible = self._legible_frame(frame, channel)
-                own += len(frame) - len(legible)
-                frame = legible
+                readable = self._readable_frame(frame, channel)
+                own += len(frame) - len(readable)
+                frame = readable
             elif kind == FRAME_METHOD:
                 self._note(data, payload, after - 1, channel)
             at = after
@@ -284,7 +277,7 @@ class Reader:
         return at, _FRAME.size, own
 
     def _note(self, data: bytes, at: int, end: int, channel: int) -> None:
-        """Keep what is needed later of a method that is passed on."""
+        """Keep the fields of a method that are needed after it is passed on."""
         method = data[at : at + 4]
         if method == _GET_OK:
             self._got[channel] = _addressed(data, at + 4, end)[1]
@@ -295,10 +288,10 @@ class Reader:
 
     def _head_error(self, begin: bytes, kind: int, size: int) -> UnreadableStream:
         if begin.startswith(_TLS_ALERT):
-            return UnreadableStream("the other end speaks TLS, which takes an amqps:// URL")
+            return UnreadableStream("the other end uses TLS, which requires an amqps:// URL")
         if kind not in _KINDS:
             return UnreadableStream(
-                "the other end does not speak AMQP 0-9-1; it sent "
+                "the other end does not use AMQP 0-9-1; it sent "
                 f"'{printable(begin.decode('latin-1'))}'"
             )
         return UnreadableStream(
@@ -306,43 +299,42 @@ class Reader:
             f"{self.largest_frame:,}"
         )
 
-    def _told(
+    def _parse(
         self, kind: int, data: bytes, at: int, after: int, channel: int
     ) -> tuple[int, int, Callable[..., None], tuple[object, ...]]:
-        """Where what is read here ends, up to where more is needed first, and the callback.
+        """The end of a frame or delivery read here, the end of the data it needs, its callback.
 
-        It ends at 0 when it is pika's, or when more is needed.
+        The first is 0 if the frame is for pika, or if more data is needed.
         """
         if kind != FRAME_METHOD:
-            growing = self._growing[channel]
-            if not growing.add(kind, data[at : after - 1]):
-                return after, 0, _nobody, ()
-            del self._growing[channel]
-            return after, 0, self.delivered[channel], growing.arguments()
-        self._growing.pop(channel, None)  # it will not be completed any more
+            partial = self._partial[channel]
+            if not partial.add(kind, data[at : after - 1]):
+                return after, 0, _ignore, ()
+            del self._partial[channel]
+            return after, 0, self.delivered[channel], partial.arguments()
+        self._partial.pop(channel, None)  # it will not be completed any more
         method = data[at : at + 4]
         if method == _DELIVER and channel in self.delivered:
             properties, body, behind, needed = self._content(data, after, channel)
             if needed:
-                return 0, needed, _nobody, ()
-            # Behind the consumer's tag.
+                return 0, needed, _ignore, ()
+            # After the consumer's tag.
             about = _addressed(data, at + 5 + data[at + 4], after - 1)
             where = (self.queues.get(channel, ""), about[1])
             if not behind:
-                self._growing[channel] = _Growing(about, where)
-                return after, 0, _nobody, ()
+                self._partial[channel] = _PartialDelivery(about, where)
+                return after, 0, _ignore, ()
             arguments = (*about, ReceivedProperties(properties, where), body)
             return behind, 0, self.delivered[channel], arguments
         if method in _CONFIRMS and channel in self.confirmed:
             tag, multiple = _CONFIRM.unpack_from(data, at + 4)
             return after, 0, self.confirmed[channel], (tag, bool(multiple & 1), method == _ACK)
-        return 0, 0, _nobody, ()
+        return 0, 0, _ignore, ()
 
     def _content(self, data: bytes, at: int, channel: int) -> tuple[bytes, bytes, int, int]:
-        """What stands behind a delivery's first frame: properties, body, and where they end.
+        """A delivery after its first frame: properties, body, their end, the end of data needed.
 
-        They end at 0 where these are not one frame each. The last: up to where more is needed to
-        know.
+        Their end is 0 if these are not one frame each, or if more data is needed.
         """
         end = len(data)
         if end - at < _PROPERTIES.size:
@@ -374,22 +366,22 @@ class Reader:
             return _NOT_IN_ONE_PIECE
         return properties, data[begin : at - 1], at, 0
 
-    def _legible_frame(self, frame: bytes, channel: int) -> bytes:
-        """A frame of properties, with such of them as pika can read."""
+    def _readable_frame(self, frame: bytes, channel: int) -> bytes:
+        """A header frame, with the properties that pika can decode."""
         begin = _FRAME.size + _BEFORE_FLAGS
         properties = frame[begin:-1]
-        legible = _legible(properties, ("", self._got.get(channel, "")))
-        if legible is properties:
+        readable = _readable(properties, ("", self._got.get(channel, "")))
+        if readable is properties:
             return frame
-        head = _FRAME.pack(FRAME_HEADER, channel, _BEFORE_FLAGS + len(legible))
-        return head + frame[_FRAME.size : begin] + legible + frame[-1:]
+        head = _FRAME.pack(FRAME_HEADER, channel, _BEFORE_FLAGS + len(readable))
+        return head + frame[_FRAME.size : begin] + readable + frame[-1:]
 
 
-# Properties, body, where they end, and what is needed: each frame is looked at by itself.
+# Properties, body, their end, and the end of data needed: each frame is read by itself.
 _NOT_IN_ONE_PIECE = (b"", b"", 0, 0)
 
 
-def _nobody() -> None:
+def _ignore() -> None:
     """The callback where there is none."""
 
 
@@ -401,8 +393,8 @@ def _check_announced(data: bytes, payload: int) -> None:
         )
 
 
-class _Growing:
-    """A delivery whose frames come one by one."""
+class _PartialDelivery:
+    """A delivery whose frames are read one by one."""
 
     def __init__(self, about: tuple[str, str, bool, int], where: tuple[str, str]) -> None:
         self._about = about
@@ -447,14 +439,14 @@ def _addressed(data: bytes, at: int, end: int) -> tuple[str, str, bool, int]:
 
 
 class ReceivedProperties:
-    """A message's properties, read by pika when they are first asked for.
+    """A message's properties, decoded by pika on first access.
 
-    Mostly they never are: everything about an event is in its body.
+    Mostly there is none: everything about an event is in its body.
 
     :param where: the queue and the routing key, for the log.
     """
 
-    # Said again, since a type checker takes what a Protocol declares for abstract.
+    # Redeclared, since a type checker considers the members of a Protocol abstract.
     headers: Any
     content_type: Any
     content_encoding: Any
@@ -473,34 +465,34 @@ class ReceivedProperties:
             self.headers = None
 
     def __getattr__(self, name: str) -> Any:
-        # Only for what is not there yet. Two threads may both read, and find the same.
+        # Only called for missing attributes. Two threads may both decode, with the same result.
         if name.startswith("_") or "_read" in self.__dict__:
             raise AttributeError(name)
-        self.__dict__.update(vars(_decoded(_legible(self._encoded, self._where))), _read=True)
+        self.__dict__.update(vars(_decoded(_readable(self._encoded, self._where))), _read=True)
         return getattr(self, name)
 
 
-def _legible(properties: bytes, where: tuple[str, str]) -> bytes:
-    """As much of these properties as pika can read."""
+def _readable(properties: bytes, where: tuple[str, str]) -> bytes:
+    """These properties, as far as pika can decode them."""
     try:
         _decoded(properties)
     except Exception:  # noqa: BLE001 - whatever pika cannot read
         pass
     else:
         return properties
-    legible = bytes(_FLAGS.size)  # none at all
+    readable = bytes(_FLAGS.size)  # none at all
     with contextlib.suppress(Exception):
         shorter = _without_headers(properties)
         _decoded(shorter)
-        legible = shorter
+        readable = shorter
     queue, routing_key = where
     log.warning(
-        "A message%s has headers that cannot be read; it is taken without them: %s %s",
+        "A message%s has headers that cannot be decoded; it is read without them: %s %s",
         f" for {printable(queue)}" if queue else "",
         printable(routing_key),
-        printable(_decoded(legible).message_id),
+        printable(_decoded(readable).message_id),
     )
-    return legible
+    return readable
 
 
 def _decoded(properties: bytes) -> BasicProperties:
@@ -523,5 +515,5 @@ def _without_headers(properties: bytes) -> bytes:
 
 
 def text(value: str | bytes | None) -> str:
-    """A name or a key; pika leaves as bytes what is not UTF-8."""
+    """A name or a key as str; pika leaves invalid UTF-8 as bytes."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value or ""

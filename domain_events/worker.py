@@ -1,16 +1,15 @@
-"""One ``start_consuming``: deliveries into an inbox, workers that handle them, an end in order.
+"""One ``start_consuming``: an inbox of deliveries, threads that handle them, an orderly end.
 
-Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, have them
-handled and settled. With one worker, that is the thread that called ``start_consuming``, to which
-all other state of a run belongs; ``_stopping`` is a flag that anyone may set.
+Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, and handle
+and settle them. With one worker, that is the thread that called ``start_consuming``, to which
+all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set.
 
-A signal handler may take no lock and call no pika; it sets the flag and puts a wake-up into the
+A signal handler must not take a lock or call pika; it sets the flag and puts a wake-up into the
 inbox, which is a `SimpleQueue` for that reason.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import threading
@@ -25,103 +24,113 @@ from typing import Any, NamedTuple
 from domain_events import message as messages
 from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
+from domain_events.forwarding import Forwarder
+from domain_events.handling import Delivered, Subscription, ends_the_process
 from domain_events.log import Log
 from domain_events.message import Delivery
-from domain_events.subscription import Subscription
 
 log = Log("domain_events")
 
-_PAUSE_AFTER_A_MISTAKE = 5.0
+_PAUSE_AFTER_INTERNAL_ERROR = 5.0
 
-# How long the broker may take to confirm that it sends no more.
+# How long the broker may take to cancel the consumers, and to confirm what was forwarded.
 _CANCEL_TIMEOUT = 5.0
+_FORWARD_TIMEOUT = 10.0
 
 
 class Work(NamedTuple):
-    """A delivery to be handled; ``lane`` where events of one object must keep their order."""
+    """A delivery to be handled; ``key`` where events of one object must keep their order."""
 
     subscription: Subscription
     delivery: Delivery
     consumer: Consumer
-    lane: str | None = None
+    key: str | None = None
 
 
-class Run:
-    """One `Subscriber.start_consuming`, from its beginning to its end."""
+class Worker:
+    """One `Subscriber.start_consuming`, from its beginning to its end.
 
-    def __init__(self, consuming: Consuming, workers: int, timeout: float | None) -> None:
-        self.pid = os.getpid()  # in a forked child, the run is its parent's
+    :param threads: how many handlers run at the same time.
+    :param timeout: seconds after which it ends by itself, if not None.
+    """
+
+    def __init__(
+        self, consuming: Consuming, forwarder: Forwarder, threads: int, timeout: float | None
+    ) -> None:
         self._consuming = consuming
-        self._workers = workers
+        self._forwarder = forwarder
+        self._threads = threads
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._stopping = False
-        # None is a wake-up: look at the flag.
+        # None is a wake-up: check the flag.
         self._inbox: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._lanes = Lanes(self._inbox)
+        self._keyed = KeyedQueues(self._inbox)
         self._consumers: list[Consumer] = []
-        # When so many wait in the inbox, some have died with their connection.
+        # When more wait in the inbox, some are stale: their connection is gone.
         self._most_waiting = 0
         self._interruption: BaseException | None = None
 
     @property
-    def failure(self) -> Exception | None:
-        """Why the connection gave up for good, if it did."""
-        return self._consuming.failure()
-
-    @property
     def stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether it takes no more events."""
         return self._stopping
 
     def stop(self) -> None:
         """Any thread, a handler, a signal handler: take no more events, then end."""
         self._stopping = True
-        for _ in range(self._workers):
+        for _ in range(self._threads):
             self._inbox.put(None)
         self._ended.put(None)
 
     def consume(self, subscription: Subscription) -> None:
         """Start to receive for one subscription."""
-        options = subscription.options
-        prefetch_count = options.prefetch(self._workers)
+        prefetch_count = subscription.options.prefetch(self._threads)
         self._most_waiting += 2 * prefetch_count
+        deliver = partial(self._deliver, subscription)
         self._consumers.append(
-            self._consuming.consume(
-                options.name,
-                options.topology(),
-                prefetch_count,
-                partial(self._deliver, subscription),
-                careful=options.counts_failures,
-            )
+            self._consuming.consume(subscription.options.queue, prefetch_count, deliver)
         )
 
     def work(self, subscriptions: Sequence[Subscription]) -> None:
-        """Receive and handle, until stopped."""
-        for subscription in subscriptions:
-            self.consume(subscription)
-        if self._workers == 1:
+        """Handle deliveries until stopped; then requeue those not begun, and finish forwarding.
+
+        :raises BaseException: raised by a handler to end the process; why the connection gave up.
+        """
+        self._forwarder.begin()
+        try:
+            for subscription in subscriptions:
+                self.consume(subscription)
+            self.receive()
+        finally:
+            self._give_back()
+            if not self._forwarder.end(_FORWARD_TIMEOUT):
+                log.warning("Unconfirmed retries or dead letters will be redelivered.")
+        failure = self._consuming.failure()
+        if failure is not None:
+            raise failure
+
+    def receive(self) -> None:
+        """Handle deliveries as they come, until stopped."""
+        if self._threads == 1:
             self._work(self._deadline)
         else:
             self._work_in_threads()
 
-    def work_off(self, subscriptions: Sequence[Subscription]) -> None:
-        """For `testing`: handle here what waits now, and what comes of it, then stop."""
-        for subscription in subscriptions:
-            self.consume(subscription)
-        while not self._stopping:
+    def next_waiting(self) -> Work | None:
+        """The next delivery that has arrived; None if none waits."""
+        while True:
             try:
                 work = self._inbox.get_nowait()
             except queue.Empty:
-                return
+                return None
             if work is not None:
-                self._handle(work)
-                work.consumer.flush()
+                return work
 
     def _work_in_threads(self) -> None:
         threads = [
-            threading.Thread(target=self._work_aside, name=f"domain-events-worker-{n}", daemon=True)
-            for n in range(1, self._workers + 1)
+            threading.Thread(target=self._run_thread, name=f"domain-events-worker-{n}", daemon=True)
+            for n in range(1, self._threads + 1)
         ]
         try:
             for thread in threads:
@@ -137,8 +146,8 @@ class Run:
         if self._interruption is not None:
             raise self._interruption
 
-    def give_back(self) -> None:
-        """Stop receiving, and return what was received and not begun."""
+    def _give_back(self) -> None:
+        """Stop receiving, and requeue deliveries that were not begun."""
         self._stopping = True
         deadline = time.monotonic() + _CANCEL_TIMEOUT
         for consumer in self._consumers:
@@ -150,41 +159,35 @@ class Run:
             consumer.flush()
 
     def _left_over(self) -> Iterator[Work]:
-        while True:
-            try:
-                work = self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            if work is not None:
-                yield work
-        yield from self._lanes.left_over()
+        while (work := self.next_waiting()) is not None:
+            yield work
+        yield from self._keyed.left_over()
 
     def _deliver(self, subscription: Subscription, delivery: Delivery, consumer: Consumer) -> None:
         """On the I/O thread: a delivery has arrived."""
-        if self._inbox.qsize() + self._lanes.waiting > self._most_waiting:
+        if self._inbox.qsize() + self._keyed.waiting > self._most_waiting:
             self._drop_stale()
         work = Work(subscription, delivery, consumer)
-        if self._workers > 1 and subscription.options.ordered:
-            self._lanes.put(work)
+        if self._threads > 1 and subscription.options.ordered:
+            self._keyed.put(work)
         else:
             self._inbox.put(work)
 
     def _drop_stale(self) -> None:
-        """Let go of deliveries that a lost connection took back, in the order of the others.
+        """Drop deliveries of lost connections, which were requeued; the others keep their order.
 
-        While a handler runs for hours and the connection is lost again and again, they would pile
-        up.
+        While a handler runs for hours and the connection is lost repeatedly, they would pile up.
         """
         for _ in range(self._inbox.qsize()):
             try:
                 work = self._inbox.get_nowait()
             except queue.Empty:
                 break
-            if work is None or work.lane is not None or _is_current(work):
+            if work is None or work.key is not None or _is_current(work):
                 self._inbox.put(work)
-        self._lanes.drop_stale()
+        self._keyed.drop_stale()
 
-    def _work_aside(self) -> None:
+    def _run_thread(self) -> None:
         try:
             self._work(None)
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
@@ -211,7 +214,7 @@ class Run:
                 if last is not None and work.consumer is not last:
                     last.flush()
                 last = work.consumer
-                self._handle(work)
+                self.handle(work)
                 if inbox.empty():
                     last.flush()
                 if deadline is not None and time.monotonic() >= deadline:
@@ -220,76 +223,83 @@ class Run:
             if last is not None:
                 last.flush()
 
-    def _handle(self, work: Work) -> None:
+    def handle(self, work: Work) -> Delivered | None:
+        """Have a delivery handled; None if it is not current any more."""
+        delivered: Delivered | None = None
         try:
-            work.subscription.handle(work.delivery, work.consumer)
+            if _is_current(work):
+                delivered = work.subscription.handle(work.delivery, work.consumer)
         except Exception:
-            # Not the handler's, which are dealt with: ours. One message that we have a mistake
-            # about must not stop the subscriber, nor be lost, nor make it spin.
-            work.consumer.repair(_PAUSE_AFTER_A_MISTAKE, partial(_fail, work))
-            log.exception("Internal error over a delivery; it is given back.")
+            # A bug of this library, since errors of the handler are handled. One such message must
+            # not stop the subscriber, nor be lost, nor be redelivered without a pause.
+            work.consumer.repair(_PAUSE_AFTER_INTERNAL_ERROR, partial(_fail, work))
+            log.exception("Internal error while handling a delivery; it is requeued.")
         finally:
-            if work.lane is not None:
-                self._lanes.done(work.lane)
+            if work.key is not None:
+                self._keyed.done(work.key)
+        error = None if delivered is None else delivered.error
+        if error is not None and ends_the_process(error):
+            raise error
+        return delivered
 
 
-class Lanes:
-    """Events of one object, one after the other; of different ones, side by side.
+class KeyedQueues:
+    """Events of one object in sequence, of different objects in parallel.
 
-    The first event of an object goes to the inbox; the next ones wait in the object's lane,
+    The first event of an object goes to the inbox; the next ones wait in the object's queue,
     and each goes to the inbox when the one before it is done.
     """
 
     def __init__(self, inbox: queue.SimpleQueue[Work | None]) -> None:
         self._inbox = inbox
         self._lock = threading.Lock()
-        self._lanes: dict[str, deque[Work]] = {}
-        #: How many wait in the lanes.
+        self._queues: dict[str, deque[Work]] = {}
+        #: How many wait in the queues.
         self.waiting = 0
 
     def put(self, work: Work) -> None:
-        """To the inbox, or behind what is under way for the same object."""
+        """Put it into the inbox, or after other events of the same object."""
         try:
             event = messages.to_event(work.delivery)
             key = f"{work.subscription.options.name} {event.domain_object_id!r}"
         except (InvalidEvent, RecursionError):
-            self._inbox.put(work)  # the worker will see, and say
+            self._inbox.put(work)  # the worker gets the same error, and handles it
             return
         if event.domain_object_id is None:
             self._inbox.put(work)
             return
-        work = work._replace(lane=key)
+        work = Work(work.subscription, work.delivery, work.consumer, key)
         with self._lock:
-            if key in self._lanes:
-                self._lanes[key].append(work)
+            if key in self._queues:
+                self._queues[key].append(work)
                 self.waiting += 1
                 return
-            self._lanes[key] = deque()
+            self._queues[key] = deque()
         self._inbox.put(work)
 
     def done(self, key: str) -> None:
-        """The event under way for this object is done: the next one's turn."""
+        """The current event of this object is done: go on to the next one."""
         with self._lock:
-            lane = self._lanes.get(key)
-            following = lane.popleft() if lane else None
+            waiting = self._queues.get(key)
+            following = waiting.popleft() if waiting else None
             self.waiting -= following is not None
             if following is None:
-                self._lanes.pop(key, None)  # it is gone already when the run has ended meanwhile
+                self._queues.pop(key, None)  # it is gone already when the run has ended meanwhile
         if following is not None:
             self._inbox.put(following)
 
     def drop_stale(self) -> None:
-        """Let go of what a lost connection took back, but for the first event of each object."""
+        """Drop queued deliveries of lost connections; an object's current one is not queued."""
         with self._lock:
-            for key, lane in self._lanes.items():
-                self._lanes[key] = deque(filter(_is_current, lane))
-            self.waiting = sum(map(len, self._lanes.values()))
+            for key, works in self._queues.items():
+                self._queues[key] = deque(filter(_is_current, works))
+            self.waiting = sum(map(len, self._queues.values()))
 
     def left_over(self) -> list[Work]:
-        """What waits in the lanes; they are empty afterwards."""
+        """Empty the queues, and return what was in them."""
         with self._lock:
-            left = [work for lane in self._lanes.values() for work in lane]
-            self._lanes.clear()
+            left = [work for works in self._queues.values() for work in works]
+            self._queues.clear()
             self.waiting = 0
         return left
 
@@ -304,22 +314,22 @@ def _fail(work: Work, _exists: bool) -> None:
 
 
 @contextmanager
-def signals(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGINT stop the run; a second SIGINT interrupts it."""
+def signals(worker: Worker) -> Iterator[None]:
+    """SIGTERM and SIGINT stop it; a second SIGINT interrupts it."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and run.stopping:
+        if number == signal.SIGINT and worker.stopping:
             raise KeyboardInterrupt
-        run.stop()
+        worker.stop()
 
     before: dict[int, Any] = {}
     for number in (int(signal.SIGTERM), int(signal.SIGINT)):
         handler = signal.getsignal(number)
-        # One that is ignored stays so: that is how a shell protects background jobs. None was
-        # installed by C code, which alone could put it back.
+        # An ignored signal stays ignored: shells protect background jobs so. None means a
+        # handler installed by C code, which Python cannot restore.
         if handler is signal.SIG_IGN or handler is None:
             continue
-        # Only the main thread may; whether this is it, Python alone knows: with eventlet,
+        # Only allowed in the main thread. No check before it: with eventlet,
         # threading.current_thread() is not threading.main_thread() there either.
         with suppress(ValueError):
             signal.signal(number, on_signal)

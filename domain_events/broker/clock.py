@@ -1,39 +1,26 @@
-"""The time by which an embedded broker delays and expires: real, or moved by hand.
+"""The embedded broker's clock, for delays and expiry: real time, or moved by hand.
 
-Times are whole nanoseconds, so that delays add up to what they should.
+Times are whole nanoseconds, so that delays add up exactly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TypeAlias
 
 from domain_events.log import Log
 
 log = Log("domain_events")
 
 SECOND = 1_000_000_000
-# After an error.
-_AGAIN = SECOND // 10
-
-
-class Clock(Protocol):
-    """What a broker asks of its clock. ``tick`` does what is due, and says what is due next."""
-
-    def now(self) -> int:
-        """The time."""
-
-    def wake_at(self, when: int, tick: Callable[[], int | None]) -> None:
-        """Have ``tick`` called when it is ``when``, or soon after."""
-
-    def stop(self) -> None:
-        """Nothing is due any more."""
+_PAUSE_AFTER_AN_ERROR = SECOND // 10
 
 
 class RealTime:
-    """Time that passes. A thread waits while something is due one day, and only then."""
+    """Real time. Its thread runs only while a timer is pending."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -44,27 +31,22 @@ class RealTime:
         return time.monotonic_ns()
 
     def wake_at(self, when: int, tick: Callable[[], int | None]) -> None:
+        """Call ``tick`` then; it runs the timers that are due, and returns when the next one is."""
         with self._changed:
-            if self._next is not None and self._next <= when:
-                return
-            self._next = when
+            self._next = when if self._next is None else min(self._next, when)
+            self._changed.notify()
             if self._thread is None:
                 thread = threading.Thread(
                     target=self._run, args=(tick,), name="domain-events-memory-clock", daemon=True
                 )
-                try:
+                # From Python 3.12 on, no thread can start during interpreter shutdown, when no
+                # retry matters any more. Out of resources: the next call tries again.
+                with contextlib.suppress(RuntimeError):
                     thread.start()
-                except RuntimeError:
-                    # From 3.12 on, none can be started while the interpreter shuts down; nobody
-                    # is left then to wait for a retry. If it was for want of resources, the next
-                    # who asks tries again.
-                    self._next = None
-                else:
                     self._thread = thread
-            else:
-                self._changed.notify()
 
     def stop(self) -> None:
+        """End the thread: no timer is pending any more."""
         with self._changed:
             self._next = None
             self._changed.notify()
@@ -78,19 +60,19 @@ class RealTime:
                     self._thread = None
                     return
                 self._next = None
-            # Without the lock: the broker has its own, and calls `wake_at` under it.
+            # Without the lock: the store has its own, and calls `wake_at` under it.
             try:
                 due = tick()
             except BaseException:
-                # Injected by another thread, for example. What was due is still so.
+                # Injected by another thread, for example. The timers are still in the heap.
                 log.exception("Internal error in the embedded broker's clock.")
-                due = self.now() + _AGAIN
+                due = self.now() + _PAUSE_AFTER_AN_ERROR
             if due is not None:
                 self.wake_at(due, tick)
 
 
 class VirtualTime:
-    """Time that stands still until somebody moves it: see `Store.advance`."""
+    """Time that stands still until `memory.Store.advance` moves it."""
 
     def __init__(self) -> None:
         self._now = 0
@@ -99,11 +81,13 @@ class VirtualTime:
         return self._now
 
     def move_to(self, now: int) -> None:
-        """Let it be later."""
         self._now = max(self._now, now)
 
     def wake_at(self, when: int, tick: Callable[[], int | None]) -> None:
-        pass  # whoever moves the time calls `tick`
+        """Nothing to do: `memory.Store.advance` calls ``tick``."""
 
     def stop(self) -> None:
-        pass
+        """Nothing to do."""
+
+
+Clock: TypeAlias = RealTime | VirtualTime

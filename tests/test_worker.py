@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import pika
 import pytest
 from bench import Bench
 from support import wait_until
 
 from domain_events import DomainEvent, Subscriber
-from domain_events.broker import Settlement
-from domain_events.message import Delivery, Message
-from domain_events.run import Lanes, Run, Work, signals
+from domain_events.broker import Settlement, memory
+from domain_events.broker.rabbitmq.envelope import RabbitDelivery
+from domain_events.forwarding import Forwarder
+from domain_events.message import Delivery
+from domain_events.worker import KeyedQueues, Work, Worker, signals
 
 EVENTLET = Path(__file__).parent / "programs" / "eventlet_subscriber.py"
 
@@ -36,7 +41,9 @@ class Consumer:
 
     def flush(self) -> None: ...
 
-    def repair(self, *_: Any) -> None: ...
+    def repair(
+        self, seconds: float, then: Callable[[bool], None], *, delays: bool = False
+    ) -> None: ...
 
     def stop(self, _timeout: float) -> None: ...
 
@@ -50,7 +57,11 @@ class Consuming:
 
 def delivery(data: object, about: str | None = None) -> Delivery:
     body = DomainEvent("a.b", data, about).to_json().encode()
-    return Delivery("x", "a.b", False, Message("x", "a.b", body), body, data)
+    return RabbitDelivery("x", "a.b", False, pika.BasicProperties(), body, data)
+
+
+def new_worker(threads: int) -> Worker:
+    return Worker(Consuming(), Forwarder(lambda: None), threads, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -58,64 +69,64 @@ def test_deliveries_of_lost_connections_do_not_pile_up(ordered: bool) -> None:
     """A handler runs for hours, and the connection is lost a hundred times meanwhile."""
     subscriber = Subscriber("memory://")
     subscriber.register(print, "q", ["#"], prefetch_count=20, ordered=ordered)
-    (subscription,) = subscriber._subscriptions
-    run = Run(Consuming(), 2, None)  # type: ignore[arg-type]
-    run.consume(subscription)
+    (subscription,) = subscriber.subscriptions
+    worker = new_worker(2)
+    worker.consume(subscription)
     for _ in range(100):
         consumer = Consumer()
         for number in range(20):
-            run._deliver(subscription, delivery(number, "one"), consumer)
-        assert run._inbox.qsize() + run._lanes.waiting <= 3 * 20 + 1
+            worker._deliver(subscription, delivery(number, "one"), consumer)
+        assert worker._inbox.qsize() + worker._keyed.waiting <= 3 * 20 + 1
         consumer.lost = True
     last = Consumer()
     for number in range(20):
-        run._deliver(subscription, delivery(number, "one"), last)
-    left = [work for work in run._left_over() if work.consumer is last]
+        worker._deliver(subscription, delivery(number, "one"), last)
+    left = [work for work in worker._left_over() if work.consumer == last]
     assert [work.delivery.receipt for work in left] == list(range(20)), "and none of the current"
     subscriber.close()
 
 
-def test_lane_counts_what_waits_in_it() -> None:
+def test_keyed_queues_count_what_waits_in_them() -> None:
     """Through its whole life."""
     subscriber = Subscriber("memory://")
     subscriber.register(print, "q", ["#"])
-    (subscription,) = subscriber._subscriptions
-    run = Run(Consuming(), 2, None)  # type: ignore[arg-type]
-    lanes: Lanes = run._lanes
+    (subscription,) = subscriber.subscriptions
+    worker = new_worker(2)
+    queues: KeyedQueues = worker._keyed
     consumer = Consumer()
     for number in range(5):
-        lanes.put(Work(subscription, delivery(number, "one"), consumer))
-    assert (run._inbox.qsize(), lanes.waiting) == (1, 4)
-    (key,) = lanes._lanes
-    lanes.done(key)
-    assert (run._inbox.qsize(), lanes.waiting) == (2, 3)
+        queues.put(Work(subscription, delivery(number, "one"), consumer))
+    assert (worker._inbox.qsize(), queues.waiting) == (1, 4)
+    (key,) = queues._queues
+    queues.done(key)
+    assert (worker._inbox.qsize(), queues.waiting) == (2, 3)
     consumer.lost = True
-    lanes.drop_stale()
-    assert lanes.waiting == 0
+    queues.drop_stale()
+    assert queues.waiting == 0
     subscriber.close()
 
 
 def test_handler_that_c_code_has_installed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python could not put it back."""
-    run = Run(Consuming(), 1, None)  # type: ignore[arg-type]
+    worker = new_worker(1)
     mine = signal.getsignal(signal.SIGINT)
     by_python = {signal.SIGINT: mine}
     monkeypatch.setattr(signal, "getsignal", by_python.get)
     installed: list[int] = []
     monkeypatch.setattr(signal, "signal", lambda number, _handler: installed.append(number))
-    with signals(run):
+    with signals(worker):
         assert installed == [signal.SIGINT]
     assert installed == [signal.SIGINT, signal.SIGINT]
 
 
-def test_signals_are_left_alone_where_they_cannot_be_handled() -> None:
+def testsignals_are_left_alone_where_they_cannot_be_handled() -> None:
     """In another thread than the main one."""
-    run = Run(Consuming(), 1, None)  # type: ignore[arg-type]
+    worker = new_worker(1)
     before = signal.getsignal(signal.SIGTERM)
     inside: list[object] = []
 
     def use() -> None:
-        with signals(run):
+        with signals(worker):
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=use)
@@ -144,3 +155,58 @@ def test_sigterm_under_eventlet_lets_the_handler_finish(bench: Bench, tmp_path: 
         finally:
             process.kill()
     assert output.read_text().split() == ["ready", "begin", "end", "returned"]
+
+
+def test_second_sigterm_does_not_interrupt_the_close(tmp_path: Path) -> None:
+    """The connections are closed in order, and the program goes on behind `start_consuming`."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, threading, time\n"
+        "from domain_events import Subscriber\n"
+        "from domain_events.broker.memory import MemoryConsuming\n"
+        "close = MemoryConsuming.close\n"
+        "def slow(self, timeout):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.1)\n"
+        "    close(self, timeout)\n"
+        "MemoryConsuming.close = slow\n"
+        "subscriber = Subscriber('memory://')\n"
+        "subscriber.register(print, 'a', ['#'])\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "subscriber.start_consuming()\n"
+        "print('returned')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "returned\n"), done.stderr
+
+
+def test_connection_that_is_made_while_others_are_closed_is_not_left_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has asked gets another one, which the next `close` knows of."""
+    consuming = memory.Memory.consuming
+    closing, made = threading.Event(), threading.Event()
+
+    def slow(broker: memory.Memory, *arguments: Any) -> memory.MemoryConsuming:
+        connection = consuming(broker, *arguments)
+        if not made.is_set():
+            made.set()
+            assert closing.wait(30)
+        return connection
+
+    monkeypatch.setattr(memory.Memory, "consuming", slow)
+    url = f"memory://{uuid4()}"
+    subscriber = Subscriber(url)
+    thread = threading.Thread(
+        target=subscriber.register, args=(print, "a", ["#"]), kwargs={"exclusive": True}
+    )
+    thread.start()
+    assert made.wait(30)
+    subscriber.close()
+    closing.set()
+    thread.join(30)
+    subscriber.close()
+    with Subscriber(url) as another:
+        another.register(print, "a", ["#"], exclusive=True)  # else it would be in use

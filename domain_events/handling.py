@@ -1,0 +1,372 @@
+"""One handler and its queue: how each delivery is settled, depending on what its handler does.
+
+An event is settled when its handler has returned. A retry or a dead letter is *forwarded*:
+published to its new place, confirmed there, and only then acked where it came from. A crash in
+between makes a second copy and never loses the first.
+
+An event whose routing key this process does not list belongs to another release of the same
+subscriber: two run side by side in every rolling deployment, and after a roll-back the old one
+alone. It is **handed back** with growing delays, so that a process that lists it gets it, and
+becomes a dead letter if none has after some fifteen minutes. It is never acked unhandled, except
+for keys that the user has retired.
+
+Runs on the worker that calls it. State is changed first and logged afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Any, TypeAlias
+
+from domain_events import message as messages
+from domain_events.broker import Consumer, Settlement
+from domain_events.errors import InvalidEvent
+from domain_events.events import DomainEvent
+from domain_events.forwarding import Forwarder
+from domain_events.log import Log
+from domain_events.message import Delivery, GivenUp, Later, ToSubscriber
+from domain_events.options import Options
+from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
+from domain_events.text import printable
+from domain_events.unfinished import check_finished
+
+log = Log("domain_events")
+
+Handler: TypeAlias = Callable[[DomainEvent], object]
+
+# Seconds after which an event that is not listed comes back, each time: 15 minutes in all. The
+# broker chooses the process that gets it then; if one in twenty lists the key, most events have
+# reached it after half of the time.
+_HAND_BACK_DELAYS = tuple(round(min(15.0, 0.5 * 1.3**n), 1) for n in range(70))
+
+# How often a delivery may fail - the process died, the connection broke, the handler exited -
+# before the event is given up; RabbitMQ's own default since 4.0
+# (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
+_MOST_FAILURES = 20
+# Up to RabbitMQ 4.2 a requeued event counts as failed. After so many, it is republished instead,
+# so that orderly stops, however many, never make it a dead letter.
+_MOST_GIVE_BACKS = 10
+
+# Seconds before the next attempt to declare the delay levels, after this user could not.
+_PAUSE_WITHOUT_DELAYS = 60.0
+
+_ROUTING_KEYS_REMEMBERED = 10_000
+
+
+class Outcome(str, Enum):
+    """The outcome of a delivery; each is equal to its text."""
+
+    HANDLED = "handled"
+    RETRY = "retry"
+    DEAD_LETTER = "dead letter"
+    #: Given up, by a subscriber that keeps no dead letters.
+    DROPPED = "dropped"
+    #: The handler ended the process, with ``sys.exit()`` for example: the event comes again.
+    GIVEN_BACK = "given back"
+    #: Its routing key is not listed here: it comes again, for a process that lists it.
+    HANDED_BACK = "handed back"
+    #: Its routing key is among the ``retired_keys``: acked without calling the handler.
+    RETIRED = "retired"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class Delivered:
+    """One event, delivered to one subscriber, and what became of it."""
+
+    #: The subscriber's name.
+    subscriber: str
+    #: The event; None for a message that is not one, which goes to the dead letters unhandled.
+    event: DomainEvent | None
+    outcome: Outcome
+    #: What the handler raised.
+    error: BaseException | None = None
+    #: Seconds after which a retry or a handed-back event comes again.
+    delay: float | None = None
+
+    def __repr__(self) -> str:
+        what = printable(self.event.routing_key) if self.event else "a message that is not an event"
+        after = f" in {self.delay:g} s" if self.delay is not None else ""
+        why = f" ({printable(repr(self.error))})" if self.error is not None else ""
+        return f"<{self.subscriber}: {what} -> {self.outcome}{after}{why}>"
+
+
+class Subscription:
+    """A handler, its options, and what happens to each delivery."""
+
+    def __init__(self, handler: Handler, options: Options, forwarder: Forwarder) -> None:
+        self.options = options
+        self.handler = handler
+        self._forwarder = forwarder
+        # Whether an event with this routing key is listed.
+        self._listed: dict[str, bool] = {}
+        self._has_delays = options.queue.delays
+        self._no_delays_until = 0.0
+        self._warned_of_claims = False
+
+    def give_back(self, delivery: Delivery, consumer: Consumer) -> None:
+        """Requeue a delivery that was not begun."""
+        counts = self.options.queue.counts_failures and delivery.give_back_counts
+        if counts and delivery.failures >= _MOST_GIVE_BACKS:
+            copy = messages.sent_on(delivery, ToSubscriber(self.options.name))
+            self._forwarder.forward(copy, delivery, consumer)
+        else:
+            consumer.settle(delivery, Settlement.GIVE_BACK)
+
+    def handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
+        """Handle and settle the delivery; returns its outcome."""
+        name = self.options.name
+        try:
+            event, claimed = messages.read_event(delivery)
+        except InvalidEvent as error:
+            outcome = self._give_up(delivery, consumer, error)
+            log.error("%s got a message that is not an event. %s", name, printable(error))
+            return Delivered(name, None, outcome)
+        if claimed != event.routing_key:
+            self._warn_of_claim(event, claimed)
+        if not self._is_listed(delivery, event):
+            return self._pass_on(event, delivery, consumer)
+        if delivery.redelivered and self._has_failed_too_often(event, delivery):
+            limit = GivenUp(
+                "delivery limit",
+                f"Delivered {delivery.failures + 1} times and never settled: each time the process "
+                "or its connection ended before the handler returned, or the event was given back.",
+            )
+            outcome = self._give_up(delivery, consumer, limit)
+            log.error("%s gave up on %s. %s", name, _named(event), limit)
+            return Delivered(name, event, outcome, limit)
+        return self._call(event, delivery, consumer)
+
+    def _call(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+        name = self.options.name
+        token = messages.handling.set((event, delivery))
+        try:
+            result = self.handler(event)
+            if result is not None:
+                check_finished(result)
+        except Retry as signal:
+            return self._try_again(
+                event, delivery, consumer, signal, partial(getattr, signal, "delay")
+            )
+        except Reject as signal:
+            reason = getattr(signal, "reason", signal)  # a subclass may have left it out
+            outcome = self._give_up(delivery, consumer, signal)
+            log.warning("%s rejected %s: %s", name, _named(event), printable(reason))
+            return Delivered(name, event, outcome, signal)
+        except self.options.retry_on as error:
+            if ends_the_process(error):
+                return self._exited(event, delivery, consumer, error)
+            delay_of = partial(self.options.backoff.delay, event.retries + 1)
+            return self._try_again(event, delivery, consumer, error, delay_of)
+        except BaseException as error:
+            if ends_the_process(error):
+                return self._exited(event, delivery, consumer, error)
+            outcome = self._give_up(delivery, consumer, error)
+            log.error("%s failed on %s", name, _named(event), exc_info=error)
+            return Delivered(name, event, outcome, error)
+        else:
+            consumer.settle(delivery)
+            return Delivered(name, event, Outcome.HANDLED)
+        finally:
+            messages.handling.reset(token)
+
+    def _try_again(
+        self,
+        event: DomainEvent,
+        delivery: Delivery,
+        consumer: Consumer,
+        error: BaseException,
+        delay_of: Callable[[], float],
+    ) -> Delivered:
+        options = self.options
+        name, most = options.name, options.max_retries
+        if event.retries >= most:
+            outcome = self._give_up(delivery, consumer, error)
+            why = f"after {event.retries} retries (max_retries={most})"
+            if not most:
+                why = "at once: its handler raised Retry, and max_retries is 0"
+            log.error("%s gave up on %s %s", name, _named(event), why, exc_info=error)
+            return Delivered(name, event, outcome, error)
+        try:
+            # The user's code may have computed it, or changed any attribute.
+            delay = round(units_of(checked_delay(delay_of(), "a delay")) * SHORTEST_DELAY, 1)
+        except Exception as wrong:
+            wrong.__cause__ = error
+            outcome = self._give_up(delivery, consumer, wrong)
+            log.error("%s failed on %s", name, _named(event), exc_info=wrong)
+            return Delivered(name, event, outcome, wrong)
+        reason = messages.reason_of(error)
+        later = Later(options.queue.exchange.name, name, delay)
+        self._forwarder.forward(messages.retry(delivery, later, reason), delivery, consumer)
+        log.info(
+            "%s tries %s again in %.1f s (retry %d of %d) after %s: %s",
+            name,
+            _named(event),
+            delay,
+            event.retries + 1,
+            most,
+            messages.type_name(reason),
+            printable(reason),
+        )
+        return Delivered(name, event, Outcome.RETRY, error, delay)
+
+    def _exited(
+        self, event: DomainEvent, delivery: Delivery, consumer: Consumer, error: BaseException
+    ) -> Delivered:
+        """The handler ended the process: the event comes again, but not for ever."""
+        name = self.options.name
+        options = self.options
+        last = options.queue.counts_failures and delivery.failures + 1 >= _MOST_FAILURES
+        # Otherwise it stays unsettled until the connection is closed at the end of this run, which
+        # counts as a failed delivery. A reject would redeliver it here at once.
+        outcome = Outcome.GIVEN_BACK
+        if last and options.queue.dead_letters:
+            outcome = self._give_up(delivery, consumer, error)
+        log.error("%s: the handler ended the process on %s", name, _named(event), exc_info=error)
+        return Delivered(name, event, outcome, error)
+
+    def _give_up(self, delivery: Delivery, consumer: Consumer, error: BaseException) -> Outcome:
+        if self.options.queue.dead_letters:
+            message = messages.dead_letter(delivery, self.options.name, error)
+            self._forwarder.forward(message, delivery, consumer)
+            return Outcome.DEAD_LETTER
+        consumer.settle(delivery)
+        log.error(
+            "%s keeps no dead letters; dropped: %s %s",
+            self.options.name,
+            printable(delivery.original_routing_key),
+            printable(delivery.message_id),
+        )
+        return Outcome.DROPPED
+
+    def _has_failed_too_often(self, event: DomainEvent, delivery: Delivery) -> bool:
+        options = self.options
+        if not options.queue.counts_failures or delivery.failures < _MOST_FAILURES:
+            return False
+        if not options.queue.dead_letters:
+            # Not dropped, since the event may not be to blame. Beyond its own limit, the broker
+            # keeps it aside until there is a dead-letter queue.
+            log.error(
+                "%s: %s was delivered %d times and never settled; it is tried again",
+                options.name,
+                _named(event),
+                delivery.failures + 1,
+            )
+        return options.queue.dead_letters
+
+    def _warn_of_claim(self, event: DomainEvent, claimed: str) -> None:
+        if not self._warned_of_claims:
+            self._warned_of_claims = True
+            log.warning(
+                "%s: the envelope of %s claims %s. The event keeps the routing key it was "
+                "published with, which the broker has checked. This is logged once.",
+                self.options.name,
+                _named(event),
+                printable(claimed),
+            )
+
+    # --- events that are not listed --------------------------------------------------------------
+
+    def _is_listed(self, delivery: Delivery, event: DomainEvent) -> bool:
+        key = event.routing_key
+        listed = self._listed.get(key)
+        if listed is None:
+            listed = self.options.lists(key)
+            if len(self._listed) >= _ROUTING_KEYS_REMEMBERED:
+                self._listed.clear()
+            self._listed[key] = listed
+            if not listed:
+                self._warn_of_unlisted(key)
+        return listed
+
+    def _warn_of_unlisted(self, key: str) -> None:
+        name = self.options.name
+        if self.options.has_retired(key):
+            log.warning("%s has retired %s: such events are acked unhandled.", name, printable(key))
+            return
+        log.warning(
+            "%s gets events with the routing key %s, which matches none of the binding keys of "
+            "this process: %s. Another release of this subscriber has bound it, or another service "
+            "uses the same name. They are handed back for a process that lists the key, and become "
+            "dead letters after about %d minutes without one. If no process needs them any more, "
+            "register with retired_keys=[%r].",
+            name,
+            printable(key),
+            ", ".join(map(printable, self.options.queue.binding_keys[:10])),
+            round(sum(_HAND_BACK_DELAYS) / 60),
+            printable(key),
+        )
+
+    def _pass_on(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+        options = self.options
+        if options.has_retired(event.routing_key):
+            consumer.settle(delivery)
+            return Delivered(options.name, event, Outcome.RETIRED)
+        often = delivery.hand_backs
+        if often >= len(_HAND_BACK_DELAYS) and options.queue.dead_letters:
+            keys = options.queue.binding_keys
+            unlisted = GivenUp(
+                "unlisted routing key",
+                f"No process of {options.name} that lists the routing key "
+                f"{printable(event.routing_key)} took it in {round(sum(_HAND_BACK_DELAYS) / 60)} "
+                f"minutes. This one lists: {', '.join(map(printable, keys))}.",
+            )
+            outcome = self._give_up(delivery, consumer, unlisted)
+            log.error("%s gave up on %s. %s", options.name, _named(event), unlisted)
+            return Delivered(options.name, event, outcome, unlisted)
+        delay = _HAND_BACK_DELAYS[min(often, len(_HAND_BACK_DELAYS) - 1)]
+        self._hand_back(delivery, consumer, delay)
+        return Delivered(options.name, event, Outcome.HANDED_BACK, delay=delay)
+
+    def _hand_back(self, delivery: Delivery, consumer: Consumer, delay: float) -> None:
+        name, forwarder = self.options.name, self._forwarder
+        later = Later(self.options.queue.exchange.name, name, delay)
+        delayed = messages.hand_back(delivery, later)
+
+        def wait_here() -> None:
+            # This user may not declare the delay levels: to the end of the queue, after the delay.
+            self._has_delays = False
+            again = messages.hand_back(delivery, ToSubscriber(name))
+            forwarder.later(
+                delay, delivery, consumer, lambda _: forwarder.forward(again, delivery, consumer)
+            )
+
+        def declared(exist: bool) -> None:
+            self._has_delays = exist
+            if exist:
+                forwarder.forward(delayed, delivery, consumer, otherwise=wait_here)
+            else:
+                self._no_delays_until = time.monotonic() + _PAUSE_WITHOUT_DELAYS
+                wait_here()
+
+        if self._has_delays:
+            forwarder.forward(delayed, delivery, consumer, otherwise=wait_here)
+        elif time.monotonic() < self._no_delays_until:
+            wait_here()
+        else:
+            # Without retries, this subscriber has not declared the delay levels so far.
+            forwarder.later(0, delivery, consumer, declared, delays=True)
+
+
+def ends_the_process(error: BaseException) -> bool:
+    """Whether the error is meant to end the program, and is not a failure of the handler.
+
+    Everything else is a failure of the handler, even if its class is not an `Exception`:
+    asyncio.CancelledError, gevent.Timeout, pytest's outcomes.
+    """
+    greenlet: Any = sys.modules.get("greenlet")
+    ends: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt)
+    if greenlet is not None:
+        ends += (greenlet.GreenletExit,)
+    return isinstance(error, ends)
+
+
+def _named(event: DomainEvent) -> str:
+    return f"{printable(event.routing_key)} {printable(event.uuid_string)}"
