@@ -39,7 +39,7 @@ def use(who: str) -> None:
     assert publisher.publish_many([DomainEvent("a.b", who)]) == 1
     publish_domain_event("nobody.listens", {})
     assert letters.count() == 0
-    stopping = threading.Thread(target=stop)
+    stopping = threading.Thread(target=stop, args=(who,))
     stopping.start()
     subscriber.start_consuming()
     stopping.join()
@@ -55,9 +55,9 @@ def publishes(publisher: Publisher) -> bool:
     return True
 
 
-def stop() -> None:
+def stop(who: str) -> None:
     deadline = time.monotonic() + 30
-    while len(seen) < 2 and time.monotonic() < deadline:
+    while seen.count(who) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     subscriber.stop_consuming()
 
