@@ -96,7 +96,7 @@ def test_neighbours_survive_poison_and_orderly_stops(tmp_path: Path) -> None:
 FAULTS = {
     "ack-first": ("--faults", 3),
     "retry-after-ack": ("--faults", 1),
-    "classic-delays": ("--seconds", 40),
+    "classic-delays": ("--seconds", 80),
     "no-confirms": ("--faults", 4),
     "stale-tags": ("--faults", 2),
     "unlisted-acked": ("--faults", 3),
