@@ -13,25 +13,53 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypedDict
-from uuid import UUID
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypedDict
+from uuid import UUID, uuid5
 
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.text import plain, printable
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Data = TypeVar("Data", default=Any)
+else:
+    from typing import TypeVar
+
+    Data = TypeVar("Data")
+
+#: The value of a header: what RabbitMQ also keeps in streams, and passes to AMQP 1.0.
+HeaderValue: TypeAlias = str | int | bool
+
+
+class Details(NamedTuple):
+    """What is known of an event besides its envelope; see the properties of `DomainEvent`."""
+
+    headers: Mapping[str, Any] = MappingProxyType({})
+    correlation_id: str | None = None
+    cause: str | None = None
+    version: int = 1
+    redelivered: bool = False
+    replayed: bool = False
+    subscriber: str | None = None
+
+
+_NO_DETAILS = Details()
+
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
-class DomainEvent:
+class DomainEvent(Generic[Data]):
     """A fact from inside a bounded context that other services may want to know.
 
-    Two events are equal when the five fields of their envelopes are; ``retries`` is not one of
-    them.
+    Two events are equal when the five fields of their envelopes are; all else, ``retries`` too, is
+    known besides and travels in the message's properties and headers.
 
     :param routing_key: ``<DOMAIN>.<EVENT_TYPE>``, such as ``user.registered``.
     :param data: what happened: a dict or a dataclass of JSON values; datetime, date, time,
@@ -42,11 +70,17 @@ class DomainEvent:
         event that it has seen before. A new one if left out.
     :param timestamp: when it happened, in Unix seconds (UTC). Now if left out.
     :param retries: how often it was retried; 0 on the first delivery.
+    :param headers: what else to send with it: a str, an int or a bool by each name. Names that
+        begin with ``domain-events-`` or ``x-`` are not for these.
+    :param correlation_id: shared by all events that one event has caused. If left out, that of
+        the event being handled, or else its own id.
+    :param cause: the id of the event that caused it; that of the event being handled, if left out.
+    :param version: of its data; subscribers turn older ones into newer ones by ``upcast``.
     :raises InvalidEvent: when ``retries`` is not an int >= 0.
     """
 
     routing_key: str
-    data: Any
+    data: Data
     domain_object_id: str | int | UUID | None
     uuid_string: str
     timestamp: float
@@ -60,6 +94,11 @@ class DomainEvent:
         uuid_string: str | None = None,
         timestamp: float | None = None,
         retries: int = 0,
+        *,
+        headers: Mapping[str, HeaderValue] | None = None,
+        correlation_id: str | None = None,
+        cause: str | None = None,
+        version: int = 1,
     ) -> None:
         # One update of the dict: object.__setattr__ six times costs more than the rest of this.
         self.__dict__.update(
@@ -76,6 +115,117 @@ class DomainEvent:
                     f"An event's retries must be an int from 0, not {shown(retries)}."
                 )
             self.__dict__["retries"] = int.__int__(retries)
+        if headers or correlation_id is not None or cause is not None or version != 1:
+            copied = dict(headers) if isinstance(headers, Mapping) else headers
+            self.__dict__["_details"] = Details(copied or {}, correlation_id, cause, version)
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """The headers that came with it, or are to be sent with it, except this library's own."""
+        headers = self.details.headers
+        return MappingProxyType(headers) if isinstance(headers, dict) else headers
+
+    @property
+    def correlation_id(self) -> str | None:
+        """Shared by all events that one event has caused; None before it is published."""
+        return self.details.correlation_id
+
+    @property
+    def cause(self) -> str | None:
+        """The id of the event during whose handling it was published, if any."""
+        return self.details.cause
+
+    @property
+    def version(self) -> int:
+        """The version of its data, as published; 1 unless the publisher has given another."""
+        return self.details.version
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether it was delivered before and came back unsettled, as after a crash."""
+        return self.details.redelivered
+
+    @property
+    def replayed(self) -> bool:
+        """Whether an operator has returned it from the dead letters."""
+        return self.details.replayed
+
+    @property
+    def subscriber(self) -> str | None:
+        """The name of the subscriber that it was delivered to; None if it was not."""
+        return self.details.subscriber
+
+    @property
+    def details(self) -> Details:
+        """All of these.
+
+        :meta private:
+        """
+        details: Details | Callable[[], Details] = self.__dict__.get("_details", _NO_DETAILS)
+        if callable(details):
+            details = self.__dict__["_details"] = details()
+        return details
+
+    def derived(
+        self,
+        routing_key: str,
+        data: Any = None,
+        domain_object_id: str | int | UUID | None = None,
+        *,
+        key: str = "",
+        timestamp: float | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        version: int = 1,
+    ) -> DomainEvent[Any]:
+        """A follow-up event whose id is computed from this one's.
+
+        A handler that runs twice for one event, after a crash or a retry, so publishes the same
+        event twice, which its subscribers recognize by the id, and not two events. The id depends
+        on this event, its subscriber, the routing key, ``domain_object_id`` and ``key``, and on
+        nothing else. This event is its cause.
+
+        ::
+
+            def handle_order(event):
+                for line in event.data['lines']:
+                    publisher.publish(event.derived('line.shipped', line, key=line['sku']))
+
+        :param key: tells several apart that have the same routing key and object: something that
+            is the same each time, such as a position's number, and not a counter.
+        :raises InvalidEvent: the same one was derived before, with other data: one of them would
+            be taken for a copy of the other.
+        """
+        parts = [self.uuid_string, self.subscriber, routing_key, domain_object_id, key]
+        derived = DomainEvent(
+            routing_key,
+            data,
+            domain_object_id,
+            str(uuid5(_DERIVED, json.dumps(list(map(str, parts))))),
+            timestamp,
+            headers=headers,
+            correlation_id=self.correlation_id or self.uuid_string,
+            cause=self.uuid_string,
+            version=version,
+        )
+        known: dict[str, DomainEvent[Any]] = self.__dict__.setdefault("_derived", {})
+        first = known.setdefault(derived.uuid_string, derived)
+        if first.data != derived.data:
+            raise self._invalid_error(
+                f"another one, {printable(repr(routing_key))} about {printable(domain_object_id)}, "
+                f"was derived from it already with other data, and would have the same id; give "
+                "each a key=... of its own, such as the number of the position it is about.",
+                "derived from",
+            )
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__}
+        state.pop("_derived", None)
+        if "_details" in state:
+            # A delivery, which they may still have to be read from, is its connection's own.
+            details = self.details
+            state["_details"] = details._replace(headers=dict(details.headers))
+        return state
 
     if not TYPE_CHECKING:  # for a type checker, every attribute would exist
 
@@ -137,15 +287,15 @@ class DomainEvent:
             raise self._invalid_error(f"it is not JSON: {why}") from error
         return text
 
-    def _invalid_error(self, why: str) -> InvalidEvent:
+    def _invalid_error(self, why: str, what: str = "published") -> InvalidEvent:
         error = InvalidEvent(
-            f"The event {printable(repr(self.routing_key))} cannot be published: {why}"
+            f"The event {printable(repr(self.routing_key))} cannot be {what}: {why}"
         )
         error.event = self
         return error
 
     @classmethod
-    def from_json(cls, json_data: bytes | str) -> DomainEvent:
+    def from_json(cls, json_data: bytes | str) -> DomainEvent[Any]:
         """The event of an envelope.
 
         :param json_data: JSON in UTF-8; a byte order mark before it is ignored.
@@ -186,9 +336,14 @@ class Envelope(TypedDict):
 
 
 def from_envelope(
-    envelope: Envelope, retries: int = 0, kind: type[DomainEvent] = DomainEvent
-) -> DomainEvent:
+    envelope: Envelope,
+    retries: int = 0,
+    kind: type[DomainEvent[Any]] = DomainEvent,
+    details: Callable[[], Details] | None = None,
+) -> DomainEvent[Any]:
     """The event that was read.
+
+    :param details: called when they are needed.
 
     Not by its constructor, which replaces None as data by an empty dict: here, null stays null.
     """
@@ -198,6 +353,8 @@ def from_envelope(
         event.__dict__["uuid_string"] = _new_id()
     if envelope["timestamp"] is None:
         event.__dict__["timestamp"] = time.time()
+    if details is not None:
+        event.__dict__["_details"] = details
     return event
 
 
@@ -245,6 +402,9 @@ def _decode(text: str) -> Any:
     # .NET's encoder writes a byte order mark, which json.loads refuses.
     return value if end == len(text) else json.loads(text.removeprefix("\ufeff"))
 
+
+# The namespace of the ids of derived events (RFC 9562, version 5); never to be changed.
+_DERIVED = UUID("5b0c7f0e-7d0a-4f55-9a6e-2f4f0a6c9d31")
 
 # Unused random numbers, and the process they belong to.
 _numbers: deque[int] = deque()

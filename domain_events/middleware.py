@@ -1,0 +1,236 @@
+"""``Middleware``: the one way to add behaviour around publishing and handling.
+
+A subclass overrides what it needs; an instance is given to `configure` (for the whole process), to
+a `Publisher` or to a `Subscriber`. Those of `configure` come first, and the first is the outermost.
+
+**What it promises.** Each event on its way out is announced before it is sent, once, and what
+became of it is reported, once. Each delivery is reported once it is decided. No exception here
+loses an event: around a handler it counts as the handler's own, and cannot hide one; on the way
+out it reaches the caller before anything is sent, or, if no caller waits (a retry, a dead letter),
+is logged; what is raised afterwards is logged.
+
+**Contexts.** Each delivery is handled in a `contextvars` context of its own, a copy of the one in
+which ``start_consuming`` was called. A context variable that `Middleware.handling` sets is visible
+in the handler, in `Middleware.publishing` for all that is published meanwhile and for the retry or
+the dead letter that comes of it, and in `Middleware.delivered`; never with the next event.
+
+**What it knows nothing of:** AMQP, threads, and any particular use of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from domain_events.checks import refusal
+from domain_events.events import DomainEvent, HeaderValue
+from domain_events.log import Log
+from domain_events.outcomes import Delivered
+
+log = Log("domain_events")
+
+#: Called with the error of what was sent, or with None once it is confirmed.
+Done: TypeAlias = Callable[[BaseException | None], object]
+
+
+class Operation(str, Enum):
+    """Why something is sent; each is equal to its text."""
+
+    PUBLISH = "publish"
+    RETRY = "retry"
+    DEAD_LETTER = "dead letter"
+    #: A subscriber's process got it that does not list its routing key.
+    HAND_BACK = "hand back"
+    #: An operator returns a dead letter, or an undelivered retry, to its subscriber.
+    REPLAY = "replay"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class Outgoing:
+    """An event on its way out."""
+
+    operation: Operation
+    #: None for a dead letter that is not an event.
+    event: DomainEvent[Any] | None
+    #: Sent along with it. Those of a published event may be changed and added to; to those of a
+    #: retry, a dead letter or a replay, which keep what they had, may be added.
+    headers: dict[str, HeaderValue]
+    #: Where it is published; None for what goes to one subscriber.
+    exchange: str | None = None
+    #: The subscriber it goes to, or whose dead letters.
+    subscriber: str | None = None
+    #: Seconds after which a retry, or what was handed back, comes again.
+    delay: float | None = None
+    #: Whether it is one of several of a `Publisher.publish_many`.
+    batch: bool = False
+
+
+class ConnectionState(str, Enum):
+    """What happened to a connection; each is equal to its text."""
+
+    CONNECTED = "connected"
+    #: It was lost, and is made again.
+    LOST = "lost"
+    #: An attempt to connect has failed; there will be others.
+    UNREACHABLE = "unreachable"
+    #: The broker accepts nothing for the time being: it is short of memory or disk space.
+    BLOCKED = "blocked"
+    UNBLOCKED = "unblocked"
+    #: By its owner.
+    CLOSED = "closed"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class ConnectionChange:
+    """Something has happened to a connection."""
+
+    state: ConnectionState
+    #: Whose it is: ``publisher``, ``subscriber`` or ``dead letters``.
+    owner: str
+    #: ``publishing`` or ``consuming``: a subscriber has one of each.
+    purpose: str
+    #: The broker's address, without the password.
+    address: str
+    reason: str | None = None
+
+
+class Middleware:
+    """Behaviour around publishing and handling. Override what you need; all of it does nothing.
+
+    ::
+
+        class LogContext(Middleware):
+            @contextmanager
+            def handling(self, event):
+                with structlog.contextvars.bound_contextvars(event=event.uuid_string):
+                    yield
+
+        configure(middleware=[LogContext()])
+    """
+
+    def publishing(self, outgoing: Outgoing) -> Done | None:
+        """Called with each event on its way out, before it is sent.
+
+        :param outgoing: its ``headers`` may be added to.
+        :return: what to call once it is confirmed, with None, or has failed, with the error; it is
+            called once. For a `Publisher` on the thread that publishes, when that notices; for a
+            retry or a dead letter on a thread of the connection's, so it must be short, and must
+            not publish.
+        """
+
+    def handling(self, event: DomainEvent[Any]) -> AbstractContextManager[object] | None:
+        """Called with each event before its handler; the handler runs in what it returns.
+
+        :return: a context manager, most often of ``@contextlib.contextmanager``. It sees the
+            exception of a handler, and may raise another one, which counts instead; to suppress
+            it has no effect.
+        """
+
+    def delivered(self, delivered: Delivered) -> None:
+        """Called with each delivery whose outcome is decided, whether or not a handler was called.
+
+        A retry and a dead letter are on their way by then, and the event is acked when they have
+        been confirmed.
+        """
+
+    def connection(self, change: ConnectionChange) -> None:
+        """Called with what happens to connections, on a thread of theirs: it must be short."""
+
+
+def check_middleware(given: object) -> tuple[Middleware, ...]:
+    """The middleware in a list of them.
+
+    :raises ConfigurationError: when it is something else.
+    """
+    right = "a list of Middleware"
+    if isinstance(given, Middleware):
+        raise refusal(given, "middleware", right, "; put it into a list")
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise refusal(given, "middleware", right)
+    chain = tuple(given)
+    for each in chain:
+        if not isinstance(each, Middleware):
+            is_class = isinstance(each, type) and issubclass(each, Middleware)
+            hint = f"; give an instance, {each.__name__}()" if is_class else ""
+            raise refusal(each, "middleware", f"{right}, each an instance of a subclass", hint)
+        _check_methods(each)
+    return chain
+
+
+def _check_methods(middleware: Middleware) -> None:
+    """Refuse what would fail with each event: an ``async`` method, a forgotten decorator."""
+    for name in ("publishing", "handling", "delivered", "connection"):
+        method = getattr(middleware, name)
+        kind = type(middleware).__name__
+        if asyncio.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+            raise refusal(middleware, "middleware", f"synchronous; {kind}.{name} is async")
+        if inspect.isgeneratorfunction(method):
+            right = f"made of plain methods; {kind}.{name} is a generator"
+            hint = "; decorate it with @contextlib.contextmanager" if name == "handling" else ""
+            raise refusal(middleware, "middleware", right, hint)
+
+
+def chained(first: tuple[Middleware, ...], then: tuple[Middleware, ...]) -> tuple[Middleware, ...]:
+    """Both lists as one; what is in both is called once."""
+    if not first or not then:
+        return first or then
+    return first + tuple(each for each in then if not any(each is other for other in first))
+
+
+def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
+    """Announce what is about to be sent; returns what to call with what became of it.
+
+    :raises Exception: what one of them raised; those before it were told.
+    """
+    callbacks: list[tuple[Middleware, Done]] = []
+
+    def done(error: BaseException | None) -> None:
+        while callbacks:
+            middleware, callback = callbacks.pop()
+            try:
+                callback(error)
+            except Exception:
+                _log_exception(middleware, "after publishing")
+
+    try:
+        for middleware in chain:
+            callback = middleware.publishing(outgoing)
+            if callback is not None:
+                callbacks.append((middleware, callback))
+    except BaseException as error:
+        done(error)
+        raise
+    return done
+
+
+def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
+    """Report a delivery, to the innermost first."""
+    for middleware in reversed(chain):
+        try:
+            middleware.delivered(delivered)
+        except Exception:
+            _log_exception(middleware, "about a delivery")
+
+
+def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
+    """Report what happened to a connection."""
+    for middleware in chain:
+        try:
+            middleware.connection(change)
+        except Exception:
+            _log_exception(middleware, "about a connection")
+
+
+def _log_exception(middleware: Middleware, when: str) -> None:
+    log.exception("The middleware %s failed %s.", type(middleware).__qualname__, when)
