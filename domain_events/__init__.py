@@ -35,6 +35,7 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.events import DomainEvent
+from domain_events.health import PublisherHealth, SubscriberHealth
 from domain_events.publisher import Publisher, close_publishers, publish_domain_event
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
@@ -63,9 +64,11 @@ __all__ = [
     "EventUnroutable",
     "InvalidEvent",
     "Publisher",
+    "PublisherHealth",
     "Reject",
     "Retry",
     "Subscriber",
+    "SubscriberHealth",
     "TopologyError",
     "Undelivered",
     "UndeliveredEvent",
