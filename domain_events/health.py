@@ -68,7 +68,7 @@ class RunningHandler:
     event_id: str | None
     #: For how long.
     seconds: float
-    #: The ``handler_limit`` of `Subscriber.register`.
+    #: The ``handler_limit`` of `~domain_events.Subscriber.register`.
     limit: float | None
 
     @property
@@ -192,7 +192,7 @@ class SubscriberHealth(_Health):
     stopping: bool
     #: The error with which ``start_consuming`` has ended, if it has.
     ended_by: str | None
-    #: Each `Subscriber.register`, in their order.
+    #: Each `~domain_events.Subscriber.register`, in their order.
     subscriptions: tuple[SubscriptionHealth, ...]
     #: The handlers that run, the oldest first.
     handlers: tuple[RunningHandler, ...]
