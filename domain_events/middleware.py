@@ -28,6 +28,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from domain_events.checks import refusal
+from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent, HeaderValue
 from domain_events.log import Log
 from domain_events.outcomes import Delivered
@@ -174,11 +175,15 @@ def _check_methods(middleware: Middleware) -> None:
         method = getattr(middleware, name)
         kind = type(middleware).__name__
         if asyncio.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
-            raise refusal(middleware, "middleware", f"synchronous; {kind}.{name} is async")
+            raise ConfigurationError(
+                f"middleware: {kind}.{name} is async, and this library is synchronous; make it a "
+                "plain method."
+            )
         if inspect.isgeneratorfunction(method):
-            right = f"made of plain methods; {kind}.{name} is a generator"
-            hint = "; decorate it with @contextlib.contextmanager" if name == "handling" else ""
-            raise refusal(middleware, "middleware", right, hint)
+            way_out = "make it a plain method"
+            if name == "handling":
+                way_out = "decorate it with @contextlib.contextmanager"
+            raise ConfigurationError(f"middleware: {kind}.{name} is a generator; {way_out}.")
 
 
 def chained(first: tuple[Middleware, ...], then: tuple[Middleware, ...]) -> tuple[Middleware, ...]:
@@ -201,7 +206,7 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
             try:
                 callback(error)
             except Exception:
-                _log_exception(middleware, "after publishing")
+                log.exception("%s failed after an event was sent.", _name(middleware))
 
     try:
         for middleware in chain:
@@ -214,13 +219,47 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
     return done
 
 
+def around(
+    chain: tuple[Middleware, ...], event: DomainEvent[Any], call: Callable[[], object]
+) -> None:
+    """Make the call within the context managers of all of them, the first one outermost.
+
+    None of them can suppress an exception: the event would be acked, and nobody had handled it.
+    """
+    if not chain:
+        call()
+        return
+    middleware, inner = chain[0], chain[1:]
+    manager = middleware.handling(event)
+    if manager is None:
+        around(inner, event, call)
+        return
+    if not isinstance(manager, AbstractContextManager):
+        raise TypeError(
+            f"{_name(middleware)} is wrong: its handling() must return a context manager or None, "
+            f"not a {type(manager).__name__}."
+        )
+    suppressed: BaseException | None = None
+    with manager:
+        try:
+            around(inner, event, call)
+        except BaseException as error:
+            suppressed = error
+            raise
+    if suppressed is not None:
+        try:
+            raise suppressed
+        finally:
+            del suppressed  # this frame is in its traceback
+
+
 def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
     """Report a delivery, to the innermost first."""
     for middleware in reversed(chain):
         try:
             middleware.delivered(delivered)
         except Exception:
-            _log_exception(middleware, "about a delivery")
+            log.exception("%s failed after a delivery was settled.", _name(middleware))
 
 
 def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
@@ -229,8 +268,8 @@ def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -
         try:
             middleware.connection(change)
         except Exception:
-            _log_exception(middleware, "about a connection")
+            log.exception("%s failed about a connection.", _name(middleware))
 
 
-def _log_exception(middleware: Middleware, when: str) -> None:
-    log.exception("The middleware %s failed %s.", type(middleware).__qualname__, when)
+def _name(middleware: Middleware) -> str:
+    return f"The middleware {type(middleware).__qualname__}"

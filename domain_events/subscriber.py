@@ -9,18 +9,19 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from domain_events import settings
-from domain_events.broker import Connections, Consumer, Exchange, Owner
+from domain_events.broker import Connections, Consumer, Exchange, Owner, weakly
 from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
 from domain_events.health import SubscriberHealth, SubscriptionHealth
 from domain_events.log import Log
+from domain_events.middleware import Middleware, chained, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 log = Log("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
-Result = TypeVar("Result")
 
 _CLOSE_TIMEOUT = 10.0
 
@@ -59,6 +59,7 @@ class Subscriber(Owner):
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
     :param workers: how many handlers run at the same time, each in a thread; up to 1,000.
     :param timeout: seconds within which the broker must answer each request of `register`.
+    :param middleware: within that of `configure`; the first is outermost.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -70,6 +71,7 @@ class Subscriber(Owner):
         *,
         workers: int = 1,
         timeout: float = 10.0,
+        middleware: Iterable[Middleware] = (),
     ) -> None:
         connection_settings = settings.masked(connection_settings)
         urls = settings.resolve(connection_settings)
@@ -77,11 +79,15 @@ class Subscriber(Owner):
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
         self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
+        self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
-            urls, "subscriber", on_failure=_weakly(self._on_failure)
+            urls,
+            "subscriber",
+            on_failure=weakly(self._on_failure),
+            middleware=self._middleware,
         )
-        self.forwarder: Forwarder = Forwarder(_weakly(self.connections.publishing))
+        self.forwarder: Forwarder = Forwarder(weakly(self.connections.publishing))
         # The testing kit delivers to them.
         self.subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
@@ -175,7 +181,7 @@ class Subscriber(Owner):
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder)
+        subscription = Subscription(handler, options, self.forwarder, self._chain)
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):
@@ -358,6 +364,9 @@ class Subscriber(Owner):
                     name,
                 )
 
+    def _chain(self) -> tuple[Middleware, ...]:
+        return chained(settings.middleware(), self._middleware)
+
     def _on_failure(self) -> None:
         worker = self._worker
         if worker is not None:
@@ -374,17 +383,6 @@ def _subscription_health(
         0 if consumer is None else consumer.unsettled,
         None if worker is None else worker.last_event_at(name),
     )
-
-
-def _weakly(method: Callable[[], Result]) -> Callable[[], Result | None]:
-    """The method, without keeping its object alive; None when that is gone."""
-    weak = weakref.WeakMethod(method)
-
-    def call() -> Result | None:
-        alive = weak()
-        return None if alive is None else alive()
-
-    return call
 
 
 def _is_same(one: Subscription, other: Subscription) -> bool:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,9 +39,12 @@ from domain_events.middleware import (
     ConnectionChange,
     ConnectionState,
     Middleware,
+    chained,
     report_connection,
 )
 from domain_events.process import check_fork, on_fork
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -368,7 +372,7 @@ class Watch:
     """
 
     def __init__(
-        self, owner: str, purpose: str, middleware: Callable[[], tuple[Middleware, ...]]
+        self, owner: str, purpose: str, middleware: Callable[[], tuple[Middleware, ...] | None]
     ) -> None:
         self._owner = owner
         self._middleware = middleware
@@ -401,8 +405,11 @@ class Watch:
         if state in _FAILED:
             after = replace(after, last_error=reason, last_error_at=now)
         self._state = os.getpid(), after, times
+        chain = self._middleware()
+        if chain is None:  # the owner is gone
+            chain = settings.middleware()
         change = ConnectionChange(state, self._owner, before.purpose, address, reason)
-        report_connection(self._middleware(), change)
+        report_connection(chain, change)
 
 
 _CONNECTED = (ConnectionState.CONNECTED, ConnectionState.BLOCKED, ConnectionState.UNBLOCKED)
@@ -419,8 +426,7 @@ class Connections:
     :param name: the owner's, for the broker's list of connections.
     :param declare: the exchange to publish to.
     :param on_failure: called when the consuming connection has given up for good.
-    :param middleware: returns those that are informed of what happens to the connections. Like
-        ``on_failure``, it must not keep the owner alive.
+    :param middleware: the owner's own.
     """
 
     def __init__(
@@ -430,7 +436,7 @@ class Connections:
         *,
         declare: Exchange | None = None,
         on_failure: Callable[[], None] = lambda: None,
-        middleware: Callable[[], tuple[Middleware, ...]] = lambda: (),
+        middleware: tuple[Middleware, ...] = (),
     ) -> None:
         self._urls = urls
         self._name = name
@@ -481,7 +487,8 @@ class Connections:
     def _make(self, kind: str, make: Callable[[Watch], Any]) -> Any:
         while True:
             made = self._made
-            watch = Watch(self._name, kind, self._middleware)
+            # The I/O thread must not keep the middleware alive, which may refer to the owner.
+            watch = Watch(self._name, kind, weakly(self._chain))
             new = make(watch)
             connection = made.setdefault(kind, new)
             if made is self._made:
@@ -506,6 +513,9 @@ class Connections:
         states = [watch.health for watch in self._watches.copy().values()]
         last = max(states, key=lambda state: state.last_error_at or 0.0, default=None)
         return (last.last_error, last.last_error_at) if last else (None, None)
+
+    def _chain(self) -> tuple[Middleware, ...]:
+        return chained(settings.middleware(), self._middleware)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -551,6 +561,17 @@ class Connections:
 def _close_soon(made: dict[str, Any]) -> bool:
     were_open = [each.close_soon() for each in list(made.values())]
     return any(were_open)
+
+
+def weakly(method: Callable[[], Result]) -> Callable[[], Result | None]:
+    """The method, without keeping its object alive; None when that is gone."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> Result | None:
+        alive = weak()
+        return None if alive is None else alive()
+
+    return call
 
 
 class Owner:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from bench import Bench
 from support import Names, wait_until
 
 from conformance.peer import TIMEOUT, Peer
+from domain_events import DeadLetters, DomainEvent, Publisher, Subscriber, configure
 from domain_events.broker import Connections, Consumer, Exchange, Queue, Watch, connect
 from domain_events.message import Message, ToSubscriber
 from domain_events.middleware import ConnectionChange, ConnectionState, Middleware
@@ -36,7 +40,7 @@ def changes() -> Changes:
 
 @contextmanager
 def connections(url: str, changes: Changes) -> Iterator[Connections]:
-    made = Connections((url,), "subscriber", middleware=lambda: (changes,))
+    made = Connections((url,), "subscriber", middleware=(changes,))
     try:
         yield made
     finally:
@@ -217,3 +221,57 @@ def test_brokers_need_no_watcher(broker_url: str, queue: Queue) -> None:
     peer.publishing = publishing
     assert peer.send(Message(ToSubscriber(queue.name), "a.b", b"")) is None
     peer.close()
+
+
+def test_middleware_sees_the_connections_of_publishers_subscribers_and_dead_letters(
+    bench: Bench, changes: Changes
+) -> None:
+    """That of the process, and each one's own; the process's first."""
+    own = Changes()
+    queue = bench.names.queue()
+    configure(middleware=[changes])
+    try:
+        with Subscriber(bench.url, bench.exchange, middleware=[own]) as subscriber:
+            subscriber.register(print, queue, ["#"])
+        with Publisher(bench.url, bench.exchange, middleware=[own, changes]) as publisher:
+            publisher.publish(DomainEvent("a.b"))
+        with DeadLetters(queue, bench.url) as dead_letters:
+            assert dead_letters.count() == 0
+    finally:
+        configure()
+    connected_and_closed = [ConnectionState.CONNECTED, ConnectionState.CLOSED]
+    seen = [(change.owner, change.purpose, change.state) for change in changes.seen]
+    assert seen == [
+        (owner, purpose, state)
+        for owner, purpose in (
+            ("subscriber", "consuming"),
+            ("publisher", "publishing"),
+            ("dead letters", "consuming"),
+        )
+        for state in connected_and_closed
+    ]
+    assert own.seen == changes.seen[:4]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_middleware_that_refers_to_its_owner_does_not_keep_it_alive(
+    bench: Bench, changes: Changes
+) -> None:
+    """As one for metrics does, which shows its health; the process's own sees the end, too."""
+
+    class OfOne(Changes):
+        publisher: Publisher
+
+    own = OfOne()
+    configure(middleware=[changes])
+    try:
+        own.publisher = Publisher(bench.url, bench.exchange, middleware=[own])
+        own.publisher.publish(DomainEvent("a.b"))
+        dropped = weakref.ref(own.publisher)
+        del own
+        gc.collect()
+        assert dropped() is None
+        both = [ConnectionState.CONNECTED, ConnectionState.CLOSED]
+        wait_until(lambda: changes.of("publishing") == both)
+    finally:
+        configure()
