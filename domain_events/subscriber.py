@@ -6,6 +6,8 @@ handlers.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 import weakref
@@ -40,6 +42,9 @@ log = Log("domain_events")
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 _CLOSE_TIMEOUT = 10.0
+
+# Why a run has stopped, for the log.
+_STOP_CONSUMING = "stop_consuming()"
 
 # Each is a thread of its own.
 _MOST_WORKERS = 1000
@@ -262,7 +267,18 @@ class Subscriber(Owner):
             )
         worker = Worker(consuming, self.forwarder, self._workers, timeout)
         with self.running(worker) as subscriptions:
-            worker.work(subscriptions)
+            names = ", ".join(each.options.name for each in subscriptions)
+            started = time.monotonic()
+            self._log_start(subscriptions)
+            try:
+                worker.work(subscriptions)
+            finally:
+                log.info(
+                    "%s: stopped after %.1f s; events handled: %d.",
+                    names,
+                    time.monotonic() - started,
+                    worker.handled,
+                )
 
     @contextmanager
     def running(self, worker: Worker) -> Iterator[list[Subscription]]:
@@ -286,7 +302,7 @@ class Subscriber(Owner):
         with signals(worker), self.connections.pinned():
             try:
                 if self._stop_at_start:
-                    worker.stop()
+                    worker.stop(_STOP_CONSUMING)
                 yield subscriptions
             except BaseException as error:
                 self._ended_by = printable(f"{type(error).__name__}: {error}", 1000)
@@ -304,7 +320,7 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop(_STOP_CONSUMING)
         elif self.subscriptions:
             self._stop_at_start = True
 
@@ -343,9 +359,23 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("close()")
         else:
             self.connections.close(_CLOSE_TIMEOUT)
+
+    def _log_start(self, subscriptions: Sequence[Subscription]) -> None:
+        log.info(
+            "%s: consuming from %s; workers: %d; %s, process %d on %s.",
+            ", ".join(
+                f"{each.options.name} (prefetch_count {each.options.prefetch(self._workers)})"
+                for each in subscriptions
+            ),
+            self.connections.shown,
+            self._workers,
+            printable(settings.app_id()),
+            os.getpid(),
+            socket.gethostname(),
+        )
 
     def _warn_of_sharing(self, new: Subscription) -> None:
         """Warn if another Subscriber of this process has the name, but not the same handler."""
@@ -370,7 +400,7 @@ class Subscriber(Owner):
     def _on_failure(self) -> None:
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("the failure of its connection")
 
 
 def _subscription_health(

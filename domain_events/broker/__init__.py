@@ -455,6 +455,13 @@ class Connections:
         return self._urls if self._broker is self._own_broker else self._broker
 
     @property
+    def shown(self) -> str:
+        """The broker's address, or several, without the password."""
+        if _overrides or self._urls is None:
+            return "the broker of a test" if _overrides else "nowhere"
+        return ", ".join(map(shown, self._urls))
+
+    @property
     def are_switched_off(self) -> bool:
         """Whether there is no broker."""
         return not _overrides and self._own_broker is None
