@@ -3,8 +3,8 @@
 Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, and handle
 and settle them. With one worker, that is the thread that called ``start_consuming``, to which
 all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set. Each worker
-writes what it is doing into ``_running`` and ``_last_event``, each entry as a whole, for the thread
-that asks for the health; that one takes no lock that a worker may hold.
+writes what it does into ``_running``, ``_last_event`` and ``_handled``, each entry as a whole. Any
+thread reads them for `Subscriber.health`, without a lock that a worker may hold.
 
 A signal handler must not take a lock or call pika; it sets the flag and puts a wake-up into the
 inbox, which is a `SimpleQueue` for that reason.

@@ -137,7 +137,7 @@ class Link:
         self._away_since: float | None = None
         self._reminded_at = 0.0
         # When `silence` requested a response that has not come yet.
-        self._asked_at: float | None = None
+        self._requested_at: float | None = None
 
     @property
     def node(self) -> str:
@@ -162,15 +162,15 @@ class Link:
         """Any thread: see `domain_events.broker.Publishing.silence`. Takes no lock."""
         if self._thread is None:
             return 0.0
-        asked_at = self._asked_at
-        if asked_at is not None:
-            return time.monotonic() - asked_at
-        self._asked_at = time.monotonic()
+        requested_at = self._requested_at
+        if requested_at is not None:
+            return time.monotonic() - requested_at
+        self._requested_at = time.monotonic()
         self._call_soon(self._respond)
         return 0.0
 
     def _respond(self) -> None:
-        self._asked_at = None
+        self._requested_at = None
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: run ``callback`` on the I/O thread soon; start that thread if need be.
