@@ -23,7 +23,7 @@ from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
 from domain_events.health import SubscriberHealth, SubscriptionHealth
 from domain_events.log import Log
-from domain_events.middleware import Middleware, chained, check_middleware
+from domain_events.middleware import Middleware, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
@@ -84,13 +84,12 @@ class Subscriber(Owner):
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
         self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
-        self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
             urls,
             "subscriber",
             on_failure=weakly(self._on_failure),
-            middleware=self._middleware,
+            middleware=check_middleware(middleware),
         )
         self.forwarder: Forwarder = Forwarder(weakly(self.connections.publishing))
         # The testing kit delivers to them.
@@ -186,7 +185,7 @@ class Subscriber(Owner):
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder, self._chain)
+        subscription = Subscription(handler, options, self.forwarder, self.connections.middleware)
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):
@@ -393,9 +392,6 @@ class Subscriber(Owner):
                     "events. Give each a name of its own.",
                     name,
                 )
-
-    def _chain(self) -> tuple[Middleware, ...]:
-        return chained(settings.middleware(), self._middleware)
 
     def _on_failure(self) -> None:
         worker = self._worker

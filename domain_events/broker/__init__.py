@@ -495,7 +495,7 @@ class Connections:
         while True:
             made = self._made
             # The I/O thread must not keep the middleware alive, which may refer to the owner.
-            watch = Watch(self._name, kind, weakly(self._chain))
+            watch = Watch(self._name, kind, weakly(self.middleware))
             new = make(watch)
             connection = made.setdefault(kind, new)
             if made is self._made:
@@ -521,7 +521,8 @@ class Connections:
         last = max(states, key=lambda state: state.last_error_at or 0.0, default=None)
         return (last.last_error, last.last_error_at) if last else (None, None)
 
-    def _chain(self) -> tuple[Middleware, ...]:
+    def middleware(self) -> tuple[Middleware, ...]:
+        """That of the process, and the owner's own within it."""
         return chained(settings.middleware(), self._middleware)
 
     @contextmanager
