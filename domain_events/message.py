@@ -365,7 +365,10 @@ def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[Domai
 
 def about(delivery: Delivery, subscriber: str | None) -> About:
     """The attributes of a log line about this delivery, which may not be an event."""
-    return log_about(subscriber, delivery.original_routing_key, delivery.message_id)
+    routing_key = event_id = None
+    with contextlib.suppress(Exception):  # a line must not fail over what it is about
+        routing_key, event_id = delivery.original_routing_key, delivery.message_id
+    return log_about(subscriber, routing_key, event_id)
 
 
 def routing_key_in(body: bytes) -> str | None:

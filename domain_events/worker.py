@@ -278,24 +278,23 @@ class Worker:
     def handle(self, work: Work) -> Delivered | None:
         """Have a delivery handled; None if it is not current any more."""
         delivered: Delivered | None = None
-        me, now = threading.get_ident(), time.monotonic()
-        self._running[me] = work, now
-        self._last_event[work.subscription.options.name] = now
+        me = threading.get_ident()
         try:
             if _is_current(work):
+                now = time.monotonic()
+                self._running[me] = work, now
+                self._last_event[work.subscription.options.name] = now
                 delivered = work.subscription.handle(work.delivery, work.consumer)
                 self._handled[me] = self._handled.get(me, 0) + 1
         except Exception:
             # A bug of this library, since errors of the handler are handled. One such message must
             # not stop the subscriber, nor be lost, nor be redelivered without a pause.
             work.consumer.repair(_PAUSE_AFTER_INTERNAL_ERROR, partial(_fail, work))
-            name, delivery = work.subscription.options.name, work.delivery
+            named = messages.about(work.delivery, work.subscription.options.name)
             log.exception(
-                "Internal error while %s was handling %s %s; it is requeued.",
-                name,
-                printable(delivery.original_routing_key),
-                printable(delivery.message_id),
-                about=messages.about(delivery, name),
+                "Internal error in %s, while handling %s %s; it is requeued.",
+                *named.values(),
+                about=named,
             )
         finally:
             self._running.pop(me, None)
@@ -352,18 +351,12 @@ class Worker:
 
 
 def _running_handler(work: Work, seconds: float) -> RunningHandler:
-    delivery, options = work.delivery, work.subscription.options
-    event_id = delivery.message_id
+    options = work.subscription.options
+    name, routing_key, event_id = messages.about(work.delivery, options.name).values()
     if event_id is None:  # of domain-event-broker, which only writes it into the envelope
         with suppress(InvalidEvent, RecursionError):
-            event_id = messages.to_event(delivery).uuid_string
-    return RunningHandler(
-        options.name,
-        printable(delivery.original_routing_key),
-        None if event_id is None else printable(event_id),
-        seconds,
-        options.handler_limit,
-    )
+            event_id = printable(messages.to_event(work.delivery).uuid_string)
+    return RunningHandler(name or "", routing_key or "", event_id, seconds, options.handler_limit)
 
 
 class KeyedQueues:

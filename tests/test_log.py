@@ -401,6 +401,26 @@ def test_line_about_what_could_not_be_handed_back_has_its_fields(
     assert set(line) >= FIELDS
 
 
+def test_internal_error_names_the_event(
+    embedded: Bench, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with it."""
+    queue = embedded.names.queue()
+    subscriber = embedded.subscriber()
+    subscriber.register(print, queue, ["#"])
+    event = embedded.publish("a.b")
+
+    def broken(*_: object) -> None:
+        raise ValueError("of a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("domain_events.handling.Subscription.handle", broken)
+        subscriber.start_consuming(timeout=0.1)
+    (line,) = lines.with_text(f"^Internal error in {queue}, while handling a.b {event.uuid_string}")
+    check_fields(line, event, queue)
+    assert "of a test" in line["exc_info"]
+
+
 def test_fields_are_on_lines_that_another_thread_writes(lines: Lines) -> None:
     """As on all of a connection's own thread; text of other programs stays on one line."""
     log = Log("domain_events")
