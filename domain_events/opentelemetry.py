@@ -192,7 +192,7 @@ class OpenTelemetry(Middleware):
             # A copy of a received event's headers.
             for name in self._propagator.fields:
                 headers.pop(_FORWARDED_PREFIX + name, None)
-        creation, links = self._links(headers)
+        _, creation, links = self._carried(headers, Context())
         process = None if publishes else self._process_of(event)
         current = process.context if process is not None else contexts.get_current()
         in_trace = publishes or _span_context(current).is_valid
@@ -292,13 +292,8 @@ class OpenTelemetry(Middleware):
         return None
 
     def _begin_process(self, event: DomainEvent[Any]) -> _Process:
-        headers = event.headers
         ambient = contexts.get_current()
-        creation, links = self._links(headers)
-        # Its baggage, whatever becomes of its span.
-        context = trace.set_span_in_context(
-            trace.get_current_span(ambient), self._propagator.extract(headers, ambient, _HEADERS)
-        )
+        context, creation, links = self._carried(event.headers, ambient)
         if creation is not None and self._nests(event):
             context = _with_parent(context, creation)
             if _span_context(ambient).is_valid:
@@ -346,7 +341,8 @@ class OpenTelemetry(Middleware):
                 self._end_process(process, delivered)
             elif delivered.outcome in (Outcome.RETIRED, Outcome.DROPPED):
                 event = delivered.event
-                _, links = self._links(event.headers if event is not None else {})
+                headers = event.headers if event is not None else {}
+                _, _, links = self._carried(headers, Context())
                 shown, attributes = self._process_attributes(delivered.subscriber, event)
                 attributes[_OUTCOME] = str(delivered.outcome)
                 self._settle(contexts.get_current(), shown, attributes, links)
@@ -456,22 +452,30 @@ class OpenTelemetry(Middleware):
     def _propagator(self) -> TextMapPropagator:
         return self._given_propagator or propagate.get_global_textmap()
 
-    def _links(self, headers: Mapping[str, Any]) -> tuple[SpanContext | None, list[Link]]:
-        """The creation context that the headers carry, and the links to all that they carry."""
+    def _carried(
+        self, headers: Mapping[str, Any], ambient: Context
+    ) -> tuple[Context, SpanContext | None, list[Link]]:
+        """What the headers carry: baggage, the creation context, and links to all contexts.
+
+        :return: the ambient context with that baggage; the creation context, if any; the links.
+        """
         links: list[Link] = []
         if not headers:
-            return None, links
-        creation = self._extracted(headers, _HEADERS)
-        if creation is not None:
+            return ambient, None, links
+        alone = trace.set_span_in_context(trace.INVALID_SPAN, ambient)
+        context = self._propagator.extract(headers, alone, _HEADERS)
+        creation: SpanContext | None = _span_context(context)
+        if creation is not None and creation.is_valid:
             links.append(Link(creation, {_LINK: _CREATION}))
-        forwarded = self._extracted(headers, _FORWARDED_HEADERS)
-        if forwarded is not None:
-            links.append(Link(forwarded, {_LINK: _FORWARDED}))
-        return creation, links
-
-    def _extracted(self, headers: Mapping[str, Any], getter: _Headers) -> SpanContext | None:
-        found = _span_context(self._propagator.extract(headers, Context(), getter))
-        return found if found.is_valid else None
+        else:
+            creation = None
+        if any(name.startswith(_FORWARDED_PREFIX) for name in headers):
+            last = self._propagator.extract(headers, Context(), _FORWARDED_HEADERS)
+            forwarded = _span_context(last)
+            if forwarded.is_valid:
+                links.append(Link(forwarded, {_LINK: _FORWARDED}))
+        surrounding = trace.get_current_span(ambient)
+        return trace.set_span_in_context(surrounding, context), creation, links
 
     def _process_of(self, event: DomainEvent[Any] | None) -> _Process | None:
         process = self._process.get()
