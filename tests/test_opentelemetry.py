@@ -42,6 +42,9 @@ from domain_events import (
     DeadLetters,
     Delivered,
     DomainEvent,
+    Middleware,
+    Operation,
+    Outgoing,
     Publisher,
     Reject,
     Retry,
@@ -269,7 +272,17 @@ def test_what_a_handler_publishes_is_within_its_span(
 
 def test_context_of_a_handler_ends_with_it(telemetry: Telemetry, event_broker: EventBroker) -> None:
     """Also if it ends the process, and whatever it has left attached."""
-    telemetry.use()
+    after: list[trace.Span] = []
+
+    class Outer(Middleware):
+        @contextmanager
+        def handling(self, event: DomainEvent) -> Iterator[None]:
+            try:
+                yield
+            finally:
+                after.append(trace.get_current_span())
+
+    configure(middleware=[Outer(), telemetry.middleware()])
 
     def handle(event: DomainEvent) -> None:
         context.attach(trace.set_span_in_context(telemetry.tracer.start_span("left"), None))
@@ -277,7 +290,7 @@ def test_context_of_a_handler_ends_with_it(telemetry: Telemetry, event_broker: E
 
     with pytest.raises(SystemExit):
         handled(event_broker, handle)
-    assert trace.get_current_span() is trace.INVALID_SPAN
+    assert [*after, trace.get_current_span()] == [trace.INVALID_SPAN] * 2
     assert not baggage.get_all()
     processed = telemetry.span("process")
     assert described(processed)["domain_events.outcome"] == "given back"
@@ -364,9 +377,11 @@ def test_creation_context_of_the_user_is_left_alone(
     with telemetry.tracer.start_as_current_span("write the row") as row:
         propagate.inject(headers)
     seen: list[Any] = []
+    token = context.attach(baggage.set_baggage("relay", "1"))
     handled(event_broker, seen.append, DomainEvent("user.registered", headers=headers))
+    context.detach(token)
     sent = telemetry.span("publish")
-    assert seen[0].headers["traceparent"] == headers["traceparent"]
+    assert dict(seen[0].headers) == headers
     assert sent.kind is SpanKind.CLIENT
     assert links(sent) == {"creation": ids(row)}  # type: ignore[arg-type]
     assert links(telemetry.span("process")) == links(sent)
@@ -714,6 +729,20 @@ def test_event_acked_unhandled_is_shown(telemetry: Telemetry, event_broker: Even
     assert described(telemetry.spans("ack")[-1])["domain_events.outcome"] == "retired"
 
 
+def test_handler_that_handles_others_events_keeps_its_span(
+    telemetry: Telemetry, event_broker: EventBroker
+) -> None:
+    telemetry.use()
+    inner = Subscriber()
+    inner.register(print, "inner", ["user.a"])
+    retiring = Subscriber()
+    retiring.register(print, "inner", ["user.b"], retired_keys=["user.c"])
+    publish_domain_event("user.a", {})  # which the second one does not list
+    handled(event_broker, lambda event: event_broker.deliver(retiring), DomainEvent("user.d"))
+    assert described(telemetry.span("process"))["domain_events.outcome"] == "handled"
+    assert len(telemetry.spans("hand_back")) == 1
+
+
 def test_acks_can_be_left_out(telemetry: Telemetry, event_broker: EventBroker) -> None:
     telemetry.use(settle_spans=False)
     handled(event_broker, fail)
@@ -846,6 +875,18 @@ def test_address_of_the_broker_is_among_the_attributes(
     for metric in ("messaging.client.operation.duration", "messaging.process.duration"):
         for point in telemetry.points(metric):
             assert point.attributes["server.address"] == expected["server.address"]
+
+
+def test_address_is_added_if_it_connects_meanwhile(telemetry: Telemetry) -> None:
+    """As with the first event of a program."""
+    middleware = telemetry.middleware()
+    done = middleware.publishing(Outgoing(Operation.PUBLISH, DomainEvent("user.a"), {}, "x"))
+    assert done is not None
+    middleware.connection(
+        ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "rabbit:5672")
+    )
+    done(None)
+    assert described(telemetry.span("publish"))["server.address"] == "rabbit"
 
 
 @contextmanager
