@@ -7,6 +7,7 @@ documentation, on RabbitMQ.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -696,6 +697,21 @@ def test_span_lasts_as_long_as_the_handler(telemetry: Telemetry, event_broker: E
     assert point.sum == pytest.approx((span.end_time - span.start_time) / 1e9)
 
 
+def test_metrics_point_to_a_span(telemetry: Telemetry, event_broker: EventBroker) -> None:
+    """As exemplars: an example of each bucket."""
+    telemetry.use()
+    handled(event_broker)
+    metrics = telemetry.metrics()  # once: an exemplar is shown once
+    for metric, operation in (
+        ("messaging.client.operation.duration", "publish"),
+        ("messaging.process.duration", "process"),
+        ("domain_events.critical_time", "process"),
+    ):
+        points: list[Any] = list(metrics[metric].data.data_points)
+        (exemplar,) = points[0].exemplars
+        assert (exemplar.trace_id, exemplar.span_id) == ids(telemetry.span(operation))
+
+
 def test_failed_publish_ends_with_an_error(telemetry: Telemetry, unused_port: int) -> None:
     middleware = telemetry.middleware()
     url = f"amqp://guest:guest@127.0.0.1:{unused_port}/"
@@ -1066,6 +1082,28 @@ def test_trace_that_is_not_sampled_stays_so(event_broker: EventBroker) -> None:
     assert not flags & 1
     assert not telemetry.spans()
     assert telemetry.counted("messaging.client.consumed.messages") == {"process handled": 1}
+
+
+def test_nothing_is_kept_of_events_that_are_over(
+    telemetry: Telemetry, event_broker: EventBroker
+) -> None:
+    """Whatever became of them."""
+    telemetry.use()
+    events = [DomainEvent(f"user.{number}") for number in range(30)]
+
+    def handle(event: DomainEvent) -> None:
+        number = int(event.routing_key.removeprefix("user."))
+        if number % 3 == 0:
+            raise Reject("no")  # no traceback, which pytest would keep with its log
+        if number % 3 == 1 and not event.retries:
+            raise Retry(1)
+
+    handled(event_broker, handle, *events, max_retries=1)
+    gc.collect()
+    kept = [type(each).__qualname__ for each in gc.get_objects()]
+    assert "OpenTelemetry" in kept
+    assert "_Process" not in kept
+    assert "_Span" not in kept
 
 
 def run(program: str, **environment: str) -> str:
