@@ -26,6 +26,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from domain_events import __version__
+from domain_events.checks import flag, refusal, seconds
 from domain_events.events import DomainEvent
 from domain_events.log import Log
 from domain_events.message import reason_of, type_name
@@ -124,6 +125,7 @@ class OpenTelemetry(Middleware):
         once, so it shows when that was decided, and takes no time.
     :param tracer_provider: instead of the global one; likewise ``meter_provider``, and
         ``propagator``. A global one may be set later than this is made.
+    :raises ConfigurationError: when an option is something else.
     """
 
     def __init__(
@@ -138,11 +140,13 @@ class OpenTelemetry(Middleware):
         meter_provider: MeterProvider | None = None,
         propagator: TextMapPropagator | None = None,
     ) -> None:
-        self._parent = parent
-        self._parent_within = parent_within
+        if template is not None and not callable(template):
+            raise refusal(template, "template", "a function of a routing key")
+        self._parent = flag(parent, "parent")
+        self._parent_within = seconds(parent_within, "parent_within")
         self._template = template
         self._exchange = exchange
-        self._settle_spans = settle_spans
+        self._settle_spans = flag(settle_spans, "settle_spans")
         self._given_propagator = propagator
         self._tracer = trace.get_tracer("domain_events", __version__, tracer_provider, _SCHEMA)
         meter = metrics.get_meter("domain_events", __version__, meter_provider, _SCHEMA)
@@ -218,10 +222,10 @@ class OpenTelemetry(Middleware):
                 self._propagator.inject(headers, context, _HEADERS)
 
         def done(error: BaseException | None) -> None:
-            seconds = time.perf_counter() - started
+            took = time.perf_counter() - started
             with self._guarded("after an event was sent"):
                 self._end_sending(outgoing, span, attributes, error)
-                self._count_sent(outgoing, name, error, seconds, context)
+                self._count_sent(outgoing, name, error, took, context)
                 if error is None and operation in _SETTLING:
                     self._settle_forwarded(outgoing, process, span, context, links)
 
@@ -263,7 +267,7 @@ class OpenTelemetry(Middleware):
         outgoing: Outgoing,
         name: str,
         error: BaseException | None,
-        seconds: float,
+        took: float,
         context: Context,
     ) -> None:
         attributes: dict[str, Any] = {_SYSTEM: _RABBITMQ, _OPERATION: name, _TYPE: _SEND}
@@ -278,7 +282,7 @@ class OpenTelemetry(Middleware):
         if error is not None:
             attributes[_ERROR_TYPE] = type_name(error)
         attributes.update(self._server_of(outgoing))
-        self._operation_duration.record(seconds, attributes, context)
+        self._operation_duration.record(took, attributes, context)
         self._sent.add(1, attributes, context)
 
     # --- handling --------------------------------------------------------------------------------
@@ -378,8 +382,8 @@ class OpenTelemetry(Middleware):
         if reason is not None and failed:
             attributes[_ERROR_TYPE] = type_name(reason)
         attributes.update(self._servers.get(_CONSUMING, {}))
-        seconds = max(0, process.ended - process.started) / 1e9
-        self._process_duration.record(seconds, attributes, process.context)
+        took = max(0, process.ended - process.started) / 1e9
+        self._process_duration.record(took, attributes, process.context)
         self._consumed.add(1, attributes, process.context)
         if outcome is Outcome.HANDLED:
             age = max(0.0, process.ended / 1e9 - process.event.timestamp)
@@ -543,7 +547,7 @@ class _Guard:
         if self._when not in self._logged:
             self._logged.add(self._when)
             log.error(
-                "OpenTelemetry failed %s, which goes on without it. This is logged once.",
+                "OpenTelemetry failed %s; the event goes on without it. This is logged once.",
                 self._when,
                 exc_info=error,
             )

@@ -38,6 +38,7 @@ from support import Names, wait_until
 
 from domain_events import (
     BrokerUnavailable,
+    ConfigurationError,
     ConnectionChange,
     ConnectionState,
     DeadLetters,
@@ -1104,6 +1105,21 @@ def test_nothing_is_kept_of_events_that_are_over(
     assert "OpenTelemetry" in kept
     assert "_Process" not in kept
     assert "_Span" not in kept
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"template": "{id}"}, "template must be a function of a routing key, not '{id}'"),
+        ({"parent_within": "1 h"}, "parent_within must be a positive number of seconds, not '1 h'"),
+        ({"parent": 3600}, "parent must be True or False, not 3600"),
+        ({"settle_spans": None}, "settle_spans must be True or False, not None"),
+    ],
+)
+def test_wrong_option_is_refused(options: dict[str, Any], why: str) -> None:
+    """And not logged with the first event."""
+    with pytest.raises(ConfigurationError, match=why):
+        OpenTelemetry(**options)
 
 
 def run(program: str, **environment: str) -> str:
