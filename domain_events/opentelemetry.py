@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import urlsplit
 
 from domain_events import __version__
 from domain_events.checks import flag, refusal, seconds
@@ -422,9 +423,10 @@ class OpenTelemetry(Middleware):
 
     def connection(self, change: ConnectionChange) -> None:
         """Remember the broker's address."""
-        if change.state is ConnectionState.CONNECTED:
-            self._servers[change.owner, change.purpose] = _server(change.address)
-            self._warn_of_pika()
+        with self._guarded("when it read a broker's address"):
+            if change.state is ConnectionState.CONNECTED:
+                self._servers[change.owner, change.purpose] = _server(change.address)
+                self._warn_of_pika()
 
     def _server_of(self, outgoing: Outgoing) -> dict[str, Any]:
         return self._servers.get(_OWNERS[outgoing.operation], {})
@@ -653,9 +655,11 @@ def _fail(span: Span, error: BaseException, when: int | None = None) -> None:
 
 
 def _server(address: str) -> dict[str, Any]:
-    """The attributes of a broker at ``host:port``."""
-    host, _, port = address.rpartition("@")[2].removeprefix("amqp://").rpartition(":")
-    port = port.partition("/")[0]
-    if not host or not port.isdecimal():
-        return {_SERVER_ADDRESS: address}
-    return {_SERVER_ADDRESS: host.strip("[]"), _SERVER_PORT: int(port)}
+    """The attributes of a broker, by its address; of an embedded one, none."""
+    url = urlsplit(address)
+    if url.scheme not in _PORTS or not url.hostname:
+        return {}
+    return {_SERVER_ADDRESS: url.hostname, _SERVER_PORT: url.port or _PORTS[url.scheme]}
+
+
+_PORTS = {"amqp": 5672, "amqps": 5671}

@@ -868,9 +868,10 @@ def test_critical_time_is_from_the_timestamp_until_it_was_handled(
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("rabbit.example:5671", {"server.address": "rabbit.example", "server.port": 5671}),
-        ("[::1]:5672", {"server.address": "::1", "server.port": 5672}),
-        ("memory://shop", {"server.address": "memory://shop"}),
+        ("amqp://a%40b@rabbit:5673/%2F", {"server.address": "rabbit", "server.port": 5673}),
+        ("amqps://rabbit/shop", {"server.address": "rabbit", "server.port": 5671}),
+        ("amqp://guest@[::1]/%2F", {"server.address": "::1", "server.port": 5672}),
+        ("memory://shop", {}),
     ],
 )
 def test_address_of_the_broker_is_among_the_attributes(
@@ -891,7 +892,7 @@ def test_address_of_the_broker_is_among_the_attributes(
         assert found == expected
     for metric in ("messaging.client.operation.duration", "messaging.process.duration"):
         for point in telemetry.points(metric):
-            assert point.attributes["server.address"] == expected["server.address"]
+            assert point.attributes.get("server.address") == expected.get("server.address")
 
 
 def test_address_is_added_if_it_connects_meanwhile(telemetry: Telemetry) -> None:
@@ -900,7 +901,7 @@ def test_address_is_added_if_it_connects_meanwhile(telemetry: Telemetry) -> None
     done = middleware.publishing(Outgoing(Operation.PUBLISH, DomainEvent("user.a"), {}, "x"))
     assert done is not None
     middleware.connection(
-        ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "rabbit:5672")
+        ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "amqp://rabbit/")
     )
     done(None)
     assert described(telemetry.span("publish"))["server.address"] == "rabbit"
@@ -935,7 +936,7 @@ def test_instrumentation_of_pika_is_noticed(
 ) -> None:
     """If it makes spans of the same events; once, and with the way out."""
     middleware = telemetry.middleware()
-    change = ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "localhost:1")
+    change = ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "amqp://a/")
     with instrumented_pika(monkeypatch, all_connections=doubles):
         middleware.connection(change)
         middleware.connection(change)
