@@ -46,6 +46,7 @@ from domain_events import (
     DomainEvent,
     Middleware,
     Operation,
+    Outcome,
     Outgoing,
     Publisher,
     Reject,
@@ -875,18 +876,33 @@ def test_critical_time_is_from_the_timestamp_until_it_was_handled(
     ],
 )
 def test_address_of_the_broker_is_among_the_attributes(
-    telemetry: Telemetry, event_broker: EventBroker, address: str, expected: dict[str, Any]
+    telemetry: Telemetry, address: str, expected: dict[str, Any]
 ) -> None:
-    middleware = telemetry.use()
-    for owner, purpose in (
-        ("publisher", "publishing"),
-        ("subscriber", "publishing"),
-        ("subscriber", "consuming"),
-    ):
+    """Of the connection that the event goes or comes by."""
+    middleware = telemetry.middleware()
+
+    def connected(owner: str, purpose: str, address: str) -> None:
         change = ConnectionChange(ConnectionState.CONNECTED, owner, purpose, address)
         middleware.connection(change)
-    handled(event_broker, fail)
-    for operation in ("publish", "process", "dead_letter", "ack"):
+
+    def send(operation: Operation) -> None:
+        done = middleware.publishing(Outgoing(operation, event, {}, "x", "mailer"))
+        assert done is not None
+        done(None)
+
+    event = DomainEvent("user.a")
+    connected("dead letters", "publishing", "amqp://another/")
+    connected("publisher", "publishing", address)
+    connected("subscriber", "publishing", address)
+    connected("subscriber", "consuming", address)
+    send(Operation.PUBLISH)
+    process = middleware.handling(event)
+    assert process is not None
+    with process:
+        pass
+    send(Operation.RETRY)
+    middleware.delivered(Delivered("mailer", event, Outcome.RETRY))
+    for operation in ("publish", "process", "retry", "ack"):
         attributes = described(telemetry.span(operation))
         found = {name: each for name, each in attributes.items() if name.startswith("server.")}
         assert found == expected
