@@ -77,8 +77,10 @@ _SERVER_ADDRESS = "server.address"
 _SERVER_PORT = "server.port"
 _ERROR_TYPE = "error.type"
 
-_SEND, _PROCESS, _SETTLE = "send", "process", "settle"
+_CREATE, _SEND, _PROCESS, _SETTLE = "create", "send", "process", "settle"
 _ACK = "ack"
+# The operation that writes an event to be sent later.
+_OUTBOX = "outbox"
 
 _OPERATION_DURATION = "messaging.client.operation.duration"
 _PROCESS_DURATION = "messaging.process.duration"
@@ -192,16 +194,16 @@ class OpenTelemetry(Middleware):
 
     def _begin_sending(self, outgoing: Outgoing) -> Done:
         event, headers, operation = outgoing.event, outgoing.headers, outgoing.operation
-        publishes = operation is Operation.PUBLISH
-        if publishes and headers:
+        # Otherwise it was before, and goes to one subscriber.
+        is_new = outgoing.exchange is not None
+        if is_new and headers:
             # A copy of a received event's headers.
             for name in self._propagator.fields:
                 headers.pop(_FORWARDED_PREFIX + name, None)
         _, creation, links = self._carried(headers, Context())
-        process = None if publishes else self._process_of(event)
+        process = None if is_new else self._process_of(event)
         current = process.context if process is not None else contexts.get_current()
-        in_trace = publishes or _span_context(current).is_valid
-        if not in_trace and creation is not None and self._nests(event):
+        if creation is not None and not _span_context(current).is_valid and self._nests(event):
             current = _with_parent(current, creation)
         name = operation.value.replace(" ", "_")
         shown, attributes = self._sent_attributes(outgoing, name)
@@ -209,14 +211,14 @@ class OpenTelemetry(Middleware):
             f"{name} {shown}",
             current,
             # By the conventions: whose context the message carries as that of its creation.
-            SpanKind.PRODUCER if publishes and creation is None else SpanKind.CLIENT,
+            SpanKind.PRODUCER if is_new and creation is None else SpanKind.CLIENT,
             attributes,
             links,
         )
         started = time.perf_counter()
         context = trace.set_span_in_context(span, current)
         with self._guarded("when it added a trace's context to an event"):
-            if not publishes:
+            if not is_new:
                 alone = trace.set_span_in_context(span, Context())
                 self._propagator.inject(headers, alone, _FORWARDED_HEADERS)
             elif creation is None:
@@ -249,10 +251,9 @@ class OpenTelemetry(Middleware):
 
     def _sent_attributes(self, outgoing: Outgoing, name: str) -> tuple[str, dict[str, Any]]:
         """The destination as the span's name has it, and the attributes."""
-        attributes: dict[str, Any] = {_SYSTEM: _RABBITMQ, _OPERATION: name, _TYPE: _SEND}
+        attributes = _sending(outgoing, name)
         event = outgoing.event
-        if outgoing.operation is Operation.PUBLISH:
-            assert event is not None
+        if outgoing.exchange is not None and event is not None:
             shown = self._name_destination(attributes, outgoing.exchange, event.routing_key)
         else:
             shown = attributes[_DESTINATION] = _queue_of(outgoing)
@@ -271,9 +272,9 @@ class OpenTelemetry(Middleware):
         took: float,
         context: Context,
     ) -> None:
-        attributes: dict[str, Any] = {_SYSTEM: _RABBITMQ, _OPERATION: name, _TYPE: _SEND}
+        attributes = _sending(outgoing, name)
         event = outgoing.event
-        if outgoing.operation is not Operation.PUBLISH:
+        if outgoing.exchange is None:
             attributes[_DESTINATION] = _queue_of(outgoing)
         elif self._template is not None and event is not None:
             self._name_destination(attributes, outgoing.exchange, event.routing_key)
@@ -284,7 +285,8 @@ class OpenTelemetry(Middleware):
             attributes[_ERROR_TYPE] = type_name(error)
         attributes.update(self._server_of(outgoing))
         self._operation_duration.record(took, attributes, context)
-        self._sent.add(1, attributes, context)
+        if attributes[_TYPE] == _SEND:
+            self._sent.add(1, attributes, context)
 
     # --- handling --------------------------------------------------------------------------------
 
@@ -429,7 +431,9 @@ class OpenTelemetry(Middleware):
                 self._warn_of_pika()
 
     def _server_of(self, outgoing: Outgoing) -> dict[str, Any]:
-        return self._servers.get(_OWNERS[outgoing.operation], {})
+        if outgoing.operation.value == _OUTBOX:
+            return {}
+        return self._servers.get(_OWNERS.get(outgoing.operation, _PUBLISHER), {})
 
     def _warn_of_pika(self) -> None:
         """Warn if the instrumentation of pika makes spans of its own for the same messages.
@@ -621,9 +625,9 @@ _FORWARDED_HEADERS = _Headers(_FORWARDED_PREFIX)
 _SETTLING = (Operation.RETRY, Operation.DEAD_LETTER, Operation.HAND_BACK)
 # The owner and the purpose of the connection.
 _CONSUMING = ("subscriber", "consuming")
+_PUBLISHER = ("publisher", "publishing")
 _OWNERS = {
     **dict.fromkeys(_SETTLING, ("subscriber", "publishing")),
-    Operation.PUBLISH: ("publisher", "publishing"),
     Operation.REPLAY: ("dead letters", "publishing"),
 }
 
@@ -632,6 +636,12 @@ def _joined(*parts: str | None) -> str:
     """The name of a destination by the conventions for RabbitMQ."""
     distinct = dict.fromkeys(part for part in parts if part)
     return ":".join(distinct) or "amq.default"
+
+
+def _sending(outgoing: Outgoing, name: str) -> dict[str, Any]:
+    """The attributes of whatever is sent, or is written to be sent later."""
+    kind = _CREATE if outgoing.operation.value == _OUTBOX else _SEND
+    return {_SYSTEM: _RABBITMQ, _OPERATION: name, _TYPE: kind}
 
 
 def _queue_of(outgoing: Outgoing) -> str:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,6 +391,43 @@ def test_creation_context_of_the_user_is_left_alone(
     assert sent.kind is SpanKind.CLIENT
     assert links(sent) == {"creation": ids(row)}  # type: ignore[arg-type]
     assert links(telemetry.span("process")) == links(sent)
+
+
+class OfTheOutbox(str, Enum):
+    WRITTEN = "outbox"
+    SENT = "relay"
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["linked", "nested"])
+def test_event_of_an_outbox_is_created_once_and_sent_later(
+    telemetry: Telemetry, nested: bool
+) -> None:
+    """Its handlers are linked to the transaction that wrote it. Written is not sent."""
+    middleware = telemetry.middleware(parent=nested)
+    event = DomainEvent("user.registered")
+    headers: dict[str, Any] = {}
+
+    def send(operation: OfTheOutbox) -> None:
+        outgoing = Outgoing(operation, event, headers, "domain-events")  # type: ignore[arg-type]
+        done = middleware.publishing(outgoing)
+        assert done is not None
+        done(None)
+
+    with telemetry.tracer.start_as_current_span("transaction") as transaction:
+        send(OfTheOutbox.WRITTEN)
+    stored = dict(headers)
+    send(OfTheOutbox.SENT)
+    assert headers == stored
+    written, sent = telemetry.span("outbox"), telemetry.span("relay")
+    assert parent(written) == ids(transaction)  # type: ignore[arg-type]
+    assert (written.kind, sent.kind) == (SpanKind.PRODUCER, SpanKind.CLIENT)
+    assert links(sent) == {"creation": ids(written)}
+    assert parent(sent) == (ids(written) if nested else None)
+    assert described(written)["messaging.operation.type"] == "create"
+    assert written.name == "outbox domain-events:user.registered"
+    assert telemetry.counted("messaging.client.sent.messages") == {"relay": 1}
+    durations = telemetry.counted("messaging.client.operation.duration")
+    assert durations == {"outbox": 1, "relay": 1}
 
 
 def test_baggage_of_the_user_is_left_alone(telemetry: Telemetry, event_broker: EventBroker) -> None:
