@@ -404,6 +404,9 @@ def test_event_of_an_outbox_is_created_once_and_sent_later(
 ) -> None:
     """Its handlers are linked to the transaction that wrote it. Written is not sent."""
     middleware = telemetry.middleware(parent=nested)
+    middleware.connection(
+        ConnectionChange(ConnectionState.CONNECTED, "publisher", "publishing", "amqp://rabbit/")
+    )
     event = DomainEvent("user.registered")
     headers: dict[str, Any] = {}
 
@@ -424,6 +427,8 @@ def test_event_of_an_outbox_is_created_once_and_sent_later(
     assert links(sent) == {"creation": ids(written)}
     assert parent(sent) == (ids(written) if nested else None)
     assert described(written)["messaging.operation.type"] == "create"
+    assert "server.address" in described(sent)
+    assert "server.address" not in described(written)
     assert written.name == "outbox domain-events:user.registered"
     assert telemetry.counted("messaging.client.sent.messages") == {"relay": 1}
     durations = telemetry.counted("messaging.client.operation.duration")
