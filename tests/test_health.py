@@ -243,7 +243,11 @@ def test_handler_beyond_its_own_limit_is_not_alive_and_is_named_once(
             wait_until(partial(is_logged_once, event.uuid_string))
         for each in held.values():
             each.go_on.set()
-    assert caplog.text.count("has been handling") == 2
+    warnings = [each for each in caplog.records if "has been handling" in each.getMessage()]
+    assert len(warnings) == 2
+    for record in warnings:
+        assert vars(record)["domain_event_id"] in record.getMessage()
+        assert vars(record)["domain_event_subscriber"] == queue("limited")
 
 
 def test_health_waits_for_no_lock_that_a_handler_holds(
