@@ -80,7 +80,7 @@ class RunningHandler:
     def __str__(self) -> str:
         limit = "" if self.limit is None else f" (handler_limit={self.limit:g})"
         event = f"{self.routing_key} {self.event_id}" if self.event_id else self.routing_key
-        return f"{self.subscriber} has been handling {event} for {self.seconds:.0f} s{limit}"
+        return f"{self.subscriber} has been handling {event} for {self.seconds:.1f} s{limit}"
 
 
 @dataclass(frozen=True)
