@@ -857,11 +857,14 @@ def test_same_name_twice_in_one_subscriber_says_what_to_do() -> None:
 # ------------------------------------------------------------------ an event
 
 EVENTS: dict[str, tuple[tuple[Any, ...], list[str]]] = {
-    "a set": (("a.b", {1, 2}), ["type set", "convert it first", "event.data"]),
+    "a set": (("a.b", {1, 2}), ["type set", "sorted(value)", "event.data"]),
     "a set inside": (("a.b", {"x": [{"y": {1}}]}), ["type set", "event.data['x'][0]['y']"]),
-    "bytes": (("a.b", {"x": b"1"}), ["type bytes", "convert it first", "event.data['x']"]),
+    "bytes": (("a.b", {"x": b"1"}), ["type bytes", "base64", "where it is", "event.data['x']"]),
     "an object": (("a.b", SimpleNamespace(id=1)), ["type SimpleNamespace", "to a dict"]),
-    "a timedelta": (("a.b", {"x": timedelta(1)}), ["type timedelta", "event.data['x']"]),
+    "a timedelta": (
+        ("a.b", {"x": timedelta(1)}),
+        ["type timedelta", "total_seconds()", "event.data['x']"],
+    ),
     "a key of two": (("a.b", {"x": {(1, 2): 3}}), ["keys must be str", "event.data['x']"]),
     "NaN": (("a.b", {"x": [1.0, float("nan")]}), ["not JSON", "event.data['x'][1]"]),
     "1 and '1'": (("a.b", {1: "a", "1": "b"}), ["1 and '1'", "lost", "rename"]),
