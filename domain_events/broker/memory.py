@@ -137,6 +137,7 @@ class MemoryPublishing:
         try:
             if publication.error is None:
                 _check_open(self._is_closed)
+                self._store.check_presence(" The event was not sent.")
                 if self._declare is not None:
                     self._store.declare_exchange(self._declare)
                 publication.sent = True
@@ -170,6 +171,7 @@ class MemoryConsuming:
     def call(self, operation: Callable[[], _Result]) -> _Result:
         """Perform it, if this connection is open."""
         _check_open(self.is_closed)
+        self._store.check_presence()
         return self._store.call(operation)
 
     def declare(self, queue: Queue, timeout: float) -> None:
@@ -375,6 +377,8 @@ class MemoryConsumer(_Holder):
 
     def has_room(self) -> bool:
         """Whether it takes one more."""
+        if self.store.is_away:
+            return False
         room = self.prefetch_count
         if self.is_careful:
             room = min(room, 1 + len(self.bypassed & self.held.keys()))
@@ -513,6 +517,8 @@ class Store:
         self._exchanges: dict[str, _Exchange] = {}
         self._queues: dict[Place, _Queue] = {}
         self.browsers: set[MemoryBrowser] = set()
+        #: Whether an outage is simulated.
+        self.is_away = False
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -719,6 +725,25 @@ class Store:
 
         if _kind(queue.settings) == "temporary":
             self.later(_EXPIRES / SECOND, expire)
+
+    # --- outages ---------------------------------------------------------------------------------
+
+    def go_away(self) -> None:
+        """As for connections that are lost: requeue what consumers hold, and deliver no more."""
+        self.is_away = True
+        for queue in list(self._queues.values()):
+            for consumer in queue.consumers:
+                consumer.give_back(True)
+
+    def come_back(self) -> None:
+        self.is_away = False
+        for queue in list(self._queues.values()):
+            self.feed(queue)
+
+    def check_presence(self, what: str = "") -> None:
+        """Raise `BrokerUnavailable` if it is away."""
+        if self.is_away:
+            raise BrokerUnavailable(f"No broker: the test simulates an outage.{what}")
 
     # --- messages --------------------------------------------------------------------------------
 
