@@ -269,10 +269,9 @@ class DomainEvent(Generic[Data]):
             )
         try:
             envelope = self.event_data
-            if type(data) is not dict:
+            content = data
+            if type(data) is not dict and not isinstance(data, _JSON_TYPES):
                 content = envelope["data"] = fields_of(data)
-            else:
-                content = data
             text = encode(envelope)
             # Most events need no walk: without a brace after the first character, the data has no
             # nested object, and join() checks that all its keys are str.
@@ -283,7 +282,7 @@ class DomainEvent(Generic[Data]):
                     "".join(content)
                 except TypeError:
                     _refuse_clashing_keys(content)
-            elif not isinstance(content, _SIMPLE):  # an Enum, whose value may be a dict
+            elif not isinstance(content, _JSON_TYPES):  # an Enum, whose value may be a dict
                 _refuse_clashing_keys(content)
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, RecursionError):
@@ -547,7 +546,7 @@ def simplified(value: object) -> object:
 
     :raises TypeError: it has none.
     """
-    return value if isinstance(value, (dict, *_SIMPLE)) else _default(value)
+    return value if isinstance(value, _JSON_TYPES) else _default(value)
 
 
 def _where(data: object) -> str:
@@ -590,8 +589,8 @@ def _is_json(value: object) -> bool:
     return True
 
 
-# Without keys of its own.
-_SIMPLE = (str, int, float, list, tuple, type(None))
+# What the JSON encoder supports by itself.
+_JSON_TYPES = (dict, str, int, float, list, tuple, type(None))
 _EXACT = frozenset({str, int, float, bool, type(None), UUID})
 _LONGEST_PATH = 200
 
