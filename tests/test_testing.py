@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -35,7 +36,7 @@ from domain_events import (
     publish_domain_event,
     settings,
 )
-from domain_events.broker import Publication, connect
+from domain_events.broker import Publication, connect, memory
 from domain_events.message import Message, ToSubscriber
 from domain_events.publisher import publish_domain_event as imported_elsewhere
 from domain_events.testing import EventBroker, Outcome
@@ -804,6 +805,27 @@ def test_handler_in_an_outage_gets_its_event_again() -> None:
             wait_until(lambda: got == [False, True])
             publish_domain_event("a.b", {})
             wait_until(lambda: got == [False, True, False])
+
+
+def test_subscriber_that_consumes_in_an_outage_gets_its_events_afterwards() -> None:
+    """None meanwhile; and it need not be started again."""
+    with EventBroker(virtual_time=False) as broker, ExitStack() as consuming:
+        subscriber = Subscriber()
+        got: list[DomainEvent] = []
+        subscriber.register(got.append, "s", ["#"])
+        publish_domain_event("a.b", {})
+        with broker.outage():
+            subscriber.start_consuming(timeout=0.3)  # would take no time to be handled
+            assert got == []
+            consuming.enter_context(running(subscriber))
+            wait_until(lambda: memory_consumers(broker) == 1)
+        wait_until(lambda: len(got) == 1)
+
+
+def memory_consumers(broker: EventBroker) -> int:
+    """How many consume."""
+    store = memory.store(broker.url.removeprefix("memory://"))
+    return len(store.queue(ToSubscriber("s"), None).consumers)
 
 
 # ------------------------------------------------------------------ raising
