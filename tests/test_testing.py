@@ -438,12 +438,19 @@ def test_snippets_work_on_the_embedded_broker() -> None:
     assert seen == [{"user_id": 42}]
 
 
+PYTEST = ["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"]
+
+
 @pytest.mark.parametrize(
-    "command", [["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"], ["unittest"]]
+    ("command", "tests", "passed"),
+    [
+        (PYTEST, "test_shop.py", "7 passed"),
+        (["unittest"], "test_shop_unittest", "Ran 2 tests"),
+        (PYTEST, "test_accounts.py", "5 passed"),
+    ],
 )
-def test_examples_of_the_documentation_pass(command: list[str]) -> None:
+def test_examples_of_the_documentation_pass(command: list[str], tests: str, passed: str) -> None:
     """As a user runs them: pytest finds the fixture by itself."""
-    tests = {"pytest": "test_shop.py", "unittest": "test_shop_unittest"}[command[0]]
     ran = subprocess.run(
         [sys.executable, "-m", *command, tests],
         cwd=EXAMPLES,
@@ -453,7 +460,7 @@ def test_examples_of_the_documentation_pass(command: list[str]) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "7 passed" in ran.stdout or "Ran 2 tests" in ran.stderr
+    assert passed in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])
@@ -890,7 +897,8 @@ def test_data_that_does_not_fit_is_raised(event_broker: EventBroker) -> None:
 
 PUBLISHING_TESTS = """
 import unittest
-from domain_events import publish_domain_event
+import pytest
+from domain_events import BrokerUnavailable, publish_domain_event
 
 NOWHERE = "amqp://guest:guest@localhost:1/%2F"
 
@@ -904,19 +912,31 @@ def test_with_the_fixture(event_broker):
     publish()
     event_broker.assert_published("a.b", times=1)
 
+def test_with_a_real_broker(event_broker):
+    event_broker.stop()
+    with pytest.raises(BrokerUnavailable, match="localhost"):
+        publish()
+
 class TestOfUnittest(unittest.TestCase):
     def test_method(self):
         publish()
 """
 
 
-@pytest.mark.parametrize(("option", "passed"), [("true", 3), ("false", 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("file", "option", "passed"),
+    [
+        ("tox.ini", "[pytest]\ndomain_events_autouse = true", 4),
+        ("pyproject.toml", "[tool.pytest.ini_options]\ndomain_events_autouse = true", 4),
+        ("tox.ini", "[pytest]\ndomain_events_autouse = false", 2),
+        ("tox.ini", "[pytest]", 2),
+    ],
+)
 def test_every_test_may_have_the_fixture(
-    pytester: pytest.Pytester, option: str | None, passed: int
+    pytester: pytest.Pytester, file: str, option: str, passed: int
 ) -> None:
     """By an option of pytest's, off by default."""
-    lines = ["[pytest]", f"domain_events_autouse = {option}" if option else ""]
-    pytester.makeini("\n".join(lines))
+    (pytester.path / file).write_text(option)
     pytester.makepyfile(PUBLISHING_TESTS)
     result = pytester.runpytest_subprocess("--strict-config")
-    result.assert_outcomes(passed=passed, failed=3 - passed)
+    result.assert_outcomes(passed=passed, failed=4 - passed)
