@@ -24,7 +24,7 @@ from uuid import UUID, uuid5
 
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
-from domain_events.kinds import fields_of, has_fields
+from domain_events.kinds import field_names, fields_of
 from domain_events.text import plain, printable
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class DomainEvent(Generic[Data]):
             data = self.__dict__.get("data")
             if isinstance(data, dict) and name in data:
                 error += f"; it is in the event's data: event.data[{name!r}]"
-            elif has_fields(type(data)) and hasattr(data, name):
+            elif name in field_names(type(data)):
                 error += f"; it is in the event's data: event.data.{name}"
             raise AttributeError(error, name=name, obj=self)
 
@@ -498,6 +498,8 @@ def _unsuitable(value: object) -> str:
         advice = "give its total_seconds()"
     elif isinstance(value, set | frozenset):
         advice = "give a list, such as sorted(value)"
+    elif isinstance(value, type):
+        advice = f"it is a class, so give an object of it, {value.__name__}(...)"
     else:
         advice = "convert it first, for example to a dict, a list or a str"
     return f"a value of type {type(value).__name__} is not JSON-serializable; {advice}"

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Collection
 from typing import Any
 
 
-def has_fields(kind: type) -> bool:
-    """Whether objects of this class have fields that `fields_of` returns."""
-    return (
-        hasattr(kind, "__dataclass_fields__")
-        or hasattr(kind, "__attrs_attrs__")
-        or hasattr(kind, "__struct_config__")
-        or is_pydantic(kind)
-    )
+def field_names(kind: type) -> Collection[str]:
+    """The names of the fields of its objects, in Python; none if it is another kind of class."""
+    for attribute in ("__struct_fields__", "model_fields", "__dataclass_fields__"):
+        if isinstance(names := getattr(kind, attribute, None), Collection):
+            return names
+    return [field.name for field in getattr(kind, "__attrs_attrs__", ())]
 
 
 def is_pydantic(kind: object) -> bool:
@@ -33,6 +32,8 @@ def fields_of(value: Any) -> Any:
     inside a model. Its serializers, aliases and exclusions apply, and msgspec's renamed fields.
     """
     kind = type(value)
+    if isinstance(value, type):
+        return value  # msgspec's classes have these attributes, too
     if hasattr(kind, "__pydantic_serializer__"):
         if hasattr(kind, "model_dump"):
             return value.model_dump(mode="python", by_alias=True)

@@ -287,6 +287,13 @@ def test_value_without_json_is_an_error_with_a_way_out(
         assert error.endswith(f"(at {place})")
 
 
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_class_instead_of_an_object_is_an_error(holder: Callable[..., Any]) -> None:
+    """A forgotten call."""
+    for data in (holder, {"x": holder}):
+        assert f"{holder.__name__}(...)" in error_of(data)
+
+
 def test_bytes_as_base64_are_read_back() -> None:
     """The way out that the error shows."""
     text = base64.b64encode(b"\xff\x00").decode()
