@@ -326,7 +326,8 @@ class _ByMsgspec:
             path += f".{missing['field']}"
         elif shows := _SHOWS_VALUE.match(text):
             text = shows[0]
-        return [(path, f"a key: {text}" if found["key"] else text)]
+        text = printable(text)
+        return [(printable(path), f"a key: {text}" if found["key"] else text)]
 
 
 _RIGHT_ONES = (

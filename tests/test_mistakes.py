@@ -759,8 +759,19 @@ def test_name_that_only_looks_like_one_of_the_librarys_is_taken(name: str) -> No
     Subscriber("memory://mistakes", "events").register(nop, name, ["#"])
 
 
+def annotated_for_type_checkers() -> Any:
+    """A handler whose annotation has a name that does not exist at run time."""
+    # Until Python 3.14 it must be text, since it is evaluated when the function is defined.
+    annotation = "Imported" if sys.version_info >= (3, 14) else "'Imported'"
+    names: dict[str, Any] = {}
+    code = f"def handle(event: {annotation}): pass"
+    exec(compile(code, "a module", "exec", dont_inherit=True), names)
+    return names["handle"]
+
+
 HANDLERS: list[Any] = [
     nop,
+    annotated_for_type_checkers(),
     print,
     [].append,
     lambda *events: None,
