@@ -301,6 +301,7 @@ class _ByMsgspec:
                 )
         # Models of pydantic inside it.
         self._models = {each: _ByPydantic(each, what) for each in strangers}
+        self._words = {word for model in self._models.values() for word in model.words}
         self._error = msgspec.ValidationError
         self.convert: Callable[[Any], Any] = functools.partial(
             msgspec.convert, type=kind, str_keys=True, dec_hook=self._make_model
@@ -317,10 +318,10 @@ class _ByMsgspec:
         assert found is not None  # it matches any text
         text, path = found["text"], f"event.data{found['path'] or ''}"
         cause = error.__cause__
-        for model in self._models.values():
-            if isinstance(cause, Exception) and (problems := model.problems(cause)) is not None:
-                return [(path + where.removeprefix("event.data"), why) for where, why in problems]
         if cause is not None:
+            problems = _problems_of_pydantic(cause, self._words)
+            if problems is not None:
+                return [(path + where.removeprefix("event.data"), why) for where, why in problems]
             text = _text_of_validator(cause)
         elif missing := _MISSING.fullmatch(text):
             path += f".{missing['field']}"
@@ -377,33 +378,38 @@ class _ByPydantic:
             self._adapter: Any = pydantic.TypeAdapter(kind)
             if hasattr(self._adapter, "rebuild"):  # from 2.10 on
                 self._adapter.rebuild(raise_errors=True)
-            self._words = set(_words(self._adapter.core_schema))
+            self.words = set(_words(self._adapter.core_schema))
         except Exception as error:
             raise ConfigurationError(f"{what} cannot be one: {printable(error)}") from error
-        self._error = pydantic.ValidationError
 
     def convert(self, data: Any) -> Any:
         # From JSON, in which also a strict model takes a date as text.
         return self._adapter.validate_json(encode(data))
 
-    def problems(self, error: Exception) -> list[_Problem] | None:
+    def problems(self, error: BaseException) -> list[_Problem] | None:
         """What does not fit, and where; None if it is another error."""
-        if not isinstance(error, self._error):
-            return None
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        return [(self._path(each), _text_of_pydantic(each)) for each in errors]
+        return _problems_of_pydantic(error, self.words)
 
-    def _path(self, error: Any) -> str:
-        steps = ["event.data"]
-        unknown = error["type"] == "extra_forbidden"
-        for at, part in enumerate(error["loc"], 1):
-            if isinstance(part, int):
-                steps.append(f"[{part}]")
-            elif part in self._words or (unknown and at == len(error["loc"])):
-                steps.append(f".{printable(part, 60)}")
-            else:
-                steps.append("[...]")  # a key of a dictionary, which may be an e-mail address
-        return "".join(steps)
+
+def _problems_of_pydantic(error: BaseException, words: set[str]) -> list[_Problem] | None:
+    pydantic: Any = sys.modules.get("pydantic")
+    if pydantic is None or not isinstance(error, pydantic.ValidationError):
+        return None
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    return [(_path_of_pydantic(each, words), _text_of_pydantic(each)) for each in errors]
+
+
+def _path_of_pydantic(error: Any, words: set[str]) -> str:
+    steps = ["event.data"]
+    unknown = error["type"] == "extra_forbidden"
+    for at, part in enumerate(error["loc"], 1):
+        if isinstance(part, int):
+            steps.append(f"[{part}]")
+        elif part in words or (unknown and at == len(error["loc"])):
+            steps.append(f".{printable(part, 60)}")
+        else:
+            steps.append("[...]")  # a key of a dictionary, which may be an e-mail address
+    return "".join(steps)
 
 
 def _text_of_pydantic(error: Any) -> str:

@@ -23,6 +23,7 @@ import pytest
 from bench import Bench, running
 from kinds_of_data import AS_JSON, FIELDS, KINDS, Dataclass, Model, make
 from support import Names, wait_until
+from typing_extensions import TypeAliasType
 
 from domain_events import (
     ConfigurationError,
@@ -134,9 +135,14 @@ def by_annotated(event: Annotated[DomainEvent[UserRegistered], "a note"]) -> Non
 
 UserEvent = DomainEvent[UserRegistered]
 UserId = NewType("UserId", int)
+NamedEvent = TypeAliasType("NamedEvent", DomainEvent[UserRegistered])
 
 
 def by_alias(event: UserEvent) -> None:
+    by_annotation(event)
+
+
+def by_named_alias(event: NamedEvent) -> None:
     by_annotation(event)
 
 
@@ -199,6 +205,7 @@ HANDLERS: dict[str, Callable[..., object]] = {
     "nested text": by_nested_text,
     "Annotated": by_annotated,
     "an alias": by_alias,
+    "a type statement": by_named_alias,
     "*events": by_position,
     "more parameters": with_more,
     "a partial": functools.partial(with_more, database="x"),
@@ -357,6 +364,18 @@ def test_payload_may_be_any_type_that_its_library_knows(
         event.__dict__["data"] = None  # the constructor makes it an empty dict
     event_broker.deliver(registered(seen.handle, payload=payload), event, raising=True)
     assert seen.data == [expected]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the type statement is new in Python 3.12")
+def test_type_statement_may_refer_to_itself(event_broker: EventBroker, seen: Payments) -> None:
+    """As far as the library of what it contains supports that."""
+    names: dict[str, Any] = {"Cat": CatModel}
+    exec("type Cats = Cat | list[Cats]", names)
+    data = [{"kind": "cat", "lives": 1}, []]
+    event_broker.deliver(
+        registered(seen.handle, payload=names["Cats"]), DomainEvent("a.b", data), raising=True
+    )
+    assert seen.data == [[CatModel(kind="cat", lives=1), []]]
 
 
 @every_kind
@@ -602,6 +621,12 @@ class ValidatedModel(pydantic.BaseModel):
 @dataclass
 class OfColourModel:
     inner: list[WithColourModel]
+    other: ValidatedModel | None = None
+    age: int = 0
+
+    def __post_init__(self) -> None:
+        if self.age < 0:
+            raise ValueError("an age is not negative")
 
 
 red = {"colour": "red"}
@@ -652,6 +677,16 @@ MISFITS: dict[str, tuple[Any, Any, list[str]]] = {
         OfColourModel,
         {"inner": [{"colour": SECRET}]},
         ["'red'", "event.data.inner[0].colour)"],
+    ),
+    "pydantic in a dataclass, another": (
+        OfColourModel,
+        {"inner": [], "other": {"age": SECRET}},
+        ["Input should be a valid integer", "event.data.other.age)"],
+    ),
+    "pydantic in a dataclass, not at fault": (
+        OfColourModel,
+        {"inner": [], "age": NUMBER},
+        ["ValueError: an age is not negative", "event.data)"],
     ),
     "not Unicode": (WithColourModel, {"colour": "\ud800"}, ["event.data"]),
 }
