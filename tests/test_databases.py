@@ -263,6 +263,35 @@ def test_broken_start_shows_the_log(
     execute(address, "SELECT 1")
 
 
+def test_temporary_tables_of_another_mariadb_stay() -> None:
+    """A MariaDB that starts deletes those that it finds, wherever it is to put its own."""
+    with contextlib.closing(new_server("mariadb")) as server:
+        table = Path(f"/tmp/#sql-temptable-{secrets.token_hex(4)}-1-1.MAI")
+        try:
+            table.touch()
+            owner = server.folder.stat()
+            os.chown(table, owner.st_uid, owner.st_gid)
+            server.start()
+            assert table.exists()
+        finally:
+            table.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_creation_that_was_cut_off_is_begun_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C, or for lack of time."""
+    with contextlib.closing(new_server(kind)) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(databases, "CREATE_SECONDS", 0.1)
+            with pytest.raises(ServerError, match=r"did not end within"):
+                server.start()
+        assert not processes_in(server.folder)
+        server.start()
+        execute(server.address, "SELECT 1")
+
+
 # --- a run that is ended -------------------------------------------------------------------------
 
 

@@ -277,6 +277,7 @@ class Server:
             if self.pid is not None:
                 return
             if not (self.folder / "created").exists():
+                shutil.rmtree(self._data, ignore_errors=True)  # of one that was cut off
                 self._create()
                 (self.folder / "created").touch()
             self._process = self._popen(*self._command())
