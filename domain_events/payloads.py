@@ -283,20 +283,20 @@ class _ByMsgspec:
             import msgspec.inspect  # noqa: PLC0415
         except ImportError as error:
             raise ConfigurationError(
-                f"{what} takes msgspec, which is missing: {_INSTALL}"
+                f"{what} needs msgspec, which is not installed: {_INSTALL}"
             ) from error
         try:
             msgspec.json.Decoder(kind)
             strangers = list(_strangers(msgspec.inspect.type_info(kind), set()))
         except Exception as error:
             raise ConfigurationError(
-                f"{what} cannot be one: {printable(error)}. {_RIGHT_ONES}"
+                f"{what} cannot be used: {printable(error)}. {_RIGHT_ONES}"
             ) from error
         for stranger in strangers:
             if not is_pydantic(stranger):
                 inside = "" if stranger is kind else f", for the {_named(stranger)} in it"
                 raise ConfigurationError(
-                    f"{what} cannot be one{inside}: msgspec does not know how to make a "
+                    f"{what} cannot be used{inside}: msgspec does not know how to make a "
                     f"{_named(stranger)}. {_RIGHT_ONES}"
                 )
         # Models of pydantic inside it.
@@ -380,7 +380,7 @@ class _ByPydantic:
                 self._adapter.rebuild(raise_errors=True)
             self.words = set(_words(self._adapter.core_schema))
         except Exception as error:
-            raise ConfigurationError(f"{what} cannot be one: {printable(error)}") from error
+            raise ConfigurationError(f"{what} cannot be used: {printable(error)}") from error
 
     def convert(self, data: Any) -> Any:
         # From JSON, in which also a strict model takes a date as text.
