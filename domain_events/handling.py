@@ -40,6 +40,7 @@ from domain_events.middleware import (
 )
 from domain_events.options import Options
 from domain_events.outcomes import Delivered, Outcome
+from domain_events.payloads import Payload
 from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
 from domain_events.text import printable
 from domain_events.unfinished import check_finished
@@ -76,11 +77,13 @@ class Subscription:
         options: Options,
         forwarder: Forwarder,
         middleware: Callable[[], tuple[Middleware, ...]] = tuple,
+        payload: Payload | None = None,
     ) -> None:
         self.options = options
         self.handler = handler
         self._forwarder = forwarder
         self._middleware = middleware
+        self._payload = payload
         # Whether an event with this routing key is listed.
         self._listed: dict[str, bool] = {}
         self._has_delays = options.queue.delays
@@ -133,6 +136,21 @@ class Subscription:
             outcome = self._give_up(event, delivery, consumer, limit)
             log.error("%s gave up on %s. %s", name, _named(event), limit, about=self._about(event))
             return Delivered(name, event, outcome, limit)
+        if self._payload is not None:
+            try:
+                event = self._payload.read(event)
+            except BaseException as error:  # noqa: BLE001 - as in `_call`
+                if ends_the_process(error):
+                    return self._exited(event, delivery, consumer, error)
+                outcome = self._give_up(event, delivery, consumer, error)
+                log.error(
+                    "%s gave up on %s. %s",
+                    name,
+                    _named(event),
+                    printable(error, 1000),
+                    about=self._about(event),
+                )
+                return Delivered(name, event, outcome, error)
         return self._call(event, delivery, consumer)
 
     def _call(self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer) -> Delivered:

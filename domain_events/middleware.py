@@ -19,7 +19,6 @@ the dead letter that comes of it, and in `Middleware.delivered`; never with the 
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -174,7 +173,7 @@ def _check_methods(middleware: Middleware) -> None:
     for name in ("publishing", "handling", "delivered", "connection"):
         method = getattr(middleware, name)
         kind = type(middleware).__name__
-        if asyncio.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
             raise ConfigurationError(
                 f"middleware: {kind}.{name} is async, and this library is synchronous; make it a "
                 "plain method."

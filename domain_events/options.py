@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -12,6 +12,7 @@ from domain_events.broker import Exchange, Queue
 from domain_events.checks import flag, refusal, seconds, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.names import check_binding_key, check_name, matches
+from domain_events.payloads import signature
 from domain_events.retry import Backoff
 
 _MOST_RETRIES = 2**31 - 1
@@ -34,6 +35,8 @@ class RegisterOptions(TypedDict, total=False):
     prefetch_count: int | None
     ordered: bool
     retired_keys: Sequence[str]
+    payload: Any
+    upcast: Mapping[int, Callable[[Any], Any]] | None
     handler_limit: float | None
 
 
@@ -210,7 +213,7 @@ def check_handler(handler: Any, name: object) -> None:
                 "nothing. Give a function without yield, or one that runs through the generator."
             )
     try:
-        inspect.signature(handler).bind(object())
+        signature(handler).bind(object())
     except ValueError:
         pass  # one that is written in C has no signature
     except TypeError as error:

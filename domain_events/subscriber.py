@@ -26,6 +26,7 @@ from domain_events.log import Log
 from domain_events.middleware import Middleware, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
+from domain_events.payloads import make_payload
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -117,6 +118,8 @@ class Subscriber(Owner):
         prefetch_count: int | None = None,
         ordered: bool = False,
         retired_keys: Sequence[str] = (),
+        payload: Any = None,
+        upcast: Mapping[int, Callable[[Any], Any]] | None = None,
         handler_limit: float | None = None,
     ) -> None:
         """Call ``handler`` with every event that one of the binding keys matches.
@@ -152,6 +155,15 @@ class Subscriber(Owner):
             are unbound, and events that still arrive by them are acked unhandled. A key that is
             merely no longer listed stays bound, since other releases of this subscriber may need
             it: its events are handed back, for a process that lists it.
+        :param payload: what ``event.data`` is to be: a dataclass, a TypedDict, an attrs class or a
+            struct (by msgspec), or a model of pydantic's. If left out, what the handler's
+            annotation names, as in ``event: DomainEvent[UserRegistered]``; without one, JSON
+            values. Fields that it does not know are ignored. An event whose data does not fit is
+            given up at once, whatever ``retry_on`` is.
+        :param upcast: functions that turn the data of one version into that of the next one, by
+            the version that each begins with: ``{1: v1_to_v2, 2: v2_to_v3}``. They get JSON
+            values, before ``payload``. An event that a step fails on, or that is older than the
+            first one, is given up at once; one that is newer is handled as it is.
         :param handler_limit: seconds that the handler takes at most when all is well. One that runs
             for longer is left to run; `health` then reports that this process is not alive, and
             logs a warning.
@@ -182,10 +194,13 @@ class Subscriber(Owner):
                 f"{options.name} is registered already, with this Subscriber: two handlers on one "
                 "queue would each get only some of the events. Give each a name of its own."
             )
+        reader = make_payload(handler, options.name, payload, upcast)
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder, self.connections.middleware)
+        subscription = Subscription(
+            handler, options, self.forwarder, self.connections.middleware, reader
+        )
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):

@@ -37,6 +37,7 @@ from domain_events import (
 )
 from domain_events.broker import memory
 from domain_events.health import LONGEST_SILENCE, ConnectionHealth
+from domain_events.testing import EventBroker
 
 
 @pytest.fixture
@@ -537,3 +538,30 @@ def test_every_moment_of_a_health_is_json() -> None:
     assert as_json(health)["connections"][0]["silence"] == 99
     assert len(health.reasons) == 3
     assert replace(health, connections=()).ready
+
+
+def test_outage_that_a_test_simulates_is_seen_in_health_and_by_middleware() -> None:
+    """So that users can test what they make of both."""
+    changes = Changes()
+    with EventBroker(virtual_time=False) as broker:
+        subscriber = Subscriber(middleware=[changes])
+        subscriber.register(print, "mail", ["#"])
+        with Publisher() as publisher, running(subscriber):
+            publisher.publish(DomainEvent("a.b"))
+            wait_until(is_ready(subscriber))
+            assert publisher.health().ready
+            with broker.outage():
+                for health in (subscriber.health(), publisher.health()):
+                    assert (health.alive, health.ready, health.connected) == (True, False, False)
+                    assert health.last_error == "the test simulates an outage"
+                late = Publisher()
+                with pytest.raises(BrokerUnavailable):
+                    late.publish(DomainEvent("a.b"))
+                assert not late.health().ready
+            for each in (subscriber, publisher):
+                assert (each.health().ready, each.health().reconnects) == (True, 1)
+            late.publish(DomainEvent("a.b"))
+            assert (late.health().ready, late.health().reconnects) == (True, 0)
+            late.close()
+    connected, lost = ConnectionState.CONNECTED, ConnectionState.LOST
+    assert changes.states() == [connected, lost, connected, ConnectionState.CLOSED]

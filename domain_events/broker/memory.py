@@ -36,6 +36,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,8 @@ _ALONE, _LONGEST_ALONE = 3.0, 3600.0
 _BACKOFF = Backoff(first=0.1, maximum=10.0, jitter=0.5)
 
 
+_OUTAGE = "the test simulates an outage"
+
 # The settings of queues that are not a subscriber's.
 _NO_SETTINGS = Queue("", Exchange(""), classic=True)
 
@@ -130,23 +133,41 @@ class Memory:
 
 
 class _Uses:
-    """Reports the first use of a connection in this process, and its end; in the thread of each."""
+    """Reports the first use of a connection in this process, its end, and simulated outages.
+
+    In the thread of whoever does that.
+    """
 
     def __init__(self, store: Store, on_change: OnChange) -> None:
-        self._address = f"memory://{store.name}"
+        self._store = store
         self._on_change = on_change
         self._processes: dict[int, object] = {}
 
     def begin(self) -> None:
         """Called with each use."""
-        if os.getpid() not in self._processes:
-            me = object()
-            if self._processes.setdefault(os.getpid(), me) is me:
-                self._on_change(ConnectionState.CONNECTED, self._address, None)
+        if os.getpid() in self._processes:
+            return
+        if self._store.is_away:
+            self._report(ConnectionState.UNREACHABLE, _OUTAGE)
+            return
+        me = object()
+        if self._processes.setdefault(os.getpid(), me) is me:
+            self._store.uses.add(self)
+            self._report(ConnectionState.CONNECTED)
+
+    def lose(self) -> None:
+        self._report(ConnectionState.LOST, _OUTAGE)
+
+    def come_back(self) -> None:
+        self._report(ConnectionState.CONNECTED)
 
     def end(self) -> None:
         if self._processes.pop(os.getpid(), None) is not None:
-            self._on_change(ConnectionState.CLOSED, self._address, None)
+            self._store.uses.discard(self)
+            self._report(ConnectionState.CLOSED)
+
+    def _report(self, state: ConnectionState, reason: str | None = None) -> None:
+        self._on_change(state, f"memory://{self._store.name}", reason)
 
 
 class MemoryPublishing:
@@ -181,6 +202,7 @@ class MemoryPublishing:
         try:
             if publication.error is None:
                 _check_open(self._is_closed)
+                self._store.check_presence(" The event was not sent.")
                 if self._declare is not None:
                     self._store.declare_exchange(self._declare)
                 publication.sent = True
@@ -217,6 +239,7 @@ class MemoryConsuming:
         """Perform it, if this connection is open."""
         _check_open(self.is_closed)
         self._uses.begin()
+        self._store.check_presence()
         return self._store.call(operation)
 
     def declare(self, queue: Queue, timeout: float) -> None:
@@ -378,9 +401,14 @@ class MemoryConsumer(_Holder):
     bypassed: set[object] = field(default_factory=set)
     attempts: int = 0
     is_stopped: bool = False
-    consuming_since: float | None = None
+    #: Since when it consumes, but for outages.
+    since: float | None = None
 
     # --- any thread ----------------------------------------------------------------------------
+
+    @property
+    def consuming_since(self) -> float | None:
+        return None if self.store.is_away else self.since
 
     @property
     def unsettled(self) -> int:
@@ -415,7 +443,7 @@ class MemoryConsumer(_Holder):
             self._open_later()
             return
         self.attempts = 0
-        self.consuming_since = time.time()
+        self.since = time.time()
         self.is_careful = self.settings.counts_failures
         self.queue.consumers.append(self)
         self.store.feed(self.queue)
@@ -433,6 +461,8 @@ class MemoryConsumer(_Holder):
 
     def has_room(self) -> bool:
         """Whether it takes one more."""
+        if self.store.is_away:
+            return False
         room = self.prefetch_count
         if self.is_careful:
             room = min(room, 1 + len(self.bypassed & self.held.keys()))
@@ -462,14 +492,14 @@ class MemoryConsumer(_Holder):
 
     def cancelled(self) -> None:
         """The queue was deleted, with the held messages."""
-        self.consuming_since = None
+        self.since = None
         self.held.clear()
         log.warning("%s: the queue was deleted; it is declared again.", self.settings.name)
         self._open_later()
 
     def end(self) -> None:
         self.is_stopped = True
-        self.consuming_since = None
+        self.since = None
         queue = self.queue
         if queue is not None and self.store.exists(queue) and self in queue.consumers:
             queue.consumers.remove(self)
@@ -573,6 +603,10 @@ class Store:
         self._exchanges: dict[str, _Exchange] = {}
         self._queues: dict[Place, _Queue] = {}
         self.browsers: set[MemoryBrowser] = set()
+        #: Whether an outage is simulated.
+        self.is_away = False
+        #: The connections in use.
+        self.uses: weakref.WeakSet[_Uses] = weakref.WeakSet()
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -779,6 +813,31 @@ class Store:
 
         if _kind(queue.settings) == "temporary":
             self.later(_EXPIRES / SECOND, expire)
+
+    # --- outages ---------------------------------------------------------------------------------
+
+    def go_away(self) -> None:
+        """As for connections that are lost: requeue what consumers hold, and deliver no more."""
+        self.is_away = True
+        for queue in list(self._queues.values()):
+            for consumer in queue.consumers:
+                consumer.give_back(True)
+        for use in list(self.uses):
+            use.lose()
+
+    def come_back(self) -> None:
+        self.is_away = False
+        for queue in list(self._queues.values()):
+            for consumer in queue.consumers:
+                consumer.since = time.time()
+            self.feed(queue)
+        for use in list(self.uses):
+            use.come_back()
+
+    def check_presence(self, what: str = "") -> None:
+        """Raise `BrokerUnavailable` if it is away."""
+        if self.is_away:
+            raise BrokerUnavailable(f"No broker: {_OUTAGE}.{what}")
 
     # --- messages --------------------------------------------------------------------------------
 
