@@ -1,0 +1,457 @@
+"""``Prometheus``: middleware that counts and times events, for Prometheus to scrape.
+
+::
+
+    from domain_events.prometheus import Prometheus, serve
+
+    configure(middleware=[Prometheus()])
+    serve(9000)  # where there is no web server that exposes the metrics
+
+The metrics are listed in docs/prometheus.rst, with a dashboard and alert rules. Their labels are
+the subscriber, the exchange, the operation, the outcome and the exception's class: never a routing
+key, an id or a text, whose number has no bound.
+
+It works in the multiprocess mode of prometheus_client, too, and is never in the way of an event: it
+waits for no lock, and what fails here is logged.
+
+Needs ``domain-events-rabbitmq[prometheus]``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from domain_events.errors import ConfigurationError
+from domain_events.events import DomainEvent
+from domain_events.middleware import (
+    ConnectionChange,
+    ConnectionState,
+    Done,
+    Middleware,
+    Outgoing,
+)
+from domain_events.outcomes import Delivered, Outcome
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
+
+log = logging.getLogger(__name__)
+
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+
+# Seconds. A handler takes a millisecond or minutes; from an event to the end of its handler, with
+# retries and after an outage, days may pass.
+_HANDLER_TIMES = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_CRITICAL_TIMES = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 6 * 3600, 24 * 3600)
+_PUBLISH_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+# Seconds. What fails, fails with each event.
+_BETWEEN_COMPLAINTS = 60.0
+# Of a client that sends no request.
+_REQUEST_TIMEOUT = 10.0
+_CLOSE_TIMEOUT = 5.0
+# For an update in another thread: microseconds, unless a signal handler forks within one.
+_PAUSE_TIMEOUT = 1.0
+
+
+class Prometheus(Middleware):
+    """Counts and times events, and says how connections and handlers are.
+
+    :param registry: where the metrics are registered; that of prometheus_client if left out.
+    :raises ConfigurationError: when they are registered there already, or when the directory of
+        the multiprocess mode does not exist.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        directory = os.environ.get(_MULTIPROCESS)
+        if directory is not None and not Path(directory).is_dir():
+            raise ConfigurationError(
+                f"The environment variable {_MULTIPROCESS} must name a directory, not "
+                f"{directory!r}; create it, empty, before the program starts."
+            )
+        metrics: list[Counter | Gauge | Histogram] = []
+
+        def by_labels(metric: _Metric) -> Callable[..., _Metric]:
+            # Cached, which halves the time that an event takes here; labels have few values.
+            metrics.append(metric)
+            return functools.cache(metric.labels)
+
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            return by_labels(Counter(name, text, labels, registry=None))
+
+        def histogram(
+            name: str, text: str, label: str, buckets: tuple[float, ...]
+        ) -> Callable[..., Histogram]:
+            return by_labels(Histogram(name, text, (label,), buckets=buckets, registry=None))
+
+        def gauge(
+            name: str, text: str, *labels: str, of_processes: Literal["livesum", "livemin"]
+        ) -> Callable[..., Gauge]:
+            return by_labels(
+                Gauge(name, text, labels, multiprocess_mode=of_processes, registry=None)
+            )
+
+        self._delivered = counter(
+            "domain_events_delivered_total",
+            "Events delivered to a subscriber, by what became of them.",
+            *("subscriber", "outcome", "exception"),
+        )
+        self._handler_time = histogram(
+            "domain_events_handler_time_seconds",
+            "From the call of a handler to its return.",
+            "subscriber",
+            _HANDLER_TIMES,
+        )
+        self._critical_time = histogram(
+            "domain_events_critical_time_seconds",
+            "From an event's timestamp until it was handled; 0 if the clocks say less.",
+            "subscriber",
+            _CRITICAL_TIMES,
+        )
+        self._in_progress = gauge(
+            "domain_events_in_progress", "Handlers that run.", "subscriber", of_processes="livesum"
+        )
+        self._oldest = gauge(
+            "domain_events_oldest_handler_start_time_seconds",
+            "Unix time at which the handler that has run longest was called; +Inf if none runs.",
+            "subscriber",
+            of_processes="livemin",
+        )
+        self._published = counter(
+            "domain_events_published_total",
+            "Events sent, by why they were sent and whether the broker confirmed them.",
+            *("operation", "exchange", "subscriber", "outcome", "exception"),
+        )
+        self._publish_time = histogram(
+            "domain_events_publish_time_seconds",
+            "From the call until the broker confirmed the event, or it failed.",
+            "operation",
+            _PUBLISH_TIMES,
+        )
+        self._connected = gauge(
+            "domain_events_connected",
+            "Connections to the broker that are open.",
+            *("owner", "purpose"),
+            of_processes="livesum",
+        )
+        self._disconnected = gauge(
+            "domain_events_disconnected",
+            "Connections to the broker that are not open, and are being made.",
+            *("owner", "purpose"),
+            of_processes="livesum",
+        )
+        self._blocked = gauge(
+            "domain_events_blocked",
+            "Connections on which the broker accepts nothing for the time being.",
+            *("owner", "purpose"),
+            of_processes="livesum",
+        )
+        self._reconnects = counter(
+            "domain_events_reconnects_total",
+            "Connections to the broker that were made again.",
+            *("owner", "purpose"),
+        )
+        # The start of each handler that runs, in order.
+        self._running: dict[str, dict[object, float]] = {}
+        self._connections: dict[tuple[str, str], _Connections] = {}
+        self._updates = _Updates(self._start_over)
+        _register(metrics, registry)
+
+    # --- middleware ------------------------------------------------------------------------------
+
+    def publishing(self, outgoing: Outgoing) -> Done:
+        begun = time.monotonic()
+        labels = (str(outgoing.operation), outgoing.exchange or "", outgoing.subscriber or "")
+
+        def done(error: BaseException | None) -> None:
+            self._updates.do(self._sent, labels, error, time.monotonic() - begun)
+
+        return done
+
+    def handling(self, event: DomainEvent[Any]) -> _Running:
+        return _Running(self, event.subscriber or "")
+
+    def delivered(self, delivered: Delivered) -> None:
+        self._updates.do(self._decided, delivered, time.time())
+
+    def connection(self, change: ConnectionChange) -> None:
+        self._updates.do(self._changed, change)
+
+    # --- updates ---------------------------------------------------------------------------------
+
+    def _sent(self, labels: tuple[str, str, str], error: BaseException | None, took: float) -> None:
+        outcome = "confirmed" if error is None else "failed"
+        self._published(*labels, outcome, _class_of(error)).inc()
+        self._publish_time(labels[0]).observe(took)
+
+    def _begun(self, subscriber: str, handler: object, now: float) -> None:
+        self._running.setdefault(subscriber, {})[handler] = now
+        self._show_running(subscriber)
+
+    def _ended(self, subscriber: str, handler: object) -> None:
+        # Not there if it was begun before a fork, in the parent.
+        self._running.setdefault(subscriber, {}).pop(handler, None)
+        self._show_running(subscriber)
+
+    def _show_running(self, subscriber: str) -> None:
+        running = self._running[subscriber]
+        self._oldest(subscriber).set(next(iter(running.values()), math.inf))
+        self._in_progress(subscriber).set(len(running))
+
+    def _decided(self, delivered: Delivered, now: float) -> None:
+        subscriber, event = delivered.subscriber, delivered.event
+        error = _class_of(delivered.error)
+        self._delivered(subscriber, str(delivered.outcome), error).inc()
+        if delivered.seconds is not None:
+            self._handler_time(subscriber).observe(delivered.seconds)
+        if delivered.outcome is Outcome.HANDLED and event is not None:
+            self._critical_time(subscriber).observe(max(0.0, now - event.timestamp))
+
+    def _changed(self, change: ConnectionChange) -> None:
+        key = (change.owner, change.purpose)
+        now = self._connections.setdefault(key, _Connections())
+        match change.state:
+            case ConnectionState.CONNECTED:
+                now.connected += 1
+                now.disconnected = max(0, now.disconnected - 1)
+                if now.lost:
+                    now.lost -= 1
+                    self._reconnects(*key).inc()
+            case ConnectionState.LOST:
+                now.connected = max(0, now.connected - 1)
+                now.disconnected += 1
+                now.lost += 1
+            case ConnectionState.UNREACHABLE:
+                now.disconnected = max(1, now.disconnected)
+            case ConnectionState.BLOCKED:
+                now.blocked += 1
+            case ConnectionState.UNBLOCKED:
+                now.blocked -= 1
+            case ConnectionState.CLOSED:
+                pass
+        self._show_connections(key, now)
+
+    def _show_connections(self, key: tuple[str, str], now: _Connections) -> None:
+        self._connected(*key).set(now.connected)
+        self._disconnected(*key).set(now.disconnected)
+        self._blocked(*key).set(now.blocked)
+
+    def _start_over(self) -> None:
+        """In the child of a fork: the handlers and connections of the parent are not here."""
+        for subscriber, running in self._running.items():
+            running.clear()
+            self._show_running(subscriber)
+        for key in self._connections:
+            self._connections[key] = _Connections()
+            self._show_connections(key, self._connections[key])
+
+
+def _register(metrics: Sequence[Counter | Gauge | Histogram], registry: CollectorRegistry) -> None:
+    registered = []
+    try:
+        for metric in metrics:
+            registry.register(metric)
+            registered.append(metric)
+    except ValueError as error:
+        for metric in registered:
+            registry.unregister(metric)
+        raise ConfigurationError(
+            "The metrics of domain_events are registered in this registry already, by another "
+            "Prometheus(); create one and give it to all that need it, once in "
+            "configure(middleware=[...]) for example, or give this one a registry of its own: "
+            "Prometheus(registry=CollectorRegistry())."
+        ) from error
+
+
+class _Running:
+    """Around a handler's call."""
+
+    __slots__ = ("_prometheus", "_subscriber")
+
+    def __init__(self, prometheus: Prometheus, subscriber: str) -> None:
+        self._prometheus = prometheus
+        self._subscriber = subscriber
+
+    def __enter__(self) -> None:
+        self._prometheus._updates.do(self._prometheus._begun, self._subscriber, self, time.time())
+
+    def __exit__(self, *_error: object) -> None:
+        self._prometheus._updates.do(self._prometheus._ended, self._subscriber, self)
+
+
+@dataclass
+class _Connections:
+    """Those of one owner, for one purpose."""
+
+    connected: int = 0
+    disconnected: int = 0
+    blocked: int = 0
+    lost: int = 0
+
+
+_Update: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+class _Updates:
+    """Runs updates one at a time, on whichever thread is there, and never waits for another one.
+
+    A thread that comes while another one is at it leaves its update to that one. So does a signal
+    handler, or a finalizer, that interrupts an update on its own thread: prometheus_client would
+    wait there for its own lock, forever. The same holds for the child of a fork, in which the other
+    thread, and what it was about to do, does not exist.
+    """
+
+    def __init__(self, after_fork: Callable[[], None]) -> None:
+        self._after_fork = after_fork
+        # Of each process: a child inherits a lock that nobody there may ever release, and updates
+        # that are the parent's.
+        self._of: dict[int, tuple[threading.Lock, deque[_Update]]] = {}
+        self._paused: threading.Lock | None = None
+        self._complained = -math.inf
+        _all.add(self)
+
+    def do(self, update: Callable[..., None], *arguments: Any) -> None:
+        """Run it, now or as soon as those before it have run; what it raises is logged."""
+        lock, waiting = self._here()
+        waiting.append((update, arguments))
+        self._run_waiting(lock, waiting)
+
+    def pause(self) -> None:
+        """Before a fork: no other thread may be within an update, which holds locks."""
+        lock, _ = self._here()
+        if lock.acquire(timeout=_PAUSE_TIMEOUT):
+            self._paused = lock
+
+    def resume(self) -> None:
+        """After a fork, in the parent."""
+        lock, waiting = self._here()
+        if self._paused is lock:
+            self._paused = None
+            lock.release()
+            self._run_waiting(lock, waiting)
+
+    def _here(self) -> tuple[threading.Lock, deque[_Update]]:
+        pid = os.getpid()
+        here = self._of.get(pid)
+        if here is None:
+            here = self._of.setdefault(pid, (threading.Lock(), deque([(self._after_fork, ())])))
+        return here
+
+    def _run_waiting(self, lock: threading.Lock, waiting: deque[_Update]) -> None:
+        # Again after the release: one may have come meanwhile.
+        while waiting and lock.acquire(blocking=False):
+            try:
+                while waiting:
+                    self._run(*waiting.popleft())
+            finally:
+                lock.release()
+
+    def _run(self, update: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        try:
+            update(*arguments)
+        except Exception:
+            now = time.monotonic()
+            if now - self._complained >= _BETWEEN_COMPLAINTS:
+                self._complained = now
+                log.exception(
+                    "Metrics could not be updated; events are published and handled as before. "
+                    "(Logged once a minute at most.)"
+                )
+
+
+_all: weakref.WeakSet[_Updates] = weakref.WeakSet()
+
+
+def _pause() -> None:
+    for each in list(_all):
+        each.pause()
+
+
+def _resume() -> None:
+    for each in list(_all):
+        each.resume()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_pause, after_in_parent=_resume)
+
+
+def _class_of(error: BaseException | None) -> str:
+    return "" if error is None else type(error).__name__
+
+
+class Server:
+    """Serves the metrics by HTTP, on a thread of its own, until it is closed."""
+
+    def __init__(self, port: int, addr: str, registry: CollectorRegistry) -> None:
+        self._httpd, self._thread = start_http_server(port, addr, registry)
+        self._thread.name = "domain-events-prometheus"
+        handler: Any = self._httpd.RequestHandlerClass
+        self._httpd.RequestHandlerClass = type(
+            "_Handler", (handler,), {"timeout": _REQUEST_TIMEOUT}
+        )
+
+    @property
+    def port(self) -> int:
+        """Where it listens; of interest when it was to choose one itself."""
+        return self._httpd.server_port
+
+    def close(self) -> None:
+        """Stop serving, within half a second."""
+        if self._thread.is_alive():  # not in the child of a fork
+            self._httpd.shutdown()
+            self._thread.join(_CLOSE_TIMEOUT)
+        self._httpd.server_close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def serve(
+    port: int = 9000,
+    addr: str = "0.0.0.0",
+    registry: CollectorRegistry = REGISTRY,
+) -> Server:
+    """Serve the metrics at ``http://addr:port/metrics``, for a process without a web server.
+
+    In multiprocess mode it serves those of all processes: call it in one of them.
+
+    :param port: 0 for any that is free; then see `Server.port`.
+    :param addr: the address of the interface on which to listen; all of them if left out.
+    :param registry: what to serve, except in multiprocess mode.
+    :raises ConfigurationError: when it cannot listen there.
+    """
+    if os.environ.get(_MULTIPROCESS):
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    try:
+        return Server(port, addr, registry)
+    except (OSError, OverflowError, TypeError) as error:
+        raise ConfigurationError(
+            f"The metrics cannot be served at {addr}:{port}: {error}. Give another port: with "
+            "several processes on one machine, each needs its own, or all of them the "
+            "multiprocess mode of prometheus_client and one server."
+        ) from error
