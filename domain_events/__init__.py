@@ -35,6 +35,14 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.events import DomainEvent
+from domain_events.middleware import (
+    ConnectionChange,
+    ConnectionState,
+    Middleware,
+    Operation,
+    Outgoing,
+)
+from domain_events.outcomes import Delivered, Outcome
 from domain_events.publisher import Publisher, close_publishers, publish_domain_event
 from domain_events.retry import Backoff, Reject, Retry
 from domain_events.settings import DEFAULT, configure
@@ -54,14 +62,21 @@ __all__ = [
     "Backoff",
     "BrokerUnavailable",
     "ConfigurationError",
+    "ConnectionChange",
+    "ConnectionState",
     "DeadLetter",
     "DeadLetters",
+    "Delivered",
     "DomainEvent",
     "DomainEventsError",
     "EventNotConfirmed",
     "EventRejected",
     "EventUnroutable",
     "InvalidEvent",
+    "Middleware",
+    "Operation",
+    "Outcome",
+    "Outgoing",
     "Publisher",
     "Reject",
     "Retry",

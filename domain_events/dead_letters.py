@@ -36,7 +36,7 @@ class DeadLetter:
     """One dead letter. Unknown values are None, as with those of other programs."""
 
     #: The event; None when the body is not an envelope.
-    event: DomainEvent | None
+    event: DomainEvent[Any] | None
     #: The body as it was received.
     body: bytes
     #: The routing key that it was published with.
@@ -142,7 +142,7 @@ class DeadLetters(Walks):
             )
         self._check_held(delivery)
         try:
-            self._send(messages.replay(delivery, self.name))
+            self._replayed(messages.replay(delivery, self.name), _event(delivery), self.name)
         except EventUnroutable as error:
             raise TopologyError(
                 f"There is no queue {self.name!r} to replay into: its subscriber must have "
@@ -151,12 +151,8 @@ class DeadLetters(Walks):
         self._settle(delivery)
 
     def _letter(self, delivery: Delivery) -> DeadLetter:
-        try:
-            event = messages.to_event(delivery)
-        except InvalidEvent:
-            event = None
         return DeadLetter(
-            event=event,
+            event=_event(delivery),
             body=delivery.body,
             routing_key=delivery.original_routing_key,
             retries=delivery.retries,
@@ -164,6 +160,13 @@ class DeadLetters(Walks):
             _owner=self,
             **vars(delivery.failure),
         )
+
+
+def _event(delivery: Delivery) -> DomainEvent[Any] | None:
+    try:
+        return messages.to_event(delivery)
+    except InvalidEvent:
+        return None
 
 
 def retry_event(body: bytes, **kwargs: Any) -> str:

@@ -51,7 +51,8 @@ class Details(NamedTuple):
     subscriber: str | None = None
 
 
-_NO_DETAILS = Details()
+#: Of an event of which nothing is known besides its envelope.
+NO_DETAILS = Details()
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -161,7 +162,7 @@ class DomainEvent(Generic[Data]):
 
         :meta private:
         """
-        details: Details | Callable[[], Details] = self.__dict__.get("_details", _NO_DETAILS)
+        details: Details | Callable[[], Details] = self.__dict__.get("_details", NO_DETAILS)
         if callable(details):
             details = self.__dict__["_details"] = details()
         return details

@@ -16,6 +16,7 @@ from domain_events.broker import Consumer, Publication, Publishing, Settlement
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Delivery, Message
+from domain_events.middleware import Done
 from domain_events.process import check_fork
 from domain_events.retry import Backoff
 from domain_events.text import printable
@@ -24,6 +25,10 @@ log = Log("domain_events")
 
 # Before a message that could not be forwarded is tried again.
 _PAUSES = Backoff(5.0, maximum=60.0, jitter=0)
+
+
+def _ignore(_error: BaseException | None) -> None:
+    """The callback for a message whose outcome nobody wants to know."""
 
 
 class Forwarder:
@@ -43,7 +48,8 @@ class Forwarder:
         self._changed = threading.Condition(threading.RLock())
         self._open: set[Publication] = set()
         # Deliveries to be forwarded, or tried again, after a pause.
-        self._held: dict[Delivery, Consumer] = {}
+        # With each, its consumer, and what to call if it is given back instead.
+        self._held: dict[Delivery, tuple[Consumer, Callable[[], object]]] = {}
         self._ending = False
 
     def begin(self) -> None:
@@ -57,19 +63,21 @@ class Forwarder:
         delivery: Delivery,
         consumer: Consumer,
         *,
+        done: Done = _ignore,
         otherwise: Callable[[], None] | None = None,
         failures: int = 0,
     ) -> None:
         """Publish the message; then, once confirmed, ack the delivery.
 
-        :param otherwise: called if that fails, instead of trying again.
+        :param done: called once with what became of it in the end.
+        :param otherwise: called if it fails, instead of trying again.
         """
         self._leave_to_parent()
 
-        def done(publication: Publication) -> None:
-            self._done(publication, delivery, consumer, otherwise, failures)
+        def on_done(publication: Publication) -> None:
+            self._done(publication, delivery, consumer, done, otherwise, failures)
 
-        publication = Publication(message, done, awaited=False)
+        publication = Publication(message, on_done, awaited=False)
         with self._changed:
             self._open.add(publication)
         try:
@@ -79,9 +87,10 @@ class Forwarder:
             publishing.submit(publication)
         except DomainEventsError as error:
             publication.error = error
-            done(publication)
-        except BaseException:
+            on_done(publication)
+        except BaseException as error:
             self._close_one(publication)
+            done(error)
             raise
 
     def later(
@@ -92,24 +101,31 @@ class Forwarder:
         then: Callable[[bool], None],
         *,
         delays: bool = False,
+        otherwise: Callable[[], object] = lambda: None,
     ) -> None:
         """Hold the delivery; call ``then`` after declaring its queue again, and after a pause.
 
         :param then: gets whether all of it exists; not called when the delivery was given back.
         :param delays: declare what delays need, too.
+        :param otherwise: called when the delivery was given back.
         """
 
         def call(exists: bool) -> None:
-            if self._release(delivery) and consumer.is_current(delivery):
+            if not self._release(delivery):
+                return
+            if consumer.is_current(delivery):
                 then(exists)
+            else:
+                otherwise()
 
         with self._changed:
             ending = self._ending
             if not ending:
-                self._held[delivery] = consumer
+                self._held[delivery] = consumer, otherwise
         if ending:
             consumer.settle(delivery, Settlement.GIVE_BACK)
             consumer.flush()
+            otherwise()
         else:
             consumer.repair(seconds, call, delays=delays)
 
@@ -119,9 +135,10 @@ class Forwarder:
         with self._changed:
             self._ending = True
             held, self._held = self._held, {}
-        for delivery, consumer in held.items():
+        for delivery, (consumer, otherwise) in held.items():
             consumer.settle(delivery, Settlement.GIVE_BACK)
             consumer.flush()
+            otherwise()
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
 
@@ -147,12 +164,15 @@ class Forwarder:
         publication: Publication,
         delivery: Delivery,
         consumer: Consumer,
+        done: Done,
         otherwise: Callable[[], None] | None,
         failures: int,
     ) -> None:
         error, message = publication.error, publication.message
+        final = error is None or otherwise is not None
         try:
             if error is None or self._ending:
+                final = True
                 consumer.settle(delivery, Settlement.GIVE_BACK if error else Settlement.DONE)
                 consumer.flush()
             elif otherwise is not None:
@@ -163,10 +183,15 @@ class Forwarder:
                     _PAUSES.delay(failures),
                     delivery,
                     consumer,
-                    lambda _: self.forward(message, delivery, consumer, failures=failures),
+                    lambda _: self.forward(
+                        message, delivery, consumer, done=done, failures=failures
+                    ),
+                    otherwise=lambda: done(error),
                 )
         finally:
             self._close_one(publication)
+        if final:
+            done(error)
         if error is not None:
             log.error(
                 "%s could not be forwarded to %s: %s %s",

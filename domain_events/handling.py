@@ -18,8 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,15 +28,25 @@ from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent
 from domain_events.forwarding import Forwarder
 from domain_events.log import Log
-from domain_events.message import Delivery, GivenUp, Later, ToSubscriber
+from domain_events.message import Delivery, GivenUp, Later, Message, ToSubscriber
+from domain_events.middleware import (
+    Done,
+    Middleware,
+    Operation,
+    Outgoing,
+    announce,
+    around,
+    report,
+)
 from domain_events.options import Options
+from domain_events.outcomes import Delivered, Outcome
 from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
 from domain_events.text import printable
 from domain_events.unfinished import check_finished
 
 log = Log("domain_events")
 
-Handler: TypeAlias = Callable[[DomainEvent], object]
+Handler: TypeAlias = Callable[[DomainEvent[Any]], object]
 
 # Seconds after which an event that is not listed comes back, each time: 15 minutes in all. The
 # broker chooses the process that gets it then; if one in twenty lists the key, most events have
@@ -58,53 +67,20 @@ _PAUSE_WITHOUT_DELAYS = 60.0
 _ROUTING_KEYS_REMEMBERED = 10_000
 
 
-class Outcome(str, Enum):
-    """The outcome of a delivery; each is equal to its text."""
-
-    HANDLED = "handled"
-    RETRY = "retry"
-    DEAD_LETTER = "dead letter"
-    #: Given up, by a subscriber that keeps no dead letters.
-    DROPPED = "dropped"
-    #: The handler ended the process, with ``sys.exit()`` for example: the event comes again.
-    GIVEN_BACK = "given back"
-    #: Its routing key is not listed here: it comes again, for a process that lists it.
-    HANDED_BACK = "handed back"
-    #: Its routing key is among the ``retired_keys``: acked without calling the handler.
-    RETIRED = "retired"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass
-class Delivered:
-    """One event, delivered to one subscriber, and what became of it."""
-
-    #: The subscriber's name.
-    subscriber: str
-    #: The event; None for a message that is not one, which goes to the dead letters unhandled.
-    event: DomainEvent | None
-    outcome: Outcome
-    #: What the handler raised.
-    error: BaseException | None = None
-    #: Seconds after which a retry or a handed-back event comes again.
-    delay: float | None = None
-
-    def __repr__(self) -> str:
-        what = printable(self.event.routing_key) if self.event else "a message that is not an event"
-        after = f" in {self.delay:g} s" if self.delay is not None else ""
-        why = f" ({printable(repr(self.error))})" if self.error is not None else ""
-        return f"<{self.subscriber}: {what} -> {self.outcome}{after}{why}>"
-
-
 class Subscription:
     """A handler, its options, and what happens to each delivery."""
 
-    def __init__(self, handler: Handler, options: Options, forwarder: Forwarder) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        options: Options,
+        forwarder: Forwarder,
+        middleware: Callable[[], tuple[Middleware, ...]] = tuple,
+    ) -> None:
         self.options = options
         self.handler = handler
         self._forwarder = forwarder
+        self._middleware = middleware
         # Whether an event with this routing key is listed.
         self._listed: dict[str, bool] = {}
         self._has_delays = options.queue.delays
@@ -122,13 +98,23 @@ class Subscription:
 
     def handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         """Handle and settle the delivery; returns its outcome."""
+        # In a context of its own: what a handler or a middleware sets there ends with it.
+        return copy_context().run(self._handle, delivery, consumer)
+
+    def _handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
+        delivered = self._settled(delivery, consumer)
+        if chain := self._middleware():
+            report(chain, delivered)
+        return delivered
+
+    def _settled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         name = self.options.name
         try:
-            event, claimed = messages.read_event(delivery)
+            event, claimed = messages.read_event(delivery, name)
         except InvalidEvent as error:
-            outcome = self._give_up(delivery, consumer, error)
+            outcome = self._give_up(None, delivery, consumer, error)
             log.error("%s got a message that is not an event. %s", name, printable(error))
-            return Delivered(name, None, outcome)
+            return Delivered(name, None, outcome, error)
         if claimed != event.routing_key:
             self._warn_of_claim(event, claimed)
         if not self._is_listed(delivery, event):
@@ -139,47 +125,58 @@ class Subscription:
                 f"Delivered {delivery.failures + 1} times and never settled: each time the process "
                 "or its connection ended before the handler returned, or the event was given back.",
             )
-            outcome = self._give_up(delivery, consumer, limit)
+            outcome = self._give_up(event, delivery, consumer, limit)
             log.error("%s gave up on %s. %s", name, _named(event), limit)
             return Delivered(name, event, outcome, limit)
         return self._call(event, delivery, consumer)
 
-    def _call(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+    def _call(self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer) -> Delivered:
         name = self.options.name
-        token = messages.handling.set((event, delivery))
+        messages.handling.set((event, delivery))
+        started = time.monotonic()
         try:
-            result = self.handler(event)
-            if result is not None:
-                check_finished(result)
+            try:
+                if chain := self._middleware():
+                    around(chain, event, partial(self._run, event))
+                else:
+                    self._run(event)
+            finally:
+                seconds = time.monotonic() - started
         except Retry as signal:
-            return self._try_again(
-                event, delivery, consumer, signal, partial(getattr, signal, "delay")
-            )
+            delay_of: Callable[[], float] = partial(getattr, signal, "delay")
+            delivered = self._try_again(event, delivery, consumer, signal, delay_of)
         except Reject as signal:
             reason = getattr(signal, "reason", signal)  # a subclass may have left it out
-            outcome = self._give_up(delivery, consumer, signal)
+            outcome = self._give_up(event, delivery, consumer, signal)
             log.warning("%s rejected %s: %s", name, _named(event), printable(reason))
-            return Delivered(name, event, outcome, signal)
+            delivered = Delivered(name, event, outcome, signal)
         except self.options.retry_on as error:
             if ends_the_process(error):
-                return self._exited(event, delivery, consumer, error)
-            delay_of = partial(self.options.backoff.delay, event.retries + 1)
-            return self._try_again(event, delivery, consumer, error, delay_of)
+                delivered = self._exited(event, delivery, consumer, error)
+            else:
+                delay_of = partial(self.options.backoff.delay, event.retries + 1)
+                delivered = self._try_again(event, delivery, consumer, error, delay_of)
         except BaseException as error:
             if ends_the_process(error):
-                return self._exited(event, delivery, consumer, error)
-            outcome = self._give_up(delivery, consumer, error)
-            log.error("%s failed on %s", name, _named(event), exc_info=error)
-            return Delivered(name, event, outcome, error)
+                delivered = self._exited(event, delivery, consumer, error)
+            else:
+                outcome = self._give_up(event, delivery, consumer, error)
+                log.error("%s failed on %s", name, _named(event), exc_info=error)
+                delivered = Delivered(name, event, outcome, error)
         else:
             consumer.settle(delivery)
-            return Delivered(name, event, Outcome.HANDLED)
-        finally:
-            messages.handling.reset(token)
+            delivered = Delivered(name, event, Outcome.HANDLED)
+        delivered.seconds = seconds
+        return delivered
+
+    def _run(self, event: DomainEvent[Any]) -> None:
+        result = self.handler(event)
+        if result is not None:
+            check_finished(result)
 
     def _try_again(
         self,
-        event: DomainEvent,
+        event: DomainEvent[Any],
         delivery: Delivery,
         consumer: Consumer,
         error: BaseException,
@@ -188,7 +185,7 @@ class Subscription:
         options = self.options
         name, most = options.name, options.max_retries
         if event.retries >= most:
-            outcome = self._give_up(delivery, consumer, error)
+            outcome = self._give_up(event, delivery, consumer, error)
             why = f"after {event.retries} retries (max_retries={most})"
             if not most:
                 why = "at once: its handler raised Retry, and max_retries is 0"
@@ -199,12 +196,14 @@ class Subscription:
             delay = round(units_of(checked_delay(delay_of(), "a delay")) * SHORTEST_DELAY, 1)
         except Exception as wrong:
             wrong.__cause__ = error
-            outcome = self._give_up(delivery, consumer, wrong)
+            outcome = self._give_up(event, delivery, consumer, wrong)
             log.error("%s failed on %s", name, _named(event), exc_info=wrong)
             return Delivered(name, event, outcome, wrong)
         reason = messages.reason_of(error)
         later = Later(options.queue.exchange.name, name, delay)
-        self._forwarder.forward(messages.retry(delivery, later, reason), delivery, consumer)
+        message = messages.retry(delivery, later, reason)
+        done = self._announce(Operation.RETRY, event, delivery, message)
+        self._forwarder.forward(message, delivery, consumer, done=done)
         log.info(
             "%s tries %s again in %.1f s (retry %d of %d) after %s: %s",
             name,
@@ -218,7 +217,7 @@ class Subscription:
         return Delivered(name, event, Outcome.RETRY, error, delay)
 
     def _exited(
-        self, event: DomainEvent, delivery: Delivery, consumer: Consumer, error: BaseException
+        self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer, error: BaseException
     ) -> Delivered:
         """The handler ended the process: the event comes again, but not for ever."""
         name = self.options.name
@@ -228,14 +227,21 @@ class Subscription:
         # counts as a failed delivery. A reject would redeliver it here at once.
         outcome = Outcome.GIVEN_BACK
         if last and options.queue.dead_letters:
-            outcome = self._give_up(delivery, consumer, error)
+            outcome = self._give_up(event, delivery, consumer, error)
         log.error("%s: the handler ended the process on %s", name, _named(event), exc_info=error)
         return Delivered(name, event, outcome, error)
 
-    def _give_up(self, delivery: Delivery, consumer: Consumer, error: BaseException) -> Outcome:
+    def _give_up(
+        self,
+        event: DomainEvent[Any] | None,
+        delivery: Delivery,
+        consumer: Consumer,
+        error: BaseException,
+    ) -> Outcome:
         if self.options.queue.dead_letters:
             message = messages.dead_letter(delivery, self.options.name, error)
-            self._forwarder.forward(message, delivery, consumer)
+            done = self._announce(Operation.DEAD_LETTER, event, delivery, message)
+            self._forwarder.forward(message, delivery, consumer, done=done)
             return Outcome.DEAD_LETTER
         consumer.settle(delivery)
         log.error(
@@ -246,7 +252,7 @@ class Subscription:
         )
         return Outcome.DROPPED
 
-    def _has_failed_too_often(self, event: DomainEvent, delivery: Delivery) -> bool:
+    def _has_failed_too_often(self, event: DomainEvent[Any], delivery: Delivery) -> bool:
         options = self.options
         if not options.queue.counts_failures or delivery.failures < _MOST_FAILURES:
             return False
@@ -261,7 +267,36 @@ class Subscription:
             )
         return options.queue.dead_letters
 
-    def _warn_of_claim(self, event: DomainEvent, claimed: str) -> None:
+    def _announce(
+        self,
+        operation: Operation,
+        event: DomainEvent[Any] | None,
+        delivery: Delivery,
+        message: Message,
+    ) -> Done:
+        """Announce to the middleware what is about to be forwarded, and add what that adds."""
+        chain = self._middleware()
+        if not chain:
+            return _ignore
+        known = delivery.foreign_headers
+        outgoing = Outgoing(operation, event, dict(known), subscriber=self.options.name)
+        if isinstance(message.destination, Later):
+            outgoing.delay = message.destination.seconds
+        done: Done = _ignore
+        try:
+            done = announce(chain, outgoing)
+            message.headers = messages.added_headers(known, outgoing.headers)
+        except Exception:
+            # No caller waits for it, and an event must not be lost by what looks on.
+            log.exception(
+                "%s: %s goes to %s without what a middleware would have added.",
+                self.options.name,
+                printable(message.message_id),
+                printable(message.destination),
+            )
+        return done
+
+    def _warn_of_claim(self, event: DomainEvent[Any], claimed: str) -> None:
         if not self._warned_of_claims:
             self._warned_of_claims = True
             log.warning(
@@ -304,7 +339,9 @@ class Subscription:
             printable(key),
         )
 
-    def _pass_on(self, event: DomainEvent, delivery: Delivery, consumer: Consumer) -> Delivered:
+    def _pass_on(
+        self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer
+    ) -> Delivered:
         options = self.options
         if options.has_retired(event.routing_key):
             consumer.settle(delivery)
@@ -318,14 +355,16 @@ class Subscription:
                 f"{printable(event.routing_key)} took it in {round(sum(_HAND_BACK_DELAYS) / 60)} "
                 f"minutes. This one lists: {', '.join(map(printable, keys))}.",
             )
-            outcome = self._give_up(delivery, consumer, unlisted)
+            outcome = self._give_up(event, delivery, consumer, unlisted)
             log.error("%s gave up on %s. %s", options.name, _named(event), unlisted)
             return Delivered(options.name, event, outcome, unlisted)
         delay = _HAND_BACK_DELAYS[min(often, len(_HAND_BACK_DELAYS) - 1)]
-        self._hand_back(delivery, consumer, delay)
+        self._hand_back(event, delivery, consumer, delay)
         return Delivered(options.name, event, Outcome.HANDED_BACK, delay=delay)
 
-    def _hand_back(self, delivery: Delivery, consumer: Consumer, delay: float) -> None:
+    def _hand_back(
+        self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer, delay: float
+    ) -> None:
         name, forwarder = self.options.name, self._forwarder
         later = Later(self.options.queue.exchange.name, name, delay)
         delayed = messages.hand_back(delivery, later)
@@ -334,20 +373,27 @@ class Subscription:
             # This user may not declare the delay levels: to the end of the queue, after the delay.
             self._has_delays = False
             again = messages.hand_back(delivery, ToSubscriber(name))
-            forwarder.later(
-                delay, delivery, consumer, lambda _: forwarder.forward(again, delivery, consumer)
-            )
+
+            def send(_exists: bool) -> None:
+                done = self._announce(Operation.HAND_BACK, event, delivery, again)
+                forwarder.forward(again, delivery, consumer, done=done)
+
+            forwarder.later(delay, delivery, consumer, send)
+
+        def send_delayed() -> None:
+            done = self._announce(Operation.HAND_BACK, event, delivery, delayed)
+            forwarder.forward(delayed, delivery, consumer, done=done, otherwise=wait_here)
 
         def declared(exist: bool) -> None:
             self._has_delays = exist
             if exist:
-                forwarder.forward(delayed, delivery, consumer, otherwise=wait_here)
+                send_delayed()
             else:
                 self._no_delays_until = time.monotonic() + _PAUSE_WITHOUT_DELAYS
                 wait_here()
 
         if self._has_delays:
-            forwarder.forward(delayed, delivery, consumer, otherwise=wait_here)
+            send_delayed()
         elif time.monotonic() < self._no_delays_until:
             wait_here()
         else:
@@ -366,6 +412,10 @@ def ends_the_process(error: BaseException) -> bool:
     if greenlet is not None:
         ends += (greenlet.GreenletExit,)
     return isinstance(error, ends)
+
+
+def _ignore(_error: BaseException | None) -> None:
+    """The callback for what no middleware waits for."""
 
 
 def _named(event: DomainEvent) -> str:

@@ -14,22 +14,44 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeAlias
 from uuid import UUID
 
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
-from domain_events.events import DomainEvent, from_envelope, is_timestamp, read_envelope
+from domain_events.events import (
+    NO_DETAILS,
+    Details,
+    DomainEvent,
+    HeaderValue,
+    from_envelope,
+    is_timestamp,
+    read_envelope,
+)
 from domain_events.log import Log
 from domain_events.names import LONGEST_NAME, fits, has_wildcards, oddity
 from domain_events.retry import Retry
-from domain_events.text import printable, truncate
+from domain_events.text import plain, printable, truncate
 
 log = Log("domain_events")
 
+#: The largest number that travels as a header.
+LARGEST_NUMBER = 2**31 - 1
+
 #: The largest body that any RabbitMQ accepts (3.10); from 4.0 on the default is 16 MiB.
 LARGEST_BODY = 128 * 2**20
+
+#: Headers with this prefix are this library's own.
+OWN_PREFIX = "domain-events-"
+# The broker acts upon these, or writes them: CC and BCC route, and x-death makes it drop a message
+# as part of a cycle (https://www.rabbitmq.com/docs/sender-selected, https://www.rabbitmq.com/docs/dlx).
+_BROKER_HEADERS = ("CC", "BCC")
+_BROKER_PREFIX = "x-"
+# Of names and values. A dead letter has its reason besides, and all of it must fit one frame.
+_MOST_BYTES_OF_HEADERS = 32 * 1024
+# For names and values, and for the type and the length of each.
+_BYTES_PER_HEADER = 8
 
 _LONGEST_MESSAGE = 2 * 1024
 _LONGEST_TRACEBACK = 16 * 1024
@@ -135,6 +157,12 @@ class Message:
     retries: int = 0
     hand_backs: int = 0
     failure: Failure = NO_FAILURE
+    #: The version of the event's data.
+    version: int = 1
+    #: How often it was replayed.
+    replays: int = 0
+    #: Those of the publisher; of a delivery to forward, those to add to its own.
+    headers: Mapping[str, Any] | None = None
     #: The delivery to forward, with everything that other programs put into it.
     source: Delivery | None = None
 
@@ -170,7 +198,11 @@ class Delivery(Protocol):
 
     @property
     def headers(self) -> Mapping[str, Any]:
-        """All headers, whoever wrote them; none on the embedded broker."""
+        """All headers, whoever wrote them; on the embedded broker, those of the publisher."""
+
+    @property
+    def foreign_headers(self) -> Mapping[str, Any]:
+        """The headers that neither this library nor the broker wrote."""
 
     @property
     def properties(self) -> Any:
@@ -221,6 +253,14 @@ class Delivery(Protocol):
         """How often it was handed back, since no process that got it listed its routing key."""
 
     @property
+    def version(self) -> int:
+        """The version of the event's data; 1 if its publisher has given none."""
+
+    @property
+    def replays(self) -> int:
+        """How often it was replayed."""
+
+    @property
     def failures(self) -> int:
         """How often it was delivered and failed, where the queue counts that; otherwise 0."""
 
@@ -250,12 +290,12 @@ class GivenUp(Exception):
 
 #: The event that this thread (or task) is handling, and its delivery, if any. Events published
 #: meanwhile name it as their cause and inherit its correlation id.
-handling: ContextVar[tuple[DomainEvent, Delivery] | None] = ContextVar(
+handling: ContextVar[tuple[DomainEvent[Any], Delivery] | None] = ContextVar(
     "domain-events-handling", default=None
 )
 
 
-def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) -> Message:
+def from_event(event: DomainEvent[Any], exchange: str, app_id: str, mandatory: bool) -> Message:
     """The message that carries an event.
 
     :raises InvalidEvent: when it cannot be sent, or no subscriber could read it.
@@ -270,7 +310,7 @@ def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) 
                 f"at most {LARGEST_BODY:,}. Store the data and publish where it is."
             )
         cause, correlation_id = _inherited(message_id)
-        return Message(
+        message = Message(
             _to_exchange(exchange),
             event.routing_key,
             body,
@@ -281,6 +321,10 @@ def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) 
             mandatory,
             cause,
         )
+        details = event.details
+        if details is not NO_DETAILS:
+            _add_details(message, details)
+        return message
     except InvalidEvent as error:
         error.event = event
         raise
@@ -289,7 +333,7 @@ def from_event(event: DomainEvent, exchange: str, app_id: str, mandatory: bool) 
 _to_exchange = lru_cache(maxsize=64)(ToExchange)
 
 
-def to_event(delivery: Delivery) -> DomainEvent:
+def to_event(delivery: Delivery) -> DomainEvent[Any]:
     """The event in a delivery.
 
     :raises InvalidEvent: when the body is not an envelope.
@@ -298,7 +342,7 @@ def to_event(delivery: Delivery) -> DomainEvent:
     return event
 
 
-def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
+def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[DomainEvent[Any], str]:
     """The event in a delivery, and the routing key that its envelope claims.
 
     The event's own is `Delivery.published_routing_key`, if that is known: a publisher who may only
@@ -314,7 +358,8 @@ def read_event(delivery: Delivery) -> tuple[DomainEvent, str]:
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
     envelope["routing_key"] = delivery.published_routing_key or claimed
-    return from_envelope(envelope, delivery.retries), claimed
+    details = partial(_details, delivery, subscriber)
+    return from_envelope(envelope, delivery.retries, details=details), claimed
 
 
 def routing_key_in(body: bytes) -> str | None:
@@ -344,7 +389,9 @@ def sent_on(delivery: Delivery, destination: Destination) -> Message:
         delivery.retries,
         delivery.hand_backs,
         delivery.failure,
-        delivery,
+        delivery.version,
+        delivery.replays,
+        source=delivery,
     )
 
 
@@ -389,6 +436,7 @@ def replay(delivery: Delivery, name: str) -> Message:
     """A dead letter as it was before it failed, back in the queue of subscriber ``name``."""
     message = sent_on(delivery, ToSubscriber(name))
     message.retries = message.hand_backs = 0
+    message.replays += 1
     message.failure = NO_FAILURE
     return message
 
@@ -419,6 +467,114 @@ def type_name(error: BaseException) -> str:
 
 
 # --- inside --------------------------------------------------------------------------------------
+
+
+def _details(delivery: Delivery, subscriber: str | None) -> Details:
+    """What is known of a received event besides its envelope."""
+    return Details(
+        delivery.foreign_headers,
+        delivery.correlation_id,
+        delivery.cause,
+        delivery.version,
+        delivery.redelivered,
+        delivery.replays > 0,
+        subscriber,
+    )
+
+
+def _add_details(message: Message, details: Details) -> None:
+    """Send along what the publisher has given besides the envelope.
+
+    :raises InvalidEvent: when it cannot be sent.
+    """
+    if details.correlation_id is not None:
+        message.correlation_id = _short(details.correlation_id, "correlation_id")
+    if details.cause is not None:
+        message.cause = _short(details.cause, "cause")
+    version = details.version
+    is_number = isinstance(version, int) and not isinstance(version, bool)
+    if not is_number or not 0 < version <= LARGEST_NUMBER:
+        raise InvalidEvent(f"An event's version must be an int from 1, not {shown(version)}.")
+    message.version = int.__int__(version)
+    if details.headers:
+        headers = details.headers
+        if details.subscriber is not None:
+            # Received, and published again: other programs may have sent headers that we do not.
+            headers = {name: each for name, each in headers.items() if is_header(name, each)}
+        message.headers = checked_headers(headers)
+
+
+def is_foreign(name: object) -> bool:
+    """Whether neither this library nor the broker writes a header of that name."""
+    return not str(name).startswith((OWN_PREFIX, _BROKER_PREFIX)) and name not in _BROKER_HEADERS
+
+
+def is_header(name: object, value: object) -> bool:
+    """Whether a publisher may send such a header."""
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and fits(name)
+        and is_foreign(name)
+        and isinstance(value, str | int)
+        and (not isinstance(value, int) or -(2**63) <= value < 2**63)
+    )
+
+
+def checked_headers(headers: object) -> dict[str, HeaderValue]:
+    """Headers that can be sent, as a copy.
+
+    :raises InvalidEvent: when they cannot.
+    """
+    if not isinstance(headers, Mapping):
+        raise InvalidEvent(
+            f"An event's headers must be a dict, not of type {type(headers).__name__}."
+        )
+    size = 0
+    checked: dict[str, HeaderValue] = {}
+    for name, value in headers.items():
+        if not is_header(name, value):
+            raise InvalidEvent(_why_not_a_header(name, value))
+        # Exact types: pika encodes an Enum member, or a SafeString, by its class.
+        if isinstance(value, str):
+            value = plain(value)  # noqa: PLW2901
+            try:
+                size += len(value.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidEvent(f"The header {shown(name)} is not valid Unicode.") from error
+        checked[plain(name)] = value if isinstance(value, str | bool) else int.__int__(value)
+        size += len(name.encode()) + _BYTES_PER_HEADER
+    if size > _MOST_BYTES_OF_HEADERS:
+        raise InvalidEvent(
+            f"An event's headers must have at most {_MOST_BYTES_OF_HEADERS:,} bytes, not {size:,}; "
+            "such data belongs into the event."
+        )
+    return checked
+
+
+def added_headers(known: Mapping[str, Any], headers: object) -> dict[str, HeaderValue]:
+    """What was added to known headers, or changed in them; checked as all headers are."""
+    if not isinstance(headers, Mapping):
+        return checked_headers(headers)
+    added = (name for name in headers if name not in known or known[name] != headers[name])
+    return checked_headers({name: headers[name] for name in added})
+
+
+def _why_not_a_header(name: object, value: object) -> str:
+    if not isinstance(name, str) or not name or not fits(name):
+        right = f"a str of 1 to {LONGEST_NAME} bytes"
+        return f"The name of a header must be {right}, not {shown(name)}."
+    if not is_foreign(name):
+        return (
+            f"The header {shown(name)} is not for publishers: names that begin with "
+            f"{OWN_PREFIX!r} are this library's, and {_BROKER_PREFIX!r}, 'CC' and 'BCC' are the "
+            "broker's. Choose another name."
+        )
+    # Not the value itself, which may be the application's data.
+    return (
+        f"The header {shown(name)} must be a str, an int of 64 bits or a bool, not of type "
+        f"{type(value).__name__}; convert it, with str() for example."
+    )
 
 
 def _inherited(message_id: str) -> tuple[str | None, str]:

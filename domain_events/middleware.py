@@ -201,7 +201,7 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
             try:
                 callback(error)
             except Exception:
-                _log_exception(middleware, "after publishing")
+                log.exception("%s failed after an event was sent.", _name(middleware))
 
     try:
         for middleware in chain:
@@ -214,13 +214,47 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
     return done
 
 
+def around(
+    chain: tuple[Middleware, ...], event: DomainEvent[Any], call: Callable[[], object]
+) -> None:
+    """Make the call within the context managers of all of them, the first one outermost.
+
+    None of them can suppress an exception: the event would be acked, and nobody had handled it.
+    """
+    if not chain:
+        call()
+        return
+    middleware, inner = chain[0], chain[1:]
+    manager = middleware.handling(event)
+    if manager is None:
+        around(inner, event, call)
+        return
+    if not isinstance(manager, AbstractContextManager):
+        raise TypeError(
+            f"{_name(middleware)} is wrong: its handling() must return a context manager or None, "
+            f"not a {type(manager).__name__}."
+        )
+    suppressed: BaseException | None = None
+    with manager:
+        try:
+            around(inner, event, call)
+        except BaseException as error:
+            suppressed = error
+            raise
+    if suppressed is not None:
+        try:
+            raise suppressed
+        finally:
+            del suppressed  # this frame is in its traceback
+
+
 def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
     """Report a delivery, to the innermost first."""
     for middleware in reversed(chain):
         try:
             middleware.delivered(delivered)
         except Exception:
-            _log_exception(middleware, "about a delivery")
+            log.exception("%s failed after a delivery was settled.", _name(middleware))
 
 
 def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
@@ -229,8 +263,8 @@ def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -
         try:
             middleware.connection(change)
         except Exception:
-            _log_exception(middleware, "about a connection")
+            log.exception("%s failed about a connection.", _name(middleware))
 
 
-def _log_exception(middleware: Middleware, when: str) -> None:
-    log.exception("The middleware %s failed %s.", type(middleware).__qualname__, when)
+def _name(middleware: Middleware) -> str:
+    return f"The middleware {type(middleware).__qualname__}"

@@ -33,8 +33,17 @@ from domain_events.errors import (
     EventRejected,
     InvalidEvent,
 )
-from domain_events.events import DomainEvent
+from domain_events.events import DomainEvent, HeaderValue
 from domain_events.message import Message
+from domain_events.middleware import (
+    Done,
+    Middleware,
+    Operation,
+    Outgoing,
+    announce,
+    chained,
+    check_middleware,
+)
 from domain_events.names import ExchangeType, check_exchange_type, check_name
 from domain_events.process import check_fork, on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -67,6 +76,7 @@ class Publisher(Owner):
     :param exchange: where to publish. It is declared, if this user may.
     :param exchange_type: its type; ``topic`` is what subscribers expect.
     :param timeout: seconds after which an unconfirmed event is an error.
+    :param middleware: within that of `configure`; the first is outermost.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -77,12 +87,14 @@ class Publisher(Owner):
         exchange_type: ExchangeType = "topic",
         *,
         timeout: float = 10.0,
+        middleware: Iterable[Middleware] = (),
     ) -> None:
         connection_settings = settings.masked(connection_settings)
         urls = settings.resolve(connection_settings)
         self._exchange = check_name(exchange, "exchange")
         exchange_type = check_exchange_type(exchange_type)
         self._timeout = seconds(timeout)
+        self._middleware = check_middleware(middleware)
         self._closed = False
         declare = Exchange(self._exchange, exchange_type)
         self.connections = Connections(urls, "publisher", declare=declare)
@@ -107,16 +119,20 @@ class Publisher(Owner):
         """
         within = self._timeout if timeout is None else seconds(timeout)
         flag(mandatory, "mandatory")
+        done: Done = _ignore
         try:
-            message = self._message(event, mandatory)
             publishing = self._publishing()
+            message, done = self._message(event, mandatory, publishing)
             if publishing is not None:
                 confirm(publishing, message, within)
-        except DomainEventsError as error:
-            error.event, error.taken = event, 1
-            error.unconfirmed = (event,)
-            error.perhaps = (event,) if isinstance(error, _PERHAPS_STORED) else ()
+        except BaseException as error:
+            if isinstance(error, DomainEventsError):
+                error.event, error.taken = event, 1
+                error.unconfirmed = (event,)
+                error.perhaps = (event,) if isinstance(error, _PERHAPS_STORED) else ()
+            done(error)
             raise
+        done(None)
         return event
 
     def publish_many(
@@ -150,17 +166,18 @@ class Publisher(Owner):
                 f"publish_many() takes an iterable of DomainEvents, not a {type(events).__name__}; "
                 "publish() takes one event."
             )
-        batch = _Batch(self._publishing(), within)
+        publishing = self._publishing()
+        batch = _Batch(publishing, within)
         try:
             try:
                 for event in events:
                     batch.current = event
                     try:
-                        message = self._message(event, mandatory)
-                    except (InvalidEvent, TypeError) as error:
+                        message, done = self._message(event, mandatory, publishing, batch=True)
+                    except Exception as error:  # noqa: BLE001 - also a middleware's
                         batch.refuse(event, error)
                         break
-                    if not batch.add(event, message):
+                    if not batch.add(event, message, done):
                         break
             except Exception:
                 if batch.current is None:
@@ -193,13 +210,33 @@ class Publisher(Owner):
             raise BrokerUnavailable("This Publisher was closed; make a new one.")
         return publishing
 
-    def _message(self, event: DomainEvent, mandatory: bool) -> Message:
+    def _message(
+        self,
+        event: DomainEvent[Any],
+        mandatory: bool,
+        publishing: Publishing | None,
+        *,
+        batch: bool = False,
+    ) -> tuple[Message, Done]:
+        """The event's message, announced to the middleware, and what to call with its outcome."""
         if not isinstance(event, DomainEvent):
             raise TypeError(
                 f"publish() takes a DomainEvent, not a {type(event).__name__}; "
                 "publish_domain_event() takes a routing key and data."
             )
-        return messages.from_event(event, self._exchange, settings.app_id(), mandatory)
+        chain = chained(settings.middleware(), self._middleware)
+        message = messages.from_event(event, self._exchange, settings.app_id(), mandatory)
+        if not chain or publishing is None:
+            return message, _ignore
+        headers = dict(message.headers or {})
+        outgoing = Outgoing(Operation.PUBLISH, event, headers, self._exchange, batch=batch)
+        done = announce(chain, outgoing)
+        try:
+            message.headers = messages.checked_headers(outgoing.headers)
+        except BaseException as error:
+            done(error)
+            raise
+        return message, done
 
 
 class _Batch:
@@ -215,7 +252,7 @@ class _Batch:
         self._publishing = publishing
         self._timeout = timeout
         # Taken and not yet counted, oldest first: publication, event, when it was taken.
-        self._under_way: deque[tuple[Publication, DomainEvent, float]] = deque()
+        self._under_way: deque[tuple[Publication, DomainEvent, float, Done]] = deque()
         self._bytes = 0
         #: The last one taken, until it is under way; None while the iterable is read.
         self.current: DomainEvent | None = None
@@ -232,7 +269,7 @@ class _Batch:
         self._failed = False
         self._answered_at = 0.0
 
-    def add(self, event: DomainEvent, message: Message) -> bool:
+    def add(self, event: DomainEvent, message: Message, done: Done) -> bool:
         """Take one event, once there is room for it. False: take no more, something failed."""
         publishing = self._publishing
         if publishing is None:
@@ -240,7 +277,7 @@ class _Batch:
             self.current = None
             return True
         publication = Publication(message, self._done)
-        self._under_way.append((publication, event, time.monotonic()))
+        self._under_way.append((publication, event, time.monotonic(), done))
         self.current = None
         self._bytes += publication.size
         with self._lock:
@@ -251,10 +288,11 @@ class _Batch:
             self._wait_until_under_way(len(self._under_way) // 2)
         return not self._failed
 
-    def refuse(self, event: DomainEvent, error: InvalidEvent | TypeError) -> None:
+    def refuse(self, event: DomainEvent, error: Exception) -> None:
         """Fail over an event that cannot be sent, or something that is not an event."""
         self.wait()
-        error.args = (f"Item {self._taken} (counted from 0): {error}",)
+        if isinstance(error, InvalidEvent | TypeError):
+            error.args = (f"Item {self._taken} (counted from 0): {error}",)
         self._fail(event, error, perhaps=False)
         self.current = None
 
@@ -264,7 +302,7 @@ class _Batch:
 
     def give_up(self) -> None:
         """Stop waiting for any of them."""
-        for publication, _, _ in self._under_way:
+        for publication, *_ in self._under_way:
             if self._withdraw(publication):
                 publication.error = _GIVEN_UP
         self._count_done()
@@ -317,7 +355,7 @@ class _Batch:
             self._count_done()
             if len(self._under_way) <= most or (most and self._failed):
                 return
-            oldest, _, taken_at = self._under_way[0]
+            oldest, _, taken_at, _ = self._under_way[0]
             with self._moved:
                 silent_since = max(taken_at, self._answered_at)
                 remaining = silent_since + self._timeout - time.monotonic()
@@ -332,10 +370,10 @@ class _Batch:
         """No confirm arrived in time: give up all that are under way."""
         assert self._publishing is not None
         why = why_unconfirmed(self._publishing, self._under_way[0][0])
-        withdrawn = [each for each, _, _ in self._under_way if self._withdraw(each)]
+        withdrawn = [each for each, *_ in self._under_way if self._withdraw(each)]
         sent = sum(each.sent for each in withdrawn)
         unsent = len(withdrawn) - sent
-        others = sum(each.error is None for each, _, _ in self._under_way) - len(withdrawn)
+        others = sum(each.error is None for each, *_ in self._under_way) - len(withdrawn)
         text = (
             f"No confirm for {time.monotonic() - since:.1f} s, with a timeout of "
             f"{self._timeout:g} s ({why}). Of {self._taken:,} events taken, "
@@ -359,13 +397,14 @@ class _Batch:
 
     def _count_done(self) -> None:
         while self._under_way and self._under_way[0][0].done:
-            publication, event, _ = self._under_way.popleft()
+            publication, event, _, done = self._under_way.popleft()
             self._bytes -= publication.size
             error = publication.error
             if error is None:
                 self._count += 1
             else:
                 self._fail(event, error, isinstance(error, _PERHAPS_STORED) and publication.sent)
+            done(error)
 
     def _fail(self, event: DomainEvent, error: Exception, perhaps: bool) -> None:
         if self._error is None and error is not _GIVEN_UP:
@@ -375,6 +414,10 @@ class _Batch:
         self._unconfirmed.append(event)
         if perhaps:
             self._perhaps.append(event)
+
+
+def _ignore(_error: BaseException | None) -> None:
+    """The callback of an event for which there is no middleware."""
 
 
 def _chain(error: BaseException, earlier: BaseException) -> None:
@@ -405,6 +448,10 @@ def publish_domain_event(
     mandatory: bool = False,
     timeout: float = 10.0,
     exchange: str = "domain-events",
+    headers: Mapping[str, HeaderValue] | None = None,
+    correlation_id: str | None = None,
+    cause: str | None = None,
+    version: int = 1,
 ) -> DomainEvent:
     """Publish a domain event and wait until the broker has confirmed it.
 
@@ -420,7 +467,17 @@ def publish_domain_event(
     :return: the event that was published, with its id and its timestamp.
     :raises DomainEventsError: as `Publisher.publish` does.
     """
-    event = DomainEvent(routing_key, data, domain_object_id, uuid_string, timestamp)
+    event = DomainEvent(
+        routing_key,
+        data,
+        domain_object_id,
+        uuid_string,
+        timestamp,
+        headers=headers,
+        correlation_id=correlation_id,
+        cause=cause,
+        version=version,
+    )
     connection_settings = settings.masked(connection_settings)
     publisher = _publisher(settings.resolve(connection_settings), exchange)
     return publisher.publish(event, mandatory=mandatory, timeout=timeout)

@@ -1,7 +1,8 @@
-"""Which broker: the argument, else ``configure()``, else the environment, else localhost.
+"""Which broker, and what else a process is configured with.
 
-Resolved at each use, so that the order of imports does not matter. Passwords are only ever sent to
-the broker; logs and errors use `shown`.
+The broker is that of the argument, else of ``configure()``, else of the environment, else on
+localhost. All is resolved at each use, so that the order of imports does not matter. Passwords are
+only ever sent to the broker; logs and errors use `shown`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from domain_events.address import BETWEEN_URLS, Address, shown
 from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.log import Log
+from domain_events.middleware import Middleware, check_middleware
 from domain_events.names import LONGEST_NAME, fits
 from domain_events.text import plain
 from domain_events.urls import trouble, trouble_together
@@ -44,6 +46,7 @@ ConnectionSettings: TypeAlias = str | Sequence[str] | Literal[_Default.DEFAULT] 
 
 _configured: ConnectionSettings = DEFAULT
 _app_id: str | None = None
+_middleware: tuple[Middleware, ...] = ()
 
 # How None was given, and where; how, if that was logged.
 _switched_off: dict[str, str] = {}
@@ -72,9 +75,12 @@ _PACKAGE = __name__.partition(".")[0] + "."
 
 
 def configure(
-    connection_settings: ConnectionSettings = DEFAULT, *, app_id: str | None = None
+    connection_settings: ConnectionSettings = DEFAULT,
+    *,
+    app_id: str | None = None,
+    middleware: Iterable[Middleware] = (),
 ) -> None:
-    """Set the process's default broker; arguments left out are reset to the environment's.
+    """Set the process's defaults; arguments left out are reset to the environment's.
 
     :param connection_settings: an AMQP URL; several for the nodes of a cluster (a sequence, or
         separated by commas); ``memory://`` for the embedded broker, which lives in this process
@@ -82,16 +88,18 @@ def configure(
         logged as a warning, once, at the first use. A URL without a vhost, or with nothing after
         the last slash, means the vhost ``/``.
     :param app_id: the name under which this program publishes; its file's name if left out.
+    :param middleware: around all publishing and handling of this process; the first is outermost.
     :raises ConfigurationError: when it is none of these.
     """
-    global _configured, _app_id
+    global _configured, _app_id, _middleware
     connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:
         if not fits(app_id) or re.search("amqps?://", app_id, re.IGNORECASE):
             raise refusal(app_id, "app_id", f"a str of at most {LONGEST_NAME} bytes")
         app_id = plain(app_id)
-    _configured, _app_id = urls or connection_settings, app_id
+    chain = check_middleware(middleware)
+    _configured, _app_id, _middleware = urls or connection_settings, app_id, chain
     _switched_off.pop("to configure()", None)
     _warned.discard("to configure()")
     if urls is None:
@@ -134,6 +142,11 @@ def warn_switched_off() -> None:
 def app_id() -> str:
     """The name under which this program publishes."""
     return _program_name() if _app_id is None else _app_id
+
+
+def middleware() -> tuple[Middleware, ...]:
+    """The middleware of the whole process."""
+    return _middleware
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
@@ -19,6 +19,7 @@ from domain_events.errors import ConfigurationError
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
 from domain_events.log import Log
+from domain_events.middleware import Middleware, chained, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
@@ -56,6 +57,7 @@ class Subscriber(Owner):
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
     :param workers: how many handlers run at the same time, each in a thread; up to 1,000.
     :param timeout: seconds within which the broker must answer each request of `register`.
+    :param middleware: within that of `configure`; the first is outermost.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -67,6 +69,7 @@ class Subscriber(Owner):
         *,
         workers: int = 1,
         timeout: float = 10.0,
+        middleware: Iterable[Middleware] = (),
     ) -> None:
         connection_settings = settings.masked(connection_settings)
         urls = settings.resolve(connection_settings)
@@ -74,6 +77,7 @@ class Subscriber(Owner):
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
         self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
+        self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
             urls, "subscriber", on_failure=_weakly(self._on_failure)
@@ -166,7 +170,7 @@ class Subscriber(Owner):
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder)
+        subscription = Subscription(handler, options, self.forwarder, self._chain)
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):
@@ -317,6 +321,9 @@ class Subscriber(Owner):
                     "events. Give each a name of its own.",
                     name,
                 )
+
+    def _chain(self) -> tuple[Middleware, ...]:
+        return chained(settings.middleware(), self._middleware)
 
     def _on_failure(self) -> None:
         worker = self._worker

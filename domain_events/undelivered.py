@@ -156,7 +156,7 @@ class Undelivered(Walks):
                 f"A message of {len(entry.body):,} bytes for {name!r} is not an event."
             )
         try:
-            self._send(_fresh(entry, name))
+            self._replayed(_fresh(entry, name), event, name)
         except EventUnroutable as error:
             raise _not_registered_error(name) from error
         self._settle(entry._delivery)
@@ -199,6 +199,8 @@ def _fresh(entry: UndeliveredEvent, name: str) -> Message:
         mandatory=True,  # a queue must take it, since the original is acked next
         cause=old.cause,
         retries=old.retries,
+        version=old.version,
+        replays=old.replays,
     )
 
 

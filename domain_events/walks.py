@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
+from domain_events import message as messages
 from domain_events import settings
 from domain_events.broker import Browser, Connections, Consuming, Owner, Publishing, confirm
 from domain_events.checks import seconds
 from domain_events.errors import DomainEventsError
+from domain_events.events import DomainEvent
 from domain_events.log import Log
 from domain_events.message import Delivery, Message, Place
+from domain_events.middleware import Operation, Outgoing, announce
 from domain_events.settings import ConnectionSettings
 
 log = Log("domain_events")
@@ -119,9 +123,23 @@ class Walks(Owner):
             self._held.clear()
             raise
 
-    def _send(self, message: Message) -> None:
-        """Publish, and wait for the confirm."""
-        confirm(self._publishing(), message, self._timeout)
+    def _replayed(self, message: Message, event: DomainEvent[Any] | None, name: str) -> None:
+        """Publish it into the queue of subscriber ``name``, and wait for the confirm."""
+        chain = settings.middleware()
+        if not chain:
+            confirm(self._publishing(), message, self._timeout)
+            return
+        source = message.source
+        known = source.foreign_headers if source is not None else message.headers or {}
+        outgoing = Outgoing(Operation.REPLAY, event, dict(known), subscriber=name)
+        done = announce(chain, outgoing)
+        try:
+            message.headers = messages.added_headers(known, outgoing.headers)
+            confirm(self._publishing(), message, self._timeout)
+        except BaseException as error:
+            done(error)
+            raise
+        done(None)
 
     def _settle(self, delivery: Delivery) -> None:
         """Remove it from the queue."""

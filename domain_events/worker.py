@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -25,9 +26,10 @@ from domain_events import message as messages
 from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.forwarding import Forwarder
-from domain_events.handling import Delivered, Subscription, ends_the_process
+from domain_events.handling import Subscription, ends_the_process
 from domain_events.log import Log
 from domain_events.message import Delivery
+from domain_events.outcomes import Delivered
 
 log = Log("domain_events")
 
@@ -129,7 +131,13 @@ class Worker:
 
     def _work_in_threads(self) -> None:
         threads = [
-            threading.Thread(target=self._run_thread, name=f"domain-events-worker-{n}", daemon=True)
+            # In the context of the caller, as with one worker.
+            threading.Thread(
+                target=copy_context().run,
+                args=(self._run_thread,),
+                name=f"domain-events-worker-{n}",
+                daemon=True,
+            )
             for n in range(1, self._threads + 1)
         ]
         try:

@@ -45,7 +45,7 @@ json_values = st.recursive(
     max_leaves=12,
 )
 
-events = st.builds(
+events: st.SearchStrategy[DomainEvent] = st.builds(
     DomainEvent,
     routing_key=st.text(),
     data=json_values.filter(lambda value: value is not None),

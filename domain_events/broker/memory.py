@@ -13,7 +13,7 @@ than a hundred. A delayed event is put into the subscriber's queue when it is du
 undelivered if that queue is gone.
 
 **What it does not emulate** is how RabbitMQ does these things: arguments of queues, levels of
-delay, headers. Messages come in by this protocol only, so none carries headers of another program.
+delay. Messages come in by this protocol only, so none carries headers of another program.
 
 A connection here is never lost. Closing one has the same effect on a queue as a crash: deliveries
 that the connection held are requeued, and have failed.
@@ -246,14 +246,20 @@ class MemoryDelivery(Message):
     redelivered = False
     failures = message_count = 0
     receipt: Any = None
-    headers: dict[str, object]
+    headers: dict[str, Any]
 
     def __init__(self, message: Message) -> None:
         super().__init__(**{**vars(message), "source": None})
+        kept = message.source.headers if message.source is not None else {}
+        self.headers = {**kept, **(message.headers or {})}
         self.type = self.routing_key
         # Empty if another program has put it into a queue.
         self.published_routing_key = self.routing_key or None
         self.subscriber = self.destination.name if isinstance(self.destination, Later) else None
+
+    @property
+    def foreign_headers(self) -> dict[str, Any]:
+        return self.headers
 
     @property
     def original_routing_key(self) -> str:
@@ -267,7 +273,7 @@ class MemoryDelivery(Message):
         """A delivery of it."""
         delivery = object.__new__(MemoryDelivery)
         vars(delivery).update(vars(self))
-        delivery.headers = {}
+        delivery.headers = dict(self.headers)
         delivery.receipt = object()
         delivery.message_count = len(queue.ready)
         # Addressed as RabbitMQ addresses it.

@@ -15,7 +15,7 @@ With pytest there is a fixture, ``event_broker``; with unittest or Django, use i
 manager or call ``start`` and ``stop``.
 """
 
-from domain_events.handling import Delivered, Outcome
+from domain_events.outcomes import Delivered, Outcome
 from domain_events.testing.broker import EventBroker
 
 __all__ = ["Delivered", "EventBroker", "Outcome"]

@@ -24,8 +24,8 @@ from domain_events.broker.clock import SECOND, VirtualTime
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.events import DomainEvent
 from domain_events.forwarding import Forwarder
-from domain_events.handling import Delivered
 from domain_events.message import ToExchange
+from domain_events.outcomes import Delivered
 from domain_events.publisher import Publisher
 from domain_events.subscriber import Subscriber
 from domain_events.testing.matching import ANYTHING, difference, expectation, listing

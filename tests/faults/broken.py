@@ -13,8 +13,9 @@ from typing import Any
 from domain_events.broker.rabbitmq import consumer as consuming
 from domain_events.broker.rabbitmq import publishing, topology
 from domain_events.forwarding import Forwarder
-from domain_events.handling import Delivered, Outcome, Subscription
+from domain_events.handling import Subscription
 from domain_events.names import matches
+from domain_events.outcomes import Delivered, Outcome
 
 
 @dataclass(frozen=True)

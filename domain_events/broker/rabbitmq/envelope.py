@@ -18,14 +18,17 @@ import pika
 from domain_events.broker.rabbitmq import topology
 from domain_events.message import (
     DELIVERY_LIMIT,
+    LARGEST_NUMBER,
     NEVER_SETTLED,
     NO_FAILURE,
+    OWN_PREFIX,
     Failure,
     Message,
     Place,
     ToDeadLetters,
     ToExchange,
     UndeliveredOf,
+    is_foreign,
     routing_key_in,
     sent_on,
 )
@@ -34,6 +37,8 @@ from domain_events.text import printable, truncate
 
 # Our headers. Never `x-*`, which is reserved for the broker.
 RETRIES = "domain-events-retries"
+VERSION = "domain-events-version"
+REPLAYS = "domain-events-replays"
 ROUTING_KEY = "domain-events-routing-key"
 CAUSE = "domain-events-cause"
 HAND_BACKS = "domain-events-hand-backs"
@@ -46,8 +51,8 @@ HOST = "domain-events-host"
 FIRST_ERROR_TYPE = "domain-events-first-error-type"
 FIRST_ERROR_MESSAGE = "domain-events-first-error-message"
 # What `_own_headers` writes; others with such names are of later releases.
-_PREFIX = "domain-events-"
 _KNOWN = {RETRIES, ROUTING_KEY, CAUSE, HAND_BACKS, SUBSCRIBER, ERROR_TYPE, ERROR_MESSAGE}
+_KNOWN |= {VERSION, REPLAYS}
 _KNOWN |= {TRACEBACK, FAILED_AT, HOST, FIRST_ERROR_TYPE, FIRST_ERROR_MESSAGE}
 
 # The broker acts upon these: CC and BCC route, and x-death makes it drop a message as part of a
@@ -58,7 +63,6 @@ _BROKER_HEADER_PREFIXES = ("x-first-death-", "x-last-death-")
 # All headers must fit one frame of 128 KiB together with the other properties.
 _ROOM_FOR_HEADERS = 124 * 1024
 _DEEPEST_HEADER = 32
-_MOST_RETRIES = 2**31 - 1
 
 
 class Properties(Protocol):
@@ -112,6 +116,10 @@ class RabbitDelivery:
         return self.properties.headers or {}
 
     @property
+    def foreign_headers(self) -> Mapping[str, Any]:
+        return {name: each for name, each in self.headers.items() if is_foreign(name)}
+
+    @property
     def message_id(self) -> str | None:
         return _short(self.properties.message_id)
 
@@ -125,8 +133,15 @@ class RabbitDelivery:
 
     @property
     def cause(self) -> str | None:
-        # The only one of our headers that a publisher writes.
+        # This one and the version are those of our headers that a publisher writes.
         return _short(self.headers.get(CAUSE))
+
+    @property
+    def version(self) -> int:
+        number = self.headers.get(VERSION)
+        if isinstance(number, bool) or not isinstance(number, int):
+            return 1
+        return int(number) if 0 < number <= LARGEST_NUMBER else 1
 
     @property
     def timestamp(self) -> int | None:
@@ -182,6 +197,10 @@ class RabbitDelivery:
         return self._count(HAND_BACKS)
 
     @property
+    def replays(self) -> int:
+        return self._count(REPLAYS)
+
+    @property
     def failures(self) -> int:
         """How often it was delivered before and came back unsettled, as the queue counts it.
 
@@ -229,7 +248,7 @@ class RabbitDelivery:
         if isinstance(number, bool) or not isinstance(number, int):
             return 0
         # pika decodes large ones as a type of its own, and cannot encode the largest again.
-        return max(0, min(int(number), _MOST_RETRIES))
+        return max(0, min(int(number), LARGEST_NUMBER))
 
     def _count_of_the_queue(self, header: str) -> int:
         # On a first delivery the headers are the publisher's, whatever their names.
@@ -278,6 +297,8 @@ def properties(message: Message) -> pika.BasicProperties:
     headers = _own_headers(message) or None
     source = message.source
     if source is None:
+        if message.headers:
+            headers = {**message.headers, **(headers or {})}
         return pika.BasicProperties(
             content_type="application/json",
             headers=headers,
@@ -292,7 +313,7 @@ def properties(message: Message) -> pika.BasicProperties:
     return pika.BasicProperties(
         content_type=old.content_type,
         content_encoding=old.content_encoding,
-        headers=_with_kept_headers(source, headers or {}),
+        headers=_with_kept_headers(source, {**(message.headers or {}), **(headers or {})}),
         delivery_mode=pika.DeliveryMode.Persistent,
         correlation_id=old.correlation_id,
         reply_to=old.reply_to,
@@ -317,6 +338,10 @@ def _own_headers(message: Message) -> dict[str, Any]:
         own[RETRIES] = message.retries
     if message.hand_backs:
         own[HAND_BACKS] = message.hand_backs
+    if message.replays:
+        own[REPLAYS] = message.replays
+    if message.version != 1:
+        own[VERSION] = message.version
     if failure is not NO_FAILURE:
         reasons = {
             SUBSCRIBER: failure.subscriber,
@@ -343,13 +368,13 @@ def _with_kept_headers(source: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         if name not in own
         and name not in _BROKER_HEADERS
         and not str(name).startswith(_BROKER_HEADER_PREFIXES)
-        and (not str(name).startswith(_PREFIX) or (source.is_ours and name not in _KNOWN))
+        and (not str(name).startswith(OWN_PREFIX) or (source.is_ours and name not in _KNOWN))
     }
     room = _ROOM_FOR_HEADERS - _size(own) - _size(kept)
     for name in sorted(kept, key=lambda name: _size({name: kept[name]}), reverse=True):
         if room >= 0:
             break
-        if not str(name).startswith(_PREFIX):
+        if not str(name).startswith(OWN_PREFIX):
             room += _size({name: kept.pop(name)})
     return {**kept, **own}
 

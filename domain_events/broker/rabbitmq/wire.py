@@ -101,6 +101,8 @@ class Writer:
             type(destination) is not ToExchange
             or message.source is not None
             or message.cause is not None
+            or message.headers
+            or message.version != 1
             or message.retries
             or timestamp is None
             or message_id is None
