@@ -211,11 +211,11 @@ class DomainEvent(Generic[Data]):
         known: dict[str, DomainEvent[Any]] = self.__dict__.setdefault("_derived", {})
         first = known.setdefault(derived.uuid_string, derived)
         if first.data != derived.data:
-            raise self._invalid_error(
-                f"another one, {printable(repr(routing_key))} about {printable(domain_object_id)}, "
-                f"was derived from it already with other data, and would have the same id; give "
-                "each a key=... of its own, such as the number of the position it is about.",
-                "derived from",
+            raise InvalidEvent(
+                f"Two events {printable(repr(routing_key))} with different data would be derived "
+                f"from {printable(self)}, and have the same id, so that subscribers took one for a "
+                "copy of the other; give each a key=... of its own, such as the number of the "
+                "position it is about."
             )
         return first
 
@@ -288,9 +288,9 @@ class DomainEvent(Generic[Data]):
             raise self._invalid_error(f"it is not JSON: {why}") from error
         return text
 
-    def _invalid_error(self, why: str, what: str = "published") -> InvalidEvent:
+    def _invalid_error(self, why: str) -> InvalidEvent:
         error = InvalidEvent(
-            f"The event {printable(repr(self.routing_key))} cannot be {what}: {why}"
+            f"The event {printable(repr(self.routing_key))} cannot be published: {why}"
         )
         error.event = self
         return error

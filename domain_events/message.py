@@ -517,7 +517,7 @@ def is_header(name: object, value: object) -> bool:
         and fits(name)
         and is_foreign(name)
         and isinstance(value, str | int)
-        and (not isinstance(value, int) or -(2**63) <= value < 2**63)
+        and (not isinstance(value, int) or abs(value) < 2**63)
     )
 
 

@@ -28,6 +28,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from domain_events.checks import refusal
+from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent, HeaderValue
 from domain_events.log import Log
 from domain_events.outcomes import Delivered
@@ -174,11 +175,15 @@ def _check_methods(middleware: Middleware) -> None:
         method = getattr(middleware, name)
         kind = type(middleware).__name__
         if asyncio.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
-            raise refusal(middleware, "middleware", f"synchronous; {kind}.{name} is async")
+            raise ConfigurationError(
+                f"middleware: {kind}.{name} is async, and this library is synchronous; make it a "
+                "plain method."
+            )
         if inspect.isgeneratorfunction(method):
-            right = f"made of plain methods; {kind}.{name} is a generator"
-            hint = "; decorate it with @contextlib.contextmanager" if name == "handling" else ""
-            raise refusal(middleware, "middleware", right, hint)
+            way_out = "make it a plain method"
+            if name == "handling":
+                way_out = "decorate it with @contextlib.contextmanager"
+            raise ConfigurationError(f"middleware: {kind}.{name} is a generator; {way_out}.")
 
 
 def chained(first: tuple[Middleware, ...], then: tuple[Middleware, ...]) -> tuple[Middleware, ...]:

@@ -321,7 +321,7 @@ def test_event_that_is_sent_on_keeps_what_others_have_put_into_it(
         assert {name: getattr(found, name) for name in properties} == properties
     left = {name for name in replayed.properties.headers if name not in headers}
     assert not {name for name in left if "death" in name}
-    assert left == {"domain-events-routing-key"}
+    assert left == {"domain-events-routing-key", "domain-events-replays"}
 
 
 def test_event_without_headers_has_none(broker_url: str, peer: Peer, queue: Queue) -> None:

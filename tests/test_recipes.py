@@ -29,7 +29,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from support import Names
 
 import domain_events
-from domain_events import BrokerUnavailable, DomainEvent, InvalidEvent
+from domain_events import BrokerUnavailable, DomainEvent, InvalidEvent, Subscriber
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
@@ -557,3 +557,32 @@ def test_recipes_are_all_tried() -> None:
     assert len(after_the_commit()) == 3
     assert len(code_blocks("docs/introduction.rst", "Handlers must be idempotent")) == 2
     assert domain_events.__all__
+
+
+def test_middleware_recipes_do_what_they_show(caplog: pytest.LogCaptureFixture) -> None:
+    """The log context, the slow handler, headers, derived events."""
+    page = "docs/middleware.rst"
+    seen: list[object] = []
+    with EventBroker() as broker:
+        try:
+            (log_context,) = code_blocks(page, "A log context")
+            event_id = run(log_context)["event_id"]
+            (slow,) = code_blocks(page, "What it can do")
+            subscriber = run(slow.replace("0.5", "0"))["subscriber"]
+            subscriber.register(lambda _: seen.append(event_id.get()), "mail", ["user.*"])
+            carries = code_blocks(page, "What an event carries")
+            handle = run(carries[0])["handle"]
+            subscriber.register(handle, "print", ["user.*"])
+            broker.deliver(subscriber)
+        finally:
+            domain_events.configure()
+        assert seen == [broker.published[0].uuid_string]
+        assert "mail took 0.0 s: handled" in caplog.text
+        (publishes,) = code_blocks(page, "A handler that publishes")
+        ships = Subscriber()
+        ships.register(run(publishes)["handle_order"], "shipping", ["order.paid"])
+        paid = DomainEvent("order.paid", {"lines": [{"sku": "a"}, {"sku": "b"}]})
+        broker.deliver(ships, paid, paid)
+        shipped = [each.uuid_string for each in broker.published if "shipped" in each.routing_key]
+        assert len(shipped) == 4
+        assert len(set(shipped)) == 2

@@ -75,6 +75,8 @@ def an_event() -> Message:
         timestamp=st.integers(0, 2**63 - 1),
         app_id=short_texts,
         mandatory=st.booleans(),
+        cause=st.none() | short_texts,
+        headers=st.none() | st.dictionaries(short_texts, st.text(max_size=50), max_size=3),
     )
 )
 def test_event_is_written_as_pika_writes_it(message: Message) -> None:
@@ -99,7 +101,9 @@ def test_events_of_many_addresses_are_not_mixed_up() -> None:
     "change",
     [
         {"retries": 1},
-        {"cause": "id-0"},
+        {"version": 2},
+        {"headers": {"number": 1}},
+        {"headers": {"long": "a" * 2000}},
         {"source": delivery()},
         {"destination": ToSubscriber("q")},
         {"destination": ToDeadLetters("q")},

@@ -5,7 +5,8 @@ Where the library leaves a type unknown, the line that meets it here is an error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TypedDict
 from uuid import UUID
@@ -19,6 +20,7 @@ from domain_events import (
     Backoff,
     BrokerUnavailable,
     ConfigurationError,
+    ConnectionChange,
     DeadLetter,
     DeadLetters,
     DomainEvent,
@@ -27,6 +29,9 @@ from domain_events import (
     EventRejected,
     EventUnroutable,
     InvalidEvent,
+    Middleware,
+    Operation,
+    Outgoing,
     Publisher,
     Reject,
     Retry,
@@ -45,6 +50,32 @@ from domain_events.pytest_plugin import event_broker
 from domain_events.testing import Delivered, EventBroker, Outcome
 
 
+class Tenants(Middleware):
+    """Every method of a middleware, and what each is given."""
+
+    def publishing(self, outgoing: Outgoing) -> Callable[[BaseException | None], None]:
+        outgoing.headers["tenant"] = "acme"
+        if outgoing.operation is Operation.RETRY:
+            print(outgoing.delay, outgoing.subscriber, outgoing.event, outgoing.batch)
+
+        def done(error: BaseException | None) -> None:
+            print(error)
+
+        return done
+
+    @contextmanager
+    def handling(self, event: DomainEvent) -> Generator[None, None, None]:
+        print(event.headers, event.correlation_id, event.cause, event.version)
+        print(event.redelivered or event.replayed, event.subscriber, event.details.headers)
+        yield
+
+    def delivered(self, delivered: Delivered) -> None:
+        print(delivered.outcome is Outcome.RETRY, delivered.error, delivered.seconds)
+
+    def connection(self, change: ConnectionChange) -> None:
+        print(change.state, change.owner, change.purpose, change.address, change.reason)
+
+
 class User(TypedDict):
     """What the events here are about."""
 
@@ -57,6 +88,11 @@ def settings() -> str:
     configure("amqp://shop:secret@broker.example/shop", app_id="shop")
     configure(["amqp://one.example", "amqp://two.example"])
     configure(None)
+    configure(middleware=[Tenants()])
+    publish_domain_event("a.b", {}, headers={"a": 1}, correlation_id="b", cause="c", version=2)
+    event = DomainEvent("a.b", {"c": 1}, headers={"a": True}, version=2)
+    Publisher(middleware=[Tenants()]).publish(event.derived("d.e", {}, 7, key="8"))
+    Subscriber(middleware=[Tenants()])
     configure(connection_settings=DEFAULT)
     return domain_events.__version__
 

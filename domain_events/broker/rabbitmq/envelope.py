@@ -117,7 +117,12 @@ class RabbitDelivery:
 
     @property
     def foreign_headers(self) -> Mapping[str, Any]:
-        return {name: each for name, each in self.headers.items() if is_foreign(name)}
+        return {
+            # pika has a type of its own for large numbers.
+            name: int(each) if isinstance(each, int) and not isinstance(each, bool) else each
+            for name, each in self.headers.items()
+            if is_foreign(name)
+        }
 
     @property
     def message_id(self) -> str | None:
@@ -294,14 +299,12 @@ def message_id(message: Message) -> object:
 
 def properties(message: Message) -> pika.BasicProperties:
     """The AMQP properties with which a message travels."""
-    headers = _own_headers(message) or None
+    headers = own_and_given_headers(message)
     source = message.source
     if source is None:
-        if message.headers:
-            headers = {**message.headers, **(headers or {})}
         return pika.BasicProperties(
             content_type="application/json",
-            headers=headers,
+            headers=headers or None,
             delivery_mode=pika.DeliveryMode.Persistent,
             correlation_id=message.correlation_id,
             message_id=message.message_id,
@@ -313,7 +316,7 @@ def properties(message: Message) -> pika.BasicProperties:
     return pika.BasicProperties(
         content_type=old.content_type,
         content_encoding=old.content_encoding,
-        headers=_with_kept_headers(source, {**(message.headers or {}), **(headers or {})}),
+        headers=_with_kept_headers(source, headers),
         delivery_mode=pika.DeliveryMode.Persistent,
         correlation_id=old.correlation_id,
         reply_to=old.reply_to,
@@ -322,6 +325,12 @@ def properties(message: Message) -> pika.BasicProperties:
         type=old.type,
         app_id=old.app_id,
     )
+
+
+def own_and_given_headers(message: Message) -> dict[str, Any]:
+    """Our headers of a message, and those that its publisher, or a middleware, has given."""
+    own = _own_headers(message)
+    return {**message.headers, **own} if message.headers else own
 
 
 def _own_headers(message: Message) -> dict[str, Any]:

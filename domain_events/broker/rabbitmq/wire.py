@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from pika.exceptions import AMQPError
@@ -26,7 +26,7 @@ from pika.spec import (
     Connection,
 )
 
-from domain_events.broker.rabbitmq.envelope import Properties
+from domain_events.broker.rabbitmq.envelope import Properties, own_and_given_headers
 from domain_events.broker.rabbitmq.topology import address
 from domain_events.log import Log
 from domain_events.message import Message, ToExchange
@@ -37,6 +37,8 @@ log = Log("domain_events")
 
 # Surely fits a frame: the smallest limit that a broker may set is 4,096 bytes (frame-min-size).
 _LARGEST_PLAIN_BODY = 4000
+# With the other properties, of at most 255 bytes each.
+_LARGEST_PLAIN_TABLE = 2000
 # The most addresses whose frames are cached; a routing key may contain an id.
 _MOST_REMEMBERED = 1000
 
@@ -58,6 +60,7 @@ _FRAME = struct.Struct(">BHI")  # kind, channel, size; then so many bytes, then 
 _PROPERTIES = struct.Struct(">BHIHHQ")
 _BODY = struct.Struct(">BBHI")  # _END and the next frame's head
 _NUMBER = struct.Struct(">Q")
+_LENGTH = struct.Struct(">I")
 _TAGGED = struct.Struct(">QBB")  # tag, redelivered, length of the exchange's name
 _CONFIRM = struct.Struct(">QB")  # tag, multiple
 _FLAGS = struct.Struct(">H")
@@ -100,8 +103,6 @@ class Writer:
         if (
             type(destination) is not ToExchange
             or message.source is not None
-            or message.cause is not None
-            or message.headers
             or message.version != 1
             or message.retries
             or timestamp is None
@@ -110,10 +111,23 @@ class Writer:
             or not 0 < len(body) <= _LARGEST_PLAIN_BODY
         ):
             return None
-        key = (destination.exchange, message.routing_key, message.mandatory, message.app_id)
+        table = b""
+        if message.headers or message.cause is not None:
+            headers = own_and_given_headers(message)
+            table = _table(headers)
+            if not table:
+                return None
+        has_table = bool(table)
+        key = (
+            destination.exchange,
+            message.routing_key,
+            message.mandatory,
+            message.app_id,
+            has_table,
+        )
         known = self._known.get(key)
         if known is None:
-            known = self._constant_parts(message)
+            known = self._constant_parts(message, has_table)
             if known is None:
                 return None
             if len(self._known) >= _MOST_REMEMBERED:
@@ -122,7 +136,9 @@ class Writer:
         method, begin, end = known
         identity = _short(message_id)
         correlation = identity if correlation_id == message_id else _short(correlation_id)
-        properties = b"".join((begin, correlation, identity, _NUMBER.pack(timestamp), end))
+        properties = b"".join(
+            (begin, table, _PERSISTENT, correlation, identity, _NUMBER.pack(timestamp), end)
+        )
         size = len(body)
         return b"".join(
             (
@@ -142,7 +158,9 @@ class Writer:
             )
         )
 
-    def _constant_parts(self, message: Message) -> tuple[bytes, bytes, bytes] | None:
+    def _constant_parts(
+        self, message: Message, has_table: bool
+    ) -> tuple[bytes, bytes, bytes] | None:
         exchange, routing_key = address(message.destination, message.routing_key)
         if message.app_id is None:
             return None
@@ -151,9 +169,22 @@ class Writer:
         head = _FRAME.pack(FRAME_METHOD, self._channel, len(_PUBLISH) + len(arguments))
         return (
             head + _PUBLISH + arguments + _END,
-            _FLAGS.pack(_PLAIN_FLAGS) + _short("application/json") + _PERSISTENT,
+            _FLAGS.pack(_PLAIN_FLAGS | BasicProperties.FLAG_HEADERS * has_table)
+            + _short("application/json"),
             _short(routing_key) + _short(message.app_id),
         )
+
+
+def _table(headers: Mapping[str, Any]) -> bytes:
+    """The table of headers that are all text, and fit; empty if pika has to write it."""
+    entries = []
+    for name, value in headers.items():
+        if type(value) is not str:
+            return b""
+        data = value.encode()
+        entries.append(b"".join((_short(name), b"S", _LENGTH.pack(len(data)), data)))
+    table = b"".join(entries)
+    return _LENGTH.pack(len(table)) + table if len(table) <= _LARGEST_PLAIN_TABLE else b""
 
 
 def _short(text: str) -> bytes:
