@@ -11,8 +11,8 @@ The metrics are listed in docs/prometheus.rst, with a dashboard and alert rules.
 the subscriber, the exchange, the operation, the outcome and the exception's class: never a routing
 key, an id or a text, whose number has no bound.
 
-It works in the multiprocess mode of prometheus_client, too, and is never in the way of an event: it
-waits for no lock, and what fails here is logged.
+It works in the multiprocess mode of prometheus_client, too. What fails here is logged, and is never
+in the way of an event.
 
 Needs ``domain-events-rabbitmq[prometheus]``.
 """
@@ -31,22 +31,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from domain_events.errors import ConfigurationError
-from domain_events.events import DomainEvent
-from domain_events.middleware import (
+from domain_events import (
+    ConfigurationError,
     ConnectionChange,
     ConnectionState,
-    Done,
+    Delivered,
+    DomainEvent,
     Middleware,
+    Outcome,
     Outgoing,
 )
-from domain_events.outcomes import Delivered, Outcome
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
@@ -65,8 +65,6 @@ _BETWEEN_COMPLAINTS = 60.0
 # Of a client that sends no request.
 _REQUEST_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 5.0
-# For an update in another thread: microseconds, unless a signal handler forks within one.
-_PAUSE_TIMEOUT = 1.0
 
 
 class Prometheus(Middleware):
@@ -78,12 +76,7 @@ class Prometheus(Middleware):
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        directory = os.environ.get(_MULTIPROCESS)
-        if directory is not None and not Path(directory).is_dir():
-            raise ConfigurationError(
-                f"The environment variable {_MULTIPROCESS} must name a directory, not "
-                f"{directory!r}; create it, empty, before the program starts."
-            )
+        _check_multiprocess()
         metrics: list[Counter | Gauge | Histogram] = []
 
         def by_labels(metric: _Metric) -> Callable[..., _Metric]:
@@ -174,7 +167,7 @@ class Prometheus(Middleware):
 
     # --- middleware ------------------------------------------------------------------------------
 
-    def publishing(self, outgoing: Outgoing) -> Done:
+    def publishing(self, outgoing: Outgoing) -> Callable[[BaseException | None], None]:
         begun = time.monotonic()
         labels = (str(outgoing.operation), outgoing.exchange or "", outgoing.subscriber or "")
 
@@ -261,6 +254,17 @@ class Prometheus(Middleware):
             self._show_connections(key, self._connections[key])
 
 
+def _check_multiprocess() -> bool:
+    """Whether the metrics of several processes are shown together."""
+    directory = os.environ.get(_MULTIPROCESS)
+    if directory is not None and not Path(directory).is_dir():
+        raise ConfigurationError(
+            f"The environment variable {_MULTIPROCESS} must name a directory, not {directory!r}; "
+            "create it, empty, before the program starts."
+        )
+    return directory is not None
+
+
 def _register(metrics: Sequence[Counter | Gauge | Histogram], registry: CollectorRegistry) -> None:
     registered = []
     try:
@@ -304,62 +308,74 @@ class _Connections:
     lost: int = 0
 
 
-_Update: TypeAlias = tuple[Callable[..., None], tuple[Any, ...]]
+class _Queue:
+    """The updates of one process that are to be run."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self.lock = threading.RLock()
+        #: Whether one runs on the thread that has the lock.
+        self.busy = False
+        #: The threads that fork.
+        self.forking: list[int] = []
 
 
 class _Updates:
-    """Runs updates one at a time, on whichever thread is there, and never waits for another one.
+    """Runs updates one at a time, and never gets stuck at a lock of prometheus_client.
 
-    A thread that comes while another one is at it leaves its update to that one. So does a signal
-    handler, or a finalizer, that interrupts an update on its own thread: prometheus_client would
-    wait there for its own lock, forever. The same holds for the child of a fork, in which the other
-    thread, and what it was about to do, does not exist.
+    A signal handler, or a finalizer, that interrupts an update leaves its own to the interrupted
+    one, or it would wait for a lock that its own thread holds. While the process forks, no other
+    thread is within an update: the child has its locks, and not the thread that releases them.
     """
 
     def __init__(self, after_fork: Callable[[], None]) -> None:
         self._after_fork = after_fork
-        # Of each process: a child inherits a lock that nobody there may ever release, and updates
-        # that are the parent's.
-        self._of: dict[int, tuple[threading.Lock, deque[_Update]]] = {}
-        self._paused: threading.Lock | None = None
+        # By process: a child inherits updates and locks that are its parent's.
+        self._queues: dict[int, _Queue] = {}
         self._complained = -math.inf
         _all.add(self)
 
     def do(self, update: Callable[..., None], *arguments: Any) -> None:
-        """Run it, now or as soon as those before it have run; what it raises is logged."""
-        lock, waiting = self._here()
-        waiting.append((update, arguments))
-        self._run_waiting(lock, waiting)
+        """Run it; what it raises is logged."""
+        queue = self._queue()
+        queue.waiting.append((update, arguments))
+        self._run_waiting(queue)
 
     def pause(self) -> None:
-        """Before a fork: no other thread may be within an update, which holds locks."""
-        lock, _ = self._here()
-        if lock.acquire(timeout=_PAUSE_TIMEOUT):
-            self._paused = lock
+        """Before a fork."""
+        queue = self._queue()
+        queue.forking.append(threading.get_ident())
+        queue.lock.acquire()
 
     def resume(self) -> None:
         """After a fork, in the parent."""
-        lock, waiting = self._here()
-        if self._paused is lock:
-            self._paused = None
-            lock.release()
-            self._run_waiting(lock, waiting)
+        queue, thread = self._queue(), threading.get_ident()
+        if thread not in queue.forking:  # it was created meanwhile
+            return
+        queue.forking.remove(thread)
+        queue.lock.release()
+        self._run_waiting(queue)
 
-    def _here(self) -> tuple[threading.Lock, deque[_Update]]:
+    def _queue(self) -> _Queue:
         pid = os.getpid()
-        here = self._of.get(pid)
-        if here is None:
-            here = self._of.setdefault(pid, (threading.Lock(), deque([(self._after_fork, ())])))
-        return here
+        queue = self._queues.get(pid)
+        if queue is None:
+            queue = self._queues.setdefault(pid, _Queue())
+            queue.waiting.appendleft((self._after_fork, ()))
+        return queue
 
-    def _run_waiting(self, lock: threading.Lock, waiting: deque[_Update]) -> None:
-        # Again after the release: one may have come meanwhile.
-        while waiting and lock.acquire(blocking=False):
-            try:
-                while waiting:
-                    self._run(*waiting.popleft())
-            finally:
-                lock.release()
+    def _run_waiting(self, queue: _Queue) -> None:
+        # Again, if an interruption has left one after the last.
+        while queue.waiting and not queue.forking:
+            with queue.lock:
+                if queue.busy:
+                    return
+                queue.busy = True
+                try:
+                    while queue.waiting and not queue.forking:
+                        self._run(*queue.waiting.popleft())
+                finally:
+                    queue.busy = False
 
     def _run(self, update: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         try:
@@ -430,11 +446,7 @@ class Server:
         self.close()
 
 
-def serve(
-    port: int = 9000,
-    addr: str = "0.0.0.0",
-    registry: CollectorRegistry = REGISTRY,
-) -> Server:
+def serve(port: int, addr: str = "0.0.0.0", registry: CollectorRegistry = REGISTRY) -> Server:
     """Serve the metrics at ``http://addr:port/metrics``, for a process without a web server.
 
     In multiprocess mode it serves those of all processes: call it in one of them.
@@ -442,9 +454,10 @@ def serve(
     :param port: 0 for any that is free; then see `Server.port`.
     :param addr: the address of the interface on which to listen; all of them if left out.
     :param registry: what to serve, except in multiprocess mode.
-    :raises ConfigurationError: when it cannot listen there.
+    :raises ConfigurationError: when it cannot listen there, or when the directory of the
+        multiprocess mode does not exist.
     """
-    if os.environ.get(_MULTIPROCESS):
+    if _check_multiprocess():
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     try:
