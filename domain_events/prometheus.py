@@ -28,7 +28,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -161,7 +160,7 @@ class Prometheus(Middleware):
         )
         # The start of each handler that runs, in order.
         self._running: dict[str, dict[object, float]] = {}
-        self._connections: dict[tuple[str, str], _Connections] = {}
+        self._connections: dict[tuple[str, str], dict[int, _Connection]] = {}
         self._updates = _Updates(self._start_over)
         _register(metrics, registry)
 
@@ -216,42 +215,31 @@ class Prometheus(Middleware):
             self._critical_time(subscriber).observe(max(0.0, now - event.timestamp))
 
     def _changed(self, change: ConnectionChange) -> None:
-        key = (change.owner, change.purpose)
-        now = self._connections.setdefault(key, _Connections())
-        match change.state:
-            case ConnectionState.CONNECTED:
-                now.connected += 1
-                now.disconnected = max(0, now.disconnected - 1)
-                if now.lost:
-                    now.lost -= 1
-                    self._reconnects(*key).inc()
-            case ConnectionState.LOST:
-                now.connected = max(0, now.connected - 1)
-                now.disconnected += 1
-                now.lost += 1
-            case ConnectionState.UNREACHABLE:
-                now.disconnected = max(1, now.disconnected)
-            case ConnectionState.BLOCKED:
-                now.blocked += 1
-            case ConnectionState.UNBLOCKED:
-                now.blocked -= 1
-            case ConnectionState.CLOSED:
-                pass
-        self._show_connections(key, now)
+        key = change.owner, change.purpose
+        connections = self._connections.setdefault(key, {})
+        before = connections.pop(change.connection, None)
+        if change.state is not ConnectionState.CLOSED:
+            was_connected = before is not None and before.was_connected
+            reconnects = self._reconnects(*key)  # shown from the beginning, as 0
+            if change.state is ConnectionState.CONNECTED and was_connected:
+                reconnects.inc()
+            connections[change.connection] = _Connection(change.state, was_connected)
+        self._show_connections(key)
 
-    def _show_connections(self, key: tuple[str, str], now: _Connections) -> None:
-        self._connected(*key).set(now.connected)
-        self._disconnected(*key).set(now.disconnected)
-        self._blocked(*key).set(now.blocked)
+    def _show_connections(self, key: tuple[str, str]) -> None:
+        now = self._connections[key].values()
+        self._connected(*key).set(sum(each.is_connected for each in now))
+        self._disconnected(*key).set(sum(not each.is_connected for each in now))
+        self._blocked(*key).set(sum(each.state is ConnectionState.BLOCKED for each in now))
 
     def _start_over(self) -> None:
         """In the child of a fork: the handlers and connections of the parent are not here."""
         for subscriber, running in self._running.items():
             running.clear()
             self._show_running(subscriber)
-        for key in self._connections:
-            self._connections[key] = _Connections()
-            self._show_connections(key, self._connections[key])
+        for key, connections in self._connections.items():
+            connections.clear()
+            self._show_connections(key)
 
 
 def _check_multiprocess() -> bool:
@@ -298,14 +286,14 @@ class _Running:
         self._prometheus._updates.do(self._prometheus._ended, self._subscriber, self)
 
 
-@dataclass
-class _Connections:
-    """Those of one owner, for one purpose."""
+class _Connection:
+    """A connection that was not closed by its owner."""
 
-    connected: int = 0
-    disconnected: int = 0
-    blocked: int = 0
-    lost: int = 0
+    def __init__(self, state: ConnectionState, was_connected: bool) -> None:
+        self.state = state
+        self.is_connected = state not in (ConnectionState.LOST, ConnectionState.UNREACHABLE)
+        #: Now, or before it was lost.
+        self.was_connected = was_connected or self.is_connected
 
 
 class _Queue:
