@@ -35,6 +35,7 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.events import DomainEvent
+from domain_events.health import PublisherHealth, SubscriberHealth
 from domain_events.middleware import (
     ConnectionChange,
     ConnectionState,
@@ -78,9 +79,11 @@ __all__ = [
     "Outcome",
     "Outgoing",
     "Publisher",
+    "PublisherHealth",
     "Reject",
     "Retry",
     "Subscriber",
+    "SubscriberHealth",
     "TopologyError",
     "Undelivered",
     "UndeliveredEvent",

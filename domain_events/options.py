@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from domain_events.broker import Exchange, Queue
-from domain_events.checks import flag, refusal, shown, whole_number
+from domain_events.checks import flag, refusal, seconds, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.names import check_binding_key, check_name, matches
 from domain_events.retry import Backoff
@@ -34,6 +34,7 @@ class RegisterOptions(TypedDict, total=False):
     prefetch_count: int | None
     ordered: bool
     retired_keys: Sequence[str]
+    handler_limit: float | None
 
 
 # The default of prefetch_count, and the least for each worker.
@@ -51,6 +52,8 @@ class Options:
     backoff: Backoff
     prefetch_count: int | None
     ordered: bool
+    #: Seconds after which a handler that still runs is considered hung.
+    handler_limit: float | None = None
 
     @property
     def name(self) -> str:
@@ -95,6 +98,7 @@ def make_options(
     queue_type: str,
     prefetch_count: int | None,
     ordered: bool,
+    handler_limit: float | None = None,
 ) -> Options:
     """The options as a user gives them, checked and with their defaults.
 
@@ -149,6 +153,7 @@ def make_options(
         backoff or Backoff(),
         prefetch_count,
         flag(ordered, f"{name}: ordered"),
+        None if handler_limit is None else seconds(handler_limit, f"{name}: handler_limit"),
     )
 
 

@@ -34,6 +34,7 @@ from domain_events.errors import (
     InvalidEvent,
 )
 from domain_events.events import DomainEvent, HeaderValue
+from domain_events.health import PublisherHealth
 from domain_events.message import Message
 from domain_events.middleware import (
     Done,
@@ -97,7 +98,9 @@ class Publisher(Owner):
         self._middleware = check_middleware(middleware)
         self._closed = False
         declare = Exchange(self._exchange, exchange_type)
-        self.connections = Connections(urls, "publisher", declare=declare)
+        self.connections = Connections(
+            urls, "publisher", declare=declare, middleware=self._middleware
+        )
 
     def publish(
         self, event: DomainEvent, *, mandatory: bool = False, timeout: float | None = None
@@ -190,6 +193,21 @@ class Publisher(Owner):
             batch.describe(error)
             raise
         return batch.result()
+
+    def health(self) -> PublisherHealth:
+        """Whether it is alive and ready, and why not, as data for probes and metrics.
+
+        From any thread, at any time; it waits for nothing, and takes no lock.
+        """
+        last_error, last_error_at = self.connections.last_error()
+        return PublisherHealth(
+            at=time.time(),
+            switched_off=self.connections.are_switched_off,
+            connections=self.connections.health(),
+            last_error=last_error,
+            last_error_at=last_error_at,
+            closed=self._closed,
+        )
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
         """Wait for events under way in other threads, then close the connection, for good.

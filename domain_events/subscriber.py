@@ -7,17 +7,19 @@ handlers.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from domain_events import settings
-from domain_events.broker import Connections, Exchange, Owner
+from domain_events.broker import Connections, Consumer, Exchange, Owner, weakly
 from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
+from domain_events.health import SubscriberHealth, SubscriptionHealth
 from domain_events.log import Log
 from domain_events.middleware import Middleware, chained, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
@@ -25,6 +27,7 @@ from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.text import printable
 from domain_events.worker import Worker, signals
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 log = Log("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
-Result = TypeVar("Result")
 
 _CLOSE_TIMEOUT = 10.0
 
@@ -80,14 +82,18 @@ class Subscriber(Owner):
         self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
-            urls, "subscriber", on_failure=_weakly(self._on_failure)
+            urls,
+            "subscriber",
+            on_failure=weakly(self._on_failure),
+            middleware=self._middleware,
         )
-        self.forwarder: Forwarder = Forwarder(_weakly(self.connections.publishing))
+        self.forwarder: Forwarder = Forwarder(weakly(self.connections.publishing))
         # The testing kit delivers to them.
         self.subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
         self._worker: Worker | None = None
         self._stop_at_start = False
+        self._ended_by: str | None = None  # the error that ended the last run
         _subscribers.add(self)
 
     def register(
@@ -107,6 +113,7 @@ class Subscriber(Owner):
         prefetch_count: int | None = None,
         ordered: bool = False,
         retired_keys: Sequence[str] = (),
+        handler_limit: float | None = None,
     ) -> None:
         """Call ``handler`` with every event that one of the binding keys matches.
 
@@ -141,6 +148,9 @@ class Subscriber(Owner):
             are unbound, and events that still arrive by them are acked unhandled. A key that is
             merely no longer listed stays bound, since other releases of this subscriber may need
             it: its events are handed back, for a process that lists it.
+        :param handler_limit: seconds that the handler takes at most when all is well. One that runs
+            for longer is left to run; `health` then reports that this process is not alive, and
+            logs a warning.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
         :raises TopologyError: the queue exists with other arguments, or is another connection's.
@@ -161,6 +171,7 @@ class Subscriber(Owner):
             queue_type=queue_type,
             prefetch_count=prefetch_count,
             ordered=ordered,
+            handler_limit=handler_limit,
         )
         if any(each.options.name == options.name for each in self.subscriptions):
             raise ConfigurationError(
@@ -269,6 +280,7 @@ class Subscriber(Owner):
                     "Subscriber(workers=...)."
                 )
             self._worker = worker
+            self._ended_by = None
             subscriptions = list(self.subscriptions)
         # Until all is closed: a second SIGTERM must not interrupt an orderly stop.
         with signals(worker), self.connections.pinned():
@@ -276,6 +288,9 @@ class Subscriber(Owner):
                 if self._stop_at_start:
                     worker.stop()
                 yield subscriptions
+            except BaseException as error:
+                self._ended_by = printable(f"{type(error).__name__}: {error}", 1000)
+                raise
             finally:
                 self._worker = None
                 self.close()
@@ -292,6 +307,33 @@ class Subscriber(Owner):
             worker.stop()
         elif self.subscriptions:
             self._stop_at_start = True
+
+    def health(self) -> SubscriberHealth:
+        """Whether it is alive and ready, and why not, as data for probes and metrics.
+
+        From any thread, at any time; it waits for nothing, and takes no lock that a handler may
+        hold. It logs a warning for each event whose handler has run for longer than its
+        ``handler_limit``, once.
+        """
+        check_fork()
+        worker = self._worker
+        consumers = {} if worker is None else worker.consumers()
+        last_error, last_error_at = self.connections.last_error()
+        return SubscriberHealth(
+            at=time.time(),
+            switched_off=self.connections.are_switched_off,
+            connections=self.connections.health(),
+            last_error=last_error,
+            last_error_at=last_error_at,
+            running=worker is not None,
+            stopping=worker is not None and worker.stopping,
+            ended_by=self._ended_by,
+            subscriptions=tuple(
+                _subscription_health(each.options.name, consumers, worker)
+                for each in self.subscriptions.copy()
+            ),
+            handlers=() if worker is None else worker.handlers(),
+        )
 
     def close(self) -> None:
         """Close the connections. Handlers stay registered, and consuming may be started again.
@@ -331,15 +373,16 @@ class Subscriber(Owner):
             worker.stop()
 
 
-def _weakly(method: Callable[[], Result]) -> Callable[[], Result | None]:
-    """The method, without keeping its object alive; None when that is gone."""
-    weak = weakref.WeakMethod(method)
-
-    def call() -> Result | None:
-        alive = weak()
-        return None if alive is None else alive()
-
-    return call
+def _subscription_health(
+    name: str, consumers: Mapping[str, Consumer], worker: Worker | None
+) -> SubscriptionHealth:
+    consumer = consumers.get(name)
+    return SubscriptionHealth(
+        name,
+        None if consumer is None else consumer.consuming_since,
+        0 if consumer is None else consumer.unsettled,
+        None if worker is None else worker.last_event_at(name),
+    )
 
 
 def _is_same(one: Subscription, other: Subscription) -> bool:
@@ -359,6 +402,7 @@ def _after_fork() -> None:
         subscriber._lock = threading.RLock()
         subscriber._worker = None
         subscriber._stop_at_start = False
+        subscriber._ended_by = None
 
 
 on_fork(_after_fork)

@@ -2,7 +2,9 @@
 
 Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, and handle
 and settle them. With one worker, that is the thread that called ``start_consuming``, to which
-all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set.
+all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set. Each worker
+writes what it is doing into ``_running`` and ``_last_event``, each entry as a whole, for the thread
+that asks for the health; that one takes no lock that a worker may hold.
 
 A signal handler must not take a lock or call pika; it sets the flag and puts a wake-up into the
 inbox, which is a `SimpleQueue` for that reason.
@@ -27,9 +29,11 @@ from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Subscription, ends_the_process
-from domain_events.log import Log
+from domain_events.health import RunningHandler
+from domain_events.log import Log, in_background
 from domain_events.message import Delivery
 from domain_events.outcomes import Delivered
+from domain_events.text import printable
 
 log = Log("domain_events")
 
@@ -68,7 +72,14 @@ class Worker:
         self._inbox: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._keyed = KeyedQueues(self._inbox)
-        self._consumers: list[Consumer] = []
+        self._consumers: dict[str, Consumer] = {}  # by the subscriber's name
+        # By thread: what is being handled there, and since when on the monotonic clock.
+        self._running: dict[int, tuple[Work, float]] = {}
+        # By the subscriber's name: when a handler was last called.
+        self._last_event: dict[str, float] = {}
+        # By thread: since when that handler runs over whose limit a warning was logged.
+        self._warned: dict[int, float] = {}
+        self._warning = threading.Lock()
         # When more wait in the inbox, some are stale: their connection is gone.
         self._most_waiting = 0
         self._interruption: BaseException | None = None
@@ -90,8 +101,8 @@ class Worker:
         prefetch_count = subscription.options.prefetch(self._threads)
         self._most_waiting += 2 * prefetch_count
         deliver = partial(self._deliver, subscription)
-        self._consumers.append(
-            self._consuming.consume(subscription.options.queue, prefetch_count, deliver)
+        self._consumers[subscription.options.name] = self._consuming.consume(
+            subscription.options.queue, prefetch_count, deliver
         )
 
     def work(self, subscriptions: Sequence[Subscription]) -> None:
@@ -158,12 +169,12 @@ class Worker:
         """Stop receiving, and requeue deliveries that were not begun."""
         self._stopping = True
         deadline = time.monotonic() + _CANCEL_TIMEOUT
-        for consumer in self._consumers:
+        for consumer in self.consumers().values():
             consumer.stop(max(0.0, deadline - time.monotonic()))
         for work in self._left_over():
             if work.consumer.is_current(work.delivery):
                 work.subscription.give_back(work.delivery, work.consumer)
-        for consumer in self._consumers:
+        for consumer in self.consumers().values():
             consumer.flush()
 
     def _left_over(self) -> Iterator[Work]:
@@ -234,6 +245,9 @@ class Worker:
     def handle(self, work: Work) -> Delivered | None:
         """Have a delivery handled; None if it is not current any more."""
         delivered: Delivered | None = None
+        me, now = threading.get_ident(), time.monotonic()
+        self._running[me] = work, now
+        self._last_event[work.subscription.options.name] = now
         try:
             if _is_current(work):
                 delivered = work.subscription.handle(work.delivery, work.consumer)
@@ -243,12 +257,63 @@ class Worker:
             work.consumer.repair(_PAUSE_AFTER_INTERNAL_ERROR, partial(_fail, work))
             log.exception("Internal error while handling a delivery; it is requeued.")
         finally:
+            self._running.pop(me, None)
             if work.key is not None:
                 self._keyed.done(work.key)
         error = None if delivered is None else delivered.error
         if error is not None and ends_the_process(error):
             raise error
         return delivered
+
+    # --- health, for any thread ------------------------------------------------------------------
+
+    def consumers(self) -> dict[str, Consumer]:
+        """The consumers, by the subscribers' names."""
+        return self._consumers.copy()
+
+    def last_event_at(self, name: str) -> float | None:
+        """When a handler of this subscriber was last called, in Unix seconds."""
+        at = self._last_event.get(name)
+        return None if at is None else time.time() - (time.monotonic() - at)
+
+    def handlers(self) -> tuple[RunningHandler, ...]:
+        """The handlers that run, the oldest first; warns once of each that is over its limit."""
+        running = sorted(self._running.copy().items(), key=lambda each: each[1][1])
+        now = time.monotonic()
+        handlers = []
+        for thread, (work, since) in running:
+            handler = _running_handler(work, now - since)
+            handlers.append(handler)
+            if handler.is_over_limit:
+                self._warn_once(thread, since, handler)
+        return tuple(handlers)
+
+    def _warn_once(self, thread: int, since: float, handler: RunningHandler) -> None:
+        if not self._warning.acquire(blocking=False):
+            return  # another thread is about to warn
+        try:
+            if self._warned.get(thread) == since:
+                return
+            self._warned[thread] = since
+        finally:
+            self._warning.release()
+        with in_background():  # the handler may hang in the application's logging
+            log.warning("%s. It goes on; this process is not alive until it returns.", handler)
+
+
+def _running_handler(work: Work, seconds: float) -> RunningHandler:
+    delivery, options = work.delivery, work.subscription.options
+    event_id = delivery.message_id
+    if event_id is None:  # of domain-event-broker, which only writes it into the envelope
+        with suppress(InvalidEvent, RecursionError):
+            event_id = messages.to_event(delivery).uuid_string
+    return RunningHandler(
+        options.name,
+        printable(delivery.original_routing_key),
+        None if event_id is None else printable(event_id),
+        seconds,
+        options.handler_limit,
+    )
 
 
 class KeyedQueues:

@@ -32,15 +32,26 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
+import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from domain_events.broker import Consumer, Exchange, Publication, Publishing, Queue, Settlement
+from domain_events.broker import (
+    Consumer,
+    Exchange,
+    OnChange,
+    Publication,
+    Publishing,
+    Queue,
+    Settlement,
+    ignore_change,
+)
 from domain_events.broker.clock import SECOND, Clock, RealTime, VirtualTime
 from domain_events.errors import (
     BrokerUnavailable,
@@ -64,6 +75,7 @@ from domain_events.message import (
     UndeliveredOf,
     routing_key_in,
 )
+from domain_events.middleware import ConnectionState
 from domain_events.names import matches
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
@@ -106,11 +118,35 @@ class Memory:
             )
         self._store = store(found["name"])
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> MemoryPublishing:
-        return MemoryPublishing(self._store, declare)
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> MemoryPublishing:
+        return MemoryPublishing(self._store, declare, on_change)
 
-    def consuming(self, name: str, on_failure: Callable[[], None]) -> MemoryConsuming:
-        return MemoryConsuming(self._store)
+    def consuming(
+        self, name: str, on_failure: Callable[[], None], on_change: OnChange = ignore_change
+    ) -> MemoryConsuming:
+        return MemoryConsuming(self._store, on_change)
+
+
+class _Uses:
+    """Reports the first use of a connection in this process, and its end; in the thread of each."""
+
+    def __init__(self, store: Store, on_change: OnChange) -> None:
+        self._address = f"memory://{store.name}"
+        self._on_change = on_change
+        self._processes: dict[int, object] = {}
+
+    def begin(self) -> None:
+        """Called with each use."""
+        if os.getpid() not in self._processes:
+            me = object()
+            if self._processes.setdefault(os.getpid(), me) is me:
+                self._on_change(ConnectionState.CONNECTED, self._address, None)
+
+    def end(self) -> None:
+        if self._processes.pop(os.getpid(), None) is not None:
+            self._on_change(ConnectionState.CLOSED, self._address, None)
 
 
 class MemoryPublishing:
@@ -118,12 +154,20 @@ class MemoryPublishing:
 
     trouble = ""
 
-    def __init__(self, store: Store, declare: Exchange | None) -> None:
+    def __init__(
+        self, store: Store, declare: Exchange | None, on_change: OnChange = ignore_change
+    ) -> None:
         self._store = store
+        self._uses = _Uses(store, on_change)
         self._declare = declare
         self._is_closed = False
 
+    def silence(self) -> float:
+        return 0.0  # it has no thread
+
     def submit(self, publication: Publication) -> None:
+        if not self._is_closed:
+            self._uses.begin()
         if publication.awaited and self._store.is_in_operation():
             # By a finalizer or a signal handler, which would wait for the interrupted operation.
             publication.error = _interrupted_error(" The event was not sent.")
@@ -153,23 +197,26 @@ class MemoryPublishing:
 
     def close(self, timeout: float) -> None:
         self._is_closed = True
+        self._uses.end()
 
     def close_soon(self) -> bool:
-        self._is_closed = True
+        self.close(0)
         return False
 
 
 class MemoryConsuming:
     """See `domain_events.broker.Consuming`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_change: OnChange = ignore_change) -> None:
         self._store = store
+        self._uses = _Uses(store, on_change)
         self._holders: list[_Holder] = []
         self.is_closed = False
 
     def call(self, operation: Callable[[], _Result]) -> _Result:
         """Perform it, if this connection is open."""
         _check_open(self.is_closed)
+        self._uses.begin()
         return self._store.call(operation)
 
     def declare(self, queue: Queue, timeout: float) -> None:
@@ -192,6 +239,7 @@ class MemoryConsuming:
         self, queue: Queue, prefetch_count: int, deliver: Callable[[Delivery, Consumer], None]
     ) -> MemoryConsumer:
         _check_open(self.is_closed)
+        self._uses.begin()
         consumer = MemoryConsumer(self._store, self, queue, prefetch_count, deliver)
         self._holders.append(consumer)
         self._store.call_soon(consumer.open)
@@ -208,12 +256,16 @@ class MemoryConsuming:
     def is_browsed(self, place: Place, timeout: float) -> bool:
         return self.call(lambda: self._store.is_browsed(place, self))
 
+    def silence(self) -> float:
+        return 0.0  # it has no thread
+
     def failure(self) -> DomainEventsError | None:
         return None  # it never gives up
 
     def close(self, timeout: float) -> None:
         self.is_closed = True
         self._store.call_soon(self._close)
+        self._uses.end()
 
     def close_soon(self) -> bool:
         self.close(0)
@@ -326,8 +378,13 @@ class MemoryConsumer(_Holder):
     bypassed: set[object] = field(default_factory=set)
     attempts: int = 0
     is_stopped: bool = False
+    consuming_since: float | None = None
 
     # --- any thread ----------------------------------------------------------------------------
+
+    @property
+    def unsettled(self) -> int:
+        return len(self.held)
 
     def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
         self.store.call_soon(lambda: self._settle(delivery, how))
@@ -358,6 +415,7 @@ class MemoryConsumer(_Holder):
             self._open_later()
             return
         self.attempts = 0
+        self.consuming_since = time.time()
         self.is_careful = self.settings.counts_failures
         self.queue.consumers.append(self)
         self.store.feed(self.queue)
@@ -404,12 +462,14 @@ class MemoryConsumer(_Holder):
 
     def cancelled(self) -> None:
         """The queue was deleted, with the held messages."""
+        self.consuming_since = None
         self.held.clear()
         log.warning("%s: the queue was deleted; it is declared again.", self.settings.name)
         self._open_later()
 
     def end(self) -> None:
         self.is_stopped = True
+        self.consuming_since = None
         queue = self.queue
         if queue is not None and self.store.exists(queue) and self in queue.consumers:
             queue.consumers.remove(self)

@@ -15,8 +15,10 @@ from types import TracebackType
 from domain_events.broker import (
     Consuming,
     Exchange,
+    OnChange,
     Publication,
     Publishing,
+    ignore_change,
     memory,
     overridden,
 )
@@ -249,8 +251,11 @@ class _Recorder:
         self._broker = broker
         self.consuming = broker.consuming
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> Publishing:
-        return _RecordingPublishing(self._broker.publishing(name, declare), self._record)
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> Publishing:
+        publishing = self._broker.publishing(name, declare, on_change)
+        return _RecordingPublishing(publishing, self._record)
 
 
 class _RecordingPublishing:
@@ -260,6 +265,7 @@ class _RecordingPublishing:
         self._publishing = publishing
         self._record = record
         self.trouble = ""
+        self.silence = publishing.silence
         self.withdraw = publishing.withdraw
         self.close = publishing.close
         self.close_soon = publishing.close_soon

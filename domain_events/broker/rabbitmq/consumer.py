@@ -108,6 +108,10 @@ class Tags:
     def unsettled(self) -> set[int]:
         return set(range(self._floor, self._last + 1)) - self._settled_above
 
+    def count(self) -> int:
+        """How many are unsettled; also for other threads, which may read it a moment too early."""
+        return self._last + 1 - self._floor - len(self._settled_above)
+
     def all_settled(self) -> bool:
         return self._floor > self._last
 
@@ -252,6 +256,7 @@ class RabbitConsumer:
         # The I/O thread.
         self._setup: ChannelSetup | None = None
         self._consumer_tags: dict[str, bool] = {}  # whether each is being cancelled
+        self._consuming_since: float | None = None  # any thread reads it
         self._stopping = False
         self._stopped = threading.Event()
         self._trouble = Trouble(queue.name)
@@ -260,11 +265,21 @@ class RabbitConsumer:
 
     def _begin_channel(self, channel: Channel | None, epoch: int) -> None:
         self._channel = channel
+        self._consuming_since = None
         self._consumer_tags.clear()
         self._start = CarefulStart(self._prefetch_count, careful=self._starts_carefully)
         self._tags = Tags(epoch)  # other threads read its epoch
 
     # --- any thread ----------------------------------------------------------------------------
+
+    @property
+    def consuming_since(self) -> float | None:
+        return self._consuming_since
+
+    @property
+    def unsettled(self) -> int:
+        # Without the settlements that are about to be sent.
+        return max(0, self._tags.count() - len(self._settled))
 
     def is_current(self, delivery: Delivery) -> bool:
         """Whether the delivery can still be settled."""
@@ -301,6 +316,7 @@ class RabbitConsumer:
             if self._stopping:
                 return  # pika ignores a second basic_cancel, and does not call back
             self._stopping = True
+            self._consuming_since = None
             if self._channel is None or not self._channel.is_open:
                 self._stopped.set()
                 return
@@ -373,6 +389,9 @@ class RabbitConsumer:
     def _consumes(self, _frame: object) -> None:
         if self._setup is not None:
             self._setup.usable()
+        # Not the time of each consumer of a careful start: to the user they are one.
+        if self._consuming_since is None and not self._stopping:
+            self._consuming_since = time.time()
         self._trouble.over()
 
     def _cancel_all(self, channel: Channel) -> None:
@@ -392,6 +411,7 @@ class RabbitConsumer:
         # (https://www.rabbitmq.com/docs/consumer-cancel). If the queue exists, the broker has
         # requeued its unsettled deliveries.
         self._trouble.reason = "the broker had cancelled the consumer"
+        self._consuming_since = None
         self._send_settled()
         if self._setup is not None and self._channel is not None and self._channel.is_open:
             self._setup.close(self._channel)

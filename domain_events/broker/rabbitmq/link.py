@@ -6,8 +6,9 @@ link's owner and call `wake`.
 
 Whatever goes wrong on the I/O thread - an exception in one of our callbacks, one that escapes from
 pika, one that another thread or a tracer injects - ends the current loop; everything that belonged
-to it is disposed of, the owner is notified as for any lost connection, and another loop begins. The
-application's code never runs here: log lines are written by another thread (`log.in_background`).
+to it is disposed of, the owner is notified as for any lost connection, and another loop begins. Of
+the application's code, only middleware that was given for it runs here, with what happens to the
+connection (`report`); log lines are written by another thread (`log.in_background`).
 
 A fork copies no thread. In the child a link drops everything without touching it: to close or to
 unregister would affect the parent's sockets. A closed link stays closed.
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from domain_events.broker import OnChange, ignore_change
 from domain_events.broker.rabbitmq.attempts import attempts
 from domain_events.broker.rabbitmq.errors import (
     LOGIN_REFUSED,
@@ -40,6 +42,7 @@ from domain_events.broker.rabbitmq.transport import Attempt, Connection
 from domain_events.broker.rabbitmq.turns import Turns
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log, in_background
+from domain_events.middleware import ConnectionState
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 
@@ -91,12 +94,18 @@ class Owner(Protocol):
 
 
 class Link:
-    """A connection to one of the nodes, and its I/O thread, both started by the first `wake`."""
+    """A connection to one of the nodes, and its I/O thread, both started by the first `wake`.
 
-    def __init__(self, nodes: Nodes, role: str, owner: Owner) -> None:
+    :param on_change: called on the I/O thread with what happens to the connection.
+    """
+
+    def __init__(
+        self, nodes: Nodes, role: str, owner: Owner, on_change: OnChange = ignore_change
+    ) -> None:
         self._nodes = nodes
         self._role = role
         self._owner = owner
+        self._on_change = on_change
         self._closing = False
         self._reset()
         _links.add(self)
@@ -121,6 +130,8 @@ class Link:
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
+        # When `silence` requested a response that has not come yet.
+        self._asked_at: float | None = None
 
     @property
     def node(self) -> str:
@@ -140,6 +151,20 @@ class Link:
         if not troubles and self._attempt is not None and self.connection is None:
             troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
         return "; ".join(troubles)
+
+    def silence(self) -> float:
+        """Any thread: see `domain_events.broker.Publishing.silence`. Takes no lock."""
+        if self._thread is None:
+            return 0.0
+        asked_at = self._asked_at
+        if asked_at is not None:
+            return time.monotonic() - asked_at
+        self._asked_at = time.monotonic()
+        self._call_soon(self._respond)
+        return 0.0
+
+    def _respond(self) -> None:
+        self._asked_at = None
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: run ``callback`` on the I/O thread soon; start that thread if need be.
@@ -169,6 +194,10 @@ class Link:
         """I/O thread: cancel a `call_later`."""
         if self._loop is not None:
             self._loop.remove_timeout(handle)
+
+    def report(self, state: ConnectionState, reason: str | None = None) -> None:
+        """I/O thread: this has happened to the connection to the current node."""
+        self._on_change(state, self.node, reason)
 
     def drop(self) -> None:
         """I/O thread: drop the connection at once; the link notifies its owner and reconnects."""
@@ -257,6 +286,7 @@ class Link:
                 with in_background():
                     while not self._serve():
                         pass
+                    self.report(ConnectionState.CLOSED)
                 return
             except BaseException as error:  # noqa: BLE001 - injected by another thread
                 self._crash = self._crash or error
@@ -296,9 +326,12 @@ class Link:
         """Clean up after a crashed loop. May be interrupted, and repeated."""
         crash, self._crash = self._crash, None
         attempts.ended(self._nodes.url, self)
+        had_connection = self.connection is not None
         self.connection = self._reconnect_timer = None
         self._count_failure()
         self._note(f"{self.node}: {_describe_crash(crash)}")
+        state = ConnectionState.LOST if had_connection else ConnectionState.UNREACHABLE
+        self.report(state, _describe_crash(crash))
         self._lose(crash)
         self._dispose()
         if isinstance(crash, OSError):
@@ -316,6 +349,7 @@ class Link:
         try:
             parameters = self._nodes.parameters(self._role)
         except ConfigurationError as error:
+            self.report(ConnectionState.UNREACHABLE, str(error))
             self._refuse(error)
             return
         try:
@@ -357,6 +391,7 @@ class Link:
         self._connected_at = time.monotonic()
         self._was_connected = True
         self._troubles = {}
+        self.report(ConnectionState.CONNECTED)
         self._owner.opened(result)
 
     def _give_up(self) -> None:
@@ -382,6 +417,7 @@ class Link:
         final = hint and ConfigurationError(f"Cannot connect to {node}: {hint}.")
         self._failures += 1
         self._note(f"{node}: {why}", final or None)
+        self.report(ConnectionState.UNREACHABLE, why)
         self._nodes.rotate()
         finals = [final for _, final in self._troubles.values() if final is not None]
         if len(finals) == len(self._nodes):
@@ -428,6 +464,7 @@ class Link:
             return
         trouble = f"{self.node}: {explain(error)}"
         self._note(trouble)
+        self.report(ConnectionState.LOST, explain(error))
         self._nodes.rotate()
         self._count_failure()
         self._connect_later()
