@@ -32,9 +32,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from domain_events import (
     ConfigurationError,
@@ -45,6 +46,7 @@ from domain_events import (
     Middleware,
     Outcome,
     Outgoing,
+    Subscriber,
 )
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
@@ -158,11 +160,27 @@ class Prometheus(Middleware):
             "Connections to the broker that were made again.",
             *("owner", "purpose"),
         )
+        self._unsettled = gauge(
+            "domain_events_unsettled",
+            "Deliveries that a process holds: waiting, being handled, or being forwarded.",
+            "subscriber",
+            of_processes="livesum",
+        )
+        self._watched: weakref.WeakSet[Subscriber] = weakref.WeakSet()
+        self._unsettled_of: set[str] = set()
         # The start of each handler that runs, in order.
         self._running: dict[str, dict[object, float]] = {}
         self._connections: dict[tuple[str, str], dict[int, _Connection]] = {}
         self._updates = _Updates(self._start_over)
-        _register(metrics, registry)
+        _register([_AtScrape(self._updates, self._show_unsettled), *metrics], registry)
+
+    def watch(self, subscriber: Subscriber) -> None:
+        """Show how many deliveries it holds, as ``domain_events_unsettled``.
+
+        Read with each scrape, so not in multiprocess mode, where another process is scraped. The
+        Subscriber is not kept alive.
+        """
+        self._watched.add(subscriber)
 
     # --- middleware ------------------------------------------------------------------------------
 
@@ -214,6 +232,15 @@ class Prometheus(Middleware):
         if delivered.outcome is Outcome.HANDLED and event is not None:
             self._critical_time(subscriber).observe(max(0.0, now - event.timestamp))
 
+    def _show_unsettled(self) -> None:
+        unsettled = dict.fromkeys(self._unsettled_of, 0)  # 0 if its Subscriber is gone
+        for subscriber in list(self._watched):
+            for each in subscriber.health().subscriptions:
+                unsettled[each.name] = unsettled.get(each.name, 0) + each.unsettled
+        for name, number in unsettled.items():
+            self._unsettled(name).set(number)
+        self._unsettled_of = set(unsettled)
+
     def _changed(self, change: ConnectionChange) -> None:
         key = change.owner, change.purpose
         connections = self._connections.setdefault(key, {})
@@ -253,7 +280,7 @@ def _check_multiprocess() -> bool:
     return directory is not None
 
 
-def _register(metrics: Sequence[Counter | Gauge | Histogram], registry: CollectorRegistry) -> None:
+def _register(metrics: Sequence[Collector], registry: CollectorRegistry) -> None:
     registered = []
     try:
         for metric in metrics:
@@ -294,6 +321,21 @@ class _Connection:
         self.is_connected = state not in (ConnectionState.LOST, ConnectionState.UNREACHABLE)
         #: Now, or before it was lost.
         self.was_connected = was_connected or self.is_connected
+
+
+class _AtScrape:
+    """Is called at each scrape by the registry, before the metrics are read."""
+
+    def __init__(self, updates: _Updates, update: Callable[[], None]) -> None:
+        self._updates = updates
+        self._update = update
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> list[Metric]:
+        self._updates.do(self._update)
+        return []
 
 
 class _Queue:

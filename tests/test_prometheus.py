@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import socket
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import running
+from bench import Bench, running
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 from rabbitmq_node import Node
@@ -26,6 +28,7 @@ from domain_events import (
     ConfigurationError,
     DeadLetters,
     DomainEvent,
+    EventNotConfirmed,
     EventUnroutable,
     Operation,
     Outgoing,
@@ -211,6 +214,30 @@ def test_running_handlers_and_the_oldest_of_them_are_shown(
     assert scraped(server)("oldest_handler_start_time_seconds", subscriber=unique) == math.inf
 
 
+def test_unsettled_deliveries_of_a_subscriber_are_shown_as_long_as_it_exists(
+    bench: Bench, prometheus: Prometheus, server: Server
+) -> None:
+    name = bench.names.queue()
+    go_on = threading.Event()
+    subscriber = bench.subscriber()
+    subscriber.register(lambda _: go_on.wait(60) and None, name, ["#"])
+    prometheus.watch(subscriber)
+    assert scraped(server)("unsettled", subscriber=name) == 0
+    with running(subscriber):
+        bench.publisher.publish_many([DomainEvent("a") for _ in range(5)])
+        wait_until(lambda: scraped(server)("unsettled", subscriber=name) == 5)
+        go_on.set()
+        wait_until(lambda: scraped(server)("unsettled", subscriber=name) == 0)
+        go_on.clear()
+        bench.publisher.publish(DomainEvent("a"))
+        wait_until(lambda: scraped(server)("unsettled", subscriber=name) == 1)
+        go_on.set()
+    gone = weakref.ref(subscriber)
+    del subscriber
+    wait_until(lambda: gc.collect() >= 0 and gone() is None)
+    assert scraped(server)("unsettled", subscriber=name) == 0
+
+
 def test_critical_time_is_zero_when_the_publishers_clock_is_ahead(
     prometheus: Prometheus, server: Server, unique: str
 ) -> None:
@@ -267,6 +294,43 @@ def test_outage_shows_as_disconnected_and_then_as_a_reconnect(
     # Closed by its owner: nothing to be alarmed about.
     wait_until(lambda: scraped(server)("connected") == 0)
     assert scraped(server)("disconnected") == 0
+
+
+def test_each_of_several_connections_is_followed(
+    killable_node: Node, broker_url: str, exchange: str, prometheus: Prometheus, server: Server
+) -> None:
+    """Of two publishers one is cut off, and then closed while it is."""
+    publishing = {"owner": "publisher", "purpose": "publishing"}
+    cut_off = Publisher(killable_node.url, exchange, middleware=[prometheus])
+    with Publisher(broker_url, exchange, middleware=[prometheus]) as publisher:
+        for each in (cut_off, publisher):
+            each.publish(DomainEvent("a"))
+        wait_until(lambda: scraped(server)("connected", **publishing) == 2)
+        killable_node.kill()
+        wait_until(lambda: scraped(server)("disconnected", **publishing) == 1)
+        assert scraped(server)("connected", **publishing) == 1
+        cut_off.close()
+        wait_until(lambda: scraped(server)("disconnected", **publishing) == 0)
+        assert scraped(server)("connected", **publishing) == 1
+        assert scraped(server)("reconnects_total", **publishing) == 0
+
+
+def test_broker_that_accepts_nothing_shows_as_blocked(
+    killable_node: Node, unique: str, prometheus: Prometheus, server: Server
+) -> None:
+    with Publisher(killable_node.url, unique, middleware=[prometheus]) as publisher:
+        publisher.publish(DomainEvent("a"))
+        killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
+        try:
+            with pytest.raises(EventNotConfirmed):
+                publisher.publish(DomainEvent("a"), timeout=1)
+            wait_until(lambda: scraped(server)("blocked") == 1)
+            assert scraped(server)("connected") == 1
+        finally:
+            killable_node.ctl("set_vm_memory_high_watermark", "0.6")
+        wait_until(lambda: scraped(server)("blocked") == 0)
+    error = "EventNotConfirmed"
+    assert scraped(server)("published_total", outcome="failed", exception=error) == 1
 
 
 # ------------------------------------------------------------------ where it is served
