@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,33 +17,44 @@ import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_servers
+import yaml
 from bench import Bench, running
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from rabbitmq_node import Node
+from rabbitmq_node import Node, free_port
 from support import Names, wait_until
 
 from domain_events import (
     BrokerUnavailable,
     ConfigurationError,
+    ConnectionChange,
+    ConnectionState,
     DeadLetters,
+    Delivered,
     DomainEvent,
     EventNotConfirmed,
     EventUnroutable,
+    Middleware,
     Operation,
+    Outcome,
     Outgoing,
     Publisher,
     Reject,
     Retry,
     Subscriber,
     configure,
+    demo,
 )
 from domain_events.prometheus import Prometheus, Server, serve
 
+DOCS = Path(__file__).parent.parent / "docs" / "prometheus"
+PROMTOOL = shutil.which("promtool")
 PROGRAM = Path(__file__).parent / "programs" / "metered.py"
 
 
@@ -61,8 +76,8 @@ class Scrape:
         )
 
 
-def scraped(server: Server | str) -> Scrape:
-    port = server if isinstance(server, str) else server.port
+def scraped(server: Server | int) -> Scrape:
+    port = server if isinstance(server, int) else server.port
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         return Scrape(answer.read().decode())
 
@@ -454,3 +469,231 @@ def test_signal_handler_that_publishes_is_not_stuck_at_an_update_that_it_interru
     assert program.returncode == 0, program.stderr
     interrupted, counted = program.stdout.split()
     assert interrupted == counted
+
+
+@pytest.mark.parametrize("kind", ["gunicorn", "uwsgi"])
+def test_workers_of_a_web_server_are_scraped_together(
+    kind: str, broker_url: str, tmp_path: Path
+) -> None:
+    """As the documentation has it; of Gunicorn a worker is killed, too."""
+    port = free_port()
+    if kind == "gunicorn":
+        command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers=2"]
+        command += ["--config", str(DOCS / "gunicorn.conf.py"), "service:application"]
+        command += ["--pythonpath", str(DOCS), "--preload"]
+    else:
+        command = test_servers.uwsgi("--processes", "2", "--enable-threads")(port)
+        command[command.index("wsgi.py")] = str(DOCS / "service.py")
+    (tmp_path / "metrics").mkdir()
+    environment = {
+        **{key: value for key, value in os.environ.items() if "COVERAGE" not in key},
+        "DOMAIN_EVENTS_URL": broker_url,
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"),
+    }
+    confirmed = {"operation": "publish", "outcome": "confirmed", "exchange": "domain-events"}
+    with test_servers.server(command, port, environment, tmp_path / "log") as request:
+        pids: list[str] = []
+
+        def both_have_published() -> bool:
+            with ThreadPoolExecutor(8) as pool:
+                pids.extend(each.result() for each in [pool.submit(request) for _ in range(8)])
+            return len(set(pids)) == 2
+
+        wait_until(both_have_published)
+        # Another one showed that the server was up.
+        events = len(pids) + 1
+        assert scraped(port)("published_total", **confirmed) == events
+        assert scraped(port)("connected", owner="publisher", purpose="publishing") == 2
+        if kind == "gunicorn":
+            os.kill(int(pids[0]), signal.SIGKILL)
+            wait_until(lambda: scraped(port)("connected") == 1)
+            assert scraped(port)("published_total", **confirmed) == events
+
+
+# ------------------------------------------------------------------ dashboard, alerts, docs
+
+
+def excerpt(scrape: str) -> str:
+    """What the documentation shows: in a fixed order, and without times and half of the owners."""
+    families: list[tuple[list[str], list[str]]] = []
+    for line in scrape.splitlines():
+        if line.startswith("# HELP"):
+            families.append(([line], []))
+        elif line.startswith("#"):
+            families[-1][0].append(line)
+        elif not re.search(r'_(bucket|sum|created){|owner="dead letters"', line):
+            families[-1][1].append(line)
+    shown = [[*about, *sorted(samples)] for about, samples in families if samples]
+    return "".join(f"{line}\n" for family in shown for line in family)
+
+
+class Snapshot(Middleware):
+    """Scrapes once the dead letter of the demo has been replayed and handled."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.text = ""
+
+    def delivered(self, delivered: Delivered) -> None:
+        event = delivered.event
+        if event is not None and event.replayed and delivered.outcome is Outcome.HANDLED:
+            # The operator's side of the replay may be a moment later.
+            wait_until(lambda: scraped(self.server)("published_total", operation="replay") == 1)
+            self.text = scraped(self.server).text
+
+
+@pytest.mark.usefixtures("demo_alone")
+def test_documented_scrape_is_that_of_the_demo(
+    broker_url: str, prometheus: Prometheus, server: Server
+) -> None:
+    """To renew the file after a change: paste what the failed test shows."""
+    snapshot = Snapshot(server)
+    configure(middleware=[snapshot, prometheus])
+    try:
+        demo.run([broker_url])
+    finally:
+        configure()
+    assert excerpt(snapshot.text) == (DOCS / "scrape.txt").read_text()
+
+
+def test_dashboard_and_alerts_use_metrics_and_labels_that_exist(
+    registry: CollectorRegistry, prometheus: Prometheus
+) -> None:
+    labels = labels_by_metric(prometheus, registry)
+    for expression in (*alert_expressions(), *dashboard_expressions()):
+        used = set(re.findall(r"\bdomain_events_\w+", expression))
+        assert used, expression
+        assert used <= labels.keys(), expression
+        known = {"job", "instance", "le"}.union(*(labels[name] for name in used))
+        for name, matchers in re.findall(r"(\bdomain_events_\w+){([^}]*)}", expression):
+            matched = set(re.findall(r"(\w+)\s*!?=", matchers))
+            assert matched
+            assert matched <= labels[name] | {"job", "instance"}, expression
+        for group in re.findall(r"by \(([^)]*)\)", expression):
+            assert {label.strip() for label in group.split(",")} <= known, expression
+    # And none is forgotten, but for those that a histogram has for its own purposes.
+    text = " ".join(dashboard_expressions())
+    shown = {re.sub("_bucket$", "", name) for name in re.findall(r"\bdomain_events_\w+", text)}
+    assert shown == {re.sub("_(bucket|sum|count)$", "", name) for name in labels}
+
+
+def test_values_of_labels_in_dashboard_and_alerts_are_those_of_the_library() -> None:
+    values = {
+        "outcome": {str(outcome) for outcome in Outcome} | {"confirmed", "failed"},
+        "operation": {str(operation) for operation in Operation},
+    }
+    matchers = re.findall(
+        r'(outcome|operation)=~?"([^"]*)"',
+        " ".join([*alert_expressions(), *dashboard_expressions()]),
+    )
+    assert matchers
+    for label, value in matchers:
+        assert set(value.split("|")) <= values[label]
+
+
+def test_alerts_say_what_is_wrong_and_are_all_explained_and_tested() -> None:
+    documented = (DOCS.parent / "prometheus.rst").read_text()
+    tested = yaml.safe_load((DOCS / "alerts.test.yml").read_text())
+    fired = {
+        case["alertname"]
+        for test in tested["tests"]
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+    for rule in alert_rules():
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"].keys() == {"summary", "description"}
+        assert f"``{rule['alert']}``" in documented
+        assert rule["alert"] in fired
+
+
+def test_dashboard_can_be_imported_into_grafana() -> None:
+    """Its parts refer to each other: data source, variables, ids, and no panel covers another."""
+    dashboard = json.loads((DOCS / "dashboard.json").read_text())
+    variables = {each["name"] for each in dashboard["templating"]["list"]}
+    used = {a or b for a, b in re.findall(r"\$(\w+)|\${(\w+)}", json.dumps(dashboard))}
+    assert used <= variables | {"__rate_interval", "__range", "__all"}
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    covered: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & covered, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        covered |= cells
+        for target in panel["targets"]:
+            assert (
+                target["datasource"]
+                == panel["datasource"]
+                == {
+                    "type": "prometheus",
+                    "uid": "${datasource}",
+                }
+            )
+
+
+@pytest.mark.skipif(not PROMTOOL, reason="promtool is in Debian's package prometheus")
+def test_prometheus_itself_accepts_alerts_dashboard_and_metrics(
+    tmp_path: Path, registry: CollectorRegistry, prometheus: Prometheus
+) -> None:
+    """And each alert fires when it should, and not before: docs/prometheus/alerts.test.yml."""
+    recorded = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__range", "1h")}
+        for number, expression in enumerate(dashboard_expressions())
+    ]
+    dashboard = tmp_path / "dashboard.yml"
+    dashboard.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": recorded}]}))
+    promtool("check", "rules", str(dashboard), str(DOCS / "alerts.yml"))
+    promtool("test", "rules", str(DOCS / "alerts.test.yml"))
+    labels_by_metric(prometheus, registry)
+    promtool("check", "metrics", stdin=generate_latest(registry).decode())
+
+
+def promtool(*arguments: str, stdin: str = "") -> None:
+    assert PROMTOOL is not None
+    done = subprocess.run(
+        [PROMTOOL, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def alert_rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((DOCS / "alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def alert_expressions() -> list[str]:
+    return [rule["expr"] for rule in alert_rules()]
+
+
+def dashboard_expressions() -> list[str]:
+    """As Grafana sends them, with the variables replaced."""
+    panels = json.loads((DOCS / "dashboard.json").read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [
+        expression.replace("$__rate_interval", "5m")
+        .replace("$job", ".*")
+        .replace("$subscriber", ".*")
+        for expression in expressions
+    ]
+
+
+def labels_by_metric(prometheus: Prometheus, registry: CollectorRegistry) -> dict[str, set[str]]:
+    """Every metric that there is, by the name that a query uses, and its labels."""
+    event = DomainEvent("a")
+    prometheus.publishing(Outgoing(Operation.PUBLISH, event, {}, "x"))(None)
+    with prometheus.handling(event):
+        pass
+    prometheus.delivered(Delivered("s", event, Outcome.HANDLED, seconds=0.1))
+    state, url = ConnectionState.CONNECTED, "amqp://x"
+    prometheus.connection(ConnectionChange(state, "publisher", "publishing", url))
+    subscriber = Subscriber("memory://labels")
+    subscriber.register(lambda _: None, "s", ["a"])
+    prometheus.watch(subscriber)
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    return {
+        sample.name: set(sample.labels)
+        for sample in samples
+        if not sample.name.endswith("_created")
+    }
