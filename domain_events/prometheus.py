@@ -5,7 +5,7 @@
     from domain_events.prometheus import Prometheus, serve
 
     configure(middleware=[Prometheus()])
-    serve(9000)  # where there is no web server that exposes the metrics
+    serve(9000)  # unless a web server of this process exposes them already
 
 The metrics are listed in docs/prometheus.rst, with a dashboard and alert rules. Their labels are
 the subscriber, the exchange, the operation, the outcome and the exception's class: never a routing
@@ -23,17 +23,28 @@ import functools
 import logging
 import math
 import os
+import socket
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
 from typing import Any, Literal, TypeVar
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
-from prometheus_client.exposition import start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    make_wsgi_app,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
@@ -63,8 +74,6 @@ _PUBLISH_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 
 # Seconds. What fails, fails with each event.
 _BETWEEN_COMPLAINTS = 60.0
-# Of a client that sends no request.
-_REQUEST_TIMEOUT = 10.0
 _CLOSE_TIMEOUT = 5.0
 
 
@@ -441,16 +450,40 @@ def _class_of(error: BaseException | None) -> str:
     return "" if error is None else type(error).__name__
 
 
-class Server:
-    """Serves the metrics by HTTP, on a thread of its own, until it is closed."""
+class _HTTPServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
 
-    def __init__(self, port: int, addr: str, registry: CollectorRegistry) -> None:
-        self._httpd, self._thread = start_http_server(port, addr, registry)
-        self._thread.name = "domain-events-prometheus"
-        handler: Any = self._httpd.RequestHandlerClass
-        self._httpd.RequestHandlerClass = type(
-            "_Handler", (handler,), {"timeout": _REQUEST_TIMEOUT}
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's asks the DNS for a name that is not used here
+        self.server_name, self.server_port = "", self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        # The client is gone, or has sent nothing.
+        log.debug("A scrape by %s failed: %r", client_address, sys.exc_info()[1])
+
+
+class _HTTPServerV6(_HTTPServer):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # seconds for a request to arrive
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Nothing: by default there is a line on stderr for each scrape."""
+
+
+class Server:
+    """Serves the metrics by HTTP, on a thread of its own, until it is closed; see `serve`."""
+
+    def __init__(self, port: int, host: str, registry: CollectorRegistry) -> None:
+        kind = _HTTPServerV6 if ":" in host else _HTTPServer
+        self._httpd = make_server(host, port, make_wsgi_app(registry), kind, _Handler)
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, name="domain-events-prometheus", daemon=True
         )
+        self._thread.start()
 
     @property
     def port(self) -> int:
@@ -476,13 +509,13 @@ class Server:
         self.close()
 
 
-def serve(port: int, addr: str = "0.0.0.0", registry: CollectorRegistry = REGISTRY) -> Server:
-    """Serve the metrics at ``http://addr:port/metrics``, for a process without a web server.
+def serve(port: int, host: str = "", registry: CollectorRegistry = REGISTRY) -> Server:
+    """Serve the metrics at ``http://host:port/metrics``, for a process without a web server.
 
     In multiprocess mode it serves those of all processes: call it in one of them.
 
     :param port: 0 for any that is free; then see `Server.port`.
-    :param addr: the address of the interface on which to listen; all of them if left out.
+    :param host: the address on which to listen; all of this machine's, of IPv4, if left out.
     :param registry: what to serve, except in multiprocess mode.
     :raises ConfigurationError: when it cannot listen there, or when the directory of the
         multiprocess mode does not exist.
@@ -491,10 +524,10 @@ def serve(port: int, addr: str = "0.0.0.0", registry: CollectorRegistry = REGIST
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     try:
-        return Server(port, addr, registry)
+        return Server(port, host, registry)
     except (OSError, OverflowError, TypeError) as error:
         raise ConfigurationError(
-            f"The metrics cannot be served at {addr}:{port}: {error}. Give another port: with "
-            "several processes on one machine, each needs its own, or all of them the "
-            "multiprocess mode of prometheus_client and one server."
+            f"The metrics cannot be served at {host or '0.0.0.0'}:{port}: {error}. Give another "
+            "port. Each of several processes on one machine needs its own; or they use the "
+            "multiprocess mode of prometheus_client, and one of them serves."
         ) from error
