@@ -7,20 +7,19 @@
     configure(middleware=[Prometheus()])
     serve(9000)  # unless a web server of this process exposes them already
 
-The metrics are listed in docs/prometheus.rst, with a dashboard and alert rules. Their labels are
-the subscriber, the exchange, the operation, the outcome and the exception's class: never a routing
-key, an id or a text, whose number has no bound.
+The metrics are described in docs/prometheus.rst, with a dashboard and alert rules. Their labels are
+subscribers, exchanges, operations, outcomes, classes of exceptions, kinds of connections: never a
+routing key, an id or a text, whose number has no bound.
 
 It works in the multiprocess mode of prometheus_client, too. What fails here is logged, and is never
 in the way of an event.
 
-Needs ``domain-events-rabbitmq[prometheus]``.
+Needs the extra ``[prometheus]``.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 import socket
@@ -36,17 +35,23 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import (
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Metric,
-    make_wsgi_app,
-)
-from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector
+try:
+    from prometheus_client import (
+        REGISTRY,
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        Metric,
+        make_wsgi_app,
+    )
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError(
+        "domain_events.prometheus needs prometheus_client: "
+        "pip install 'domain-events-rabbitmq[prometheus]'"
+    ) from error
 
 from domain_events import (
     ConfigurationError,
@@ -59,10 +64,11 @@ from domain_events import (
     Outgoing,
     Subscriber,
 )
+from domain_events.log import Log
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -73,12 +79,12 @@ _CRITICAL_TIMES = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 6 * 3600,
 _PUBLISH_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 # Seconds. What fails, fails with each event.
-_BETWEEN_COMPLAINTS = 60.0
+_BETWEEN_LINES = 60.0
 _CLOSE_TIMEOUT = 5.0
 
 
 class Prometheus(Middleware):
-    """Counts and times events, and says how connections and handlers are.
+    """Counts and times events, and shows the state of connections and handlers.
 
     :param registry: where the metrics are registered; that of prometheus_client if left out.
     :raises ConfigurationError: when they are registered there already, or when the directory of
@@ -122,12 +128,15 @@ class Prometheus(Middleware):
         )
         self._critical_time = histogram(
             "domain_events_critical_time_seconds",
-            "From an event's timestamp until it was handled; 0 if the clocks say less.",
+            "From an event's timestamp until it was handled; 0 if the clocks differ by more.",
             "subscriber",
             _CRITICAL_TIMES,
         )
         self._in_progress = gauge(
-            "domain_events_in_progress", "Handlers that run.", "subscriber", of_processes="livesum"
+            "domain_events_in_progress",
+            "Handlers that are running.",
+            "subscriber",
+            of_processes="livesum",
         )
         self._oldest = gauge(
             "domain_events_oldest_handler_start_time_seconds",
@@ -137,7 +146,7 @@ class Prometheus(Middleware):
         )
         self._published = counter(
             "domain_events_published_total",
-            "Events sent, by why they were sent and whether the broker confirmed them.",
+            "Events sent, by operation and by whether the broker confirmed them.",
             *("operation", "exchange", "subscriber", "outcome", "exception"),
         )
         self._publish_time = histogram(
@@ -371,7 +380,7 @@ class _Updates:
         self._after_fork = after_fork
         # By process: a child inherits updates and locks that are its parent's.
         self._queues: dict[int, _Queue] = {}
-        self._complained = -math.inf
+        self._logged_at = -math.inf
         _all.add(self)
 
     def do(self, update: Callable[..., None], *arguments: Any) -> None:
@@ -406,27 +415,32 @@ class _Updates:
     def _run_waiting(self, queue: _Queue) -> None:
         # Again, if an interruption has left one after the last.
         while queue.waiting and not queue.forking:
+            failure: Exception | None = None
             with queue.lock:
                 if queue.busy:
                     return
                 queue.busy = True
                 try:
                     while queue.waiting and not queue.forking:
-                        self._run(*queue.waiting.popleft())
+                        update, arguments = queue.waiting.popleft()
+                        try:
+                            update(*arguments)
+                        except Exception as error:  # noqa: BLE001 - logged, without the lock
+                            failure = error
                 finally:
                     queue.busy = False
+            if failure is not None:
+                self._log_failure(failure)
 
-    def _run(self, update: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        try:
-            update(*arguments)
-        except Exception:
-            now = time.monotonic()
-            if now - self._complained >= _BETWEEN_COMPLAINTS:
-                self._complained = now
-                log.exception(
-                    "Metrics could not be updated; events are published and handled as before. "
-                    "(Logged once a minute at most.)"
-                )
+    def _log_failure(self, failure: Exception) -> None:
+        now = time.monotonic()
+        if now - self._logged_at >= _BETWEEN_LINES:
+            self._logged_at = now
+            log.error(
+                "Metrics could not be updated; events are published and handled as before. "
+                "(Logged once a minute at most.)",
+                exc_info=failure,
+            )
 
 
 _all: weakref.WeakSet[_Updates] = weakref.WeakSet()

@@ -405,6 +405,14 @@ def test_clients_that_send_nothing_are_disconnected(
     assert capfd.readouterr() == ("", "")
 
 
+def test_missing_extra_is_named() -> None:
+    code = "import sys; sys.modules['prometheus_client'] = None; import domain_events.prometheus"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "pip install 'domain-events-rabbitmq[prometheus]'" in done.stderr
+
+
 # ------------------------------------------------------------------ processes, threads, signals
 
 
