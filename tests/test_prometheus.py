@@ -465,8 +465,9 @@ def test_metrics_that_cannot_be_written_are_not_in_the_way_of_events(tmp_path: P
     assert program.stderr.count("Metrics could not be updated") == 1
 
 
+@pytest.mark.slow
 def test_child_of_a_busy_process_is_not_stuck_at_a_lock_of_the_parents(tmp_path: Path) -> None:
-    """Threads update metrics while the process forks, two hundred times.
+    """Threads update metrics while the process forks, a hundred times.
 
     In multiprocess mode, where an update holds a lock for longer.
     """

@@ -121,7 +121,7 @@ def forks() -> None:
     threads = [threading.Thread(target=publish, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(200):
+    for _ in range(100):
         pid = os.fork()
         if pid == 0:
             signal.alarm(30)  # ends a child that is stuck
