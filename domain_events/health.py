@@ -37,7 +37,8 @@ class ConnectionHealth:
     blocked: str | None = None
     last_error: str | None = None
     last_error_at: float | None = None
-    #: For how long its thread has not responded. Noticed when the health is asked for repeatedly.
+    #: For how long its thread has not responded. Each ``health()`` requests a response, which the
+    #: next one expects.
     silence: float = 0.0
 
 

@@ -29,7 +29,8 @@ from domain_events.events import (
     is_timestamp,
     read_envelope,
 )
-from domain_events.log import Log
+from domain_events.log import About, Log
+from domain_events.log import about as log_about
 from domain_events.names import LONGEST_NAME, fits, has_wildcards, oddity
 from domain_events.retry import Retry
 from domain_events.text import plain, printable, truncate
@@ -362,6 +363,14 @@ def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[Domai
     return from_envelope(envelope, delivery.retries, details=details), claimed
 
 
+def about(delivery: Delivery, subscriber: str | None) -> About:
+    """The attributes of a log line about this delivery, which may not be an event."""
+    routing_key = event_id = None
+    with contextlib.suppress(Exception):  # a line must not fail over what it is about
+        routing_key, event_id = delivery.original_routing_key, delivery.message_id
+    return log_about(subscriber, routing_key, event_id)
+
+
 def routing_key_in(body: bytes) -> str | None:
     """The routing key that an envelope claims, if it can be read and AMQP can carry it."""
     with contextlib.suppress(InvalidEvent):
@@ -605,6 +614,7 @@ def _warn_of_mistyped(key: str) -> None:
             "The routing key %s %s; binding keys match word by word, so perhaps none matches it.",
             shown(key),
             why,
+            about=log_about(None, key, None),
         )
 
 

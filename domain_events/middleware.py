@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent, HeaderValue
-from domain_events.log import Log
+from domain_events.log import About, Log, about
 from domain_events.outcomes import Delivered
 
 log = Log("domain_events")
@@ -208,7 +208,11 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
             try:
                 callback(error)
             except Exception:
-                log.exception("%s failed after an event was sent.", _name(middleware))
+                log.exception(
+                    "%s failed after an event was sent.",
+                    _name(middleware),
+                    about=_about(outgoing.event, outgoing.subscriber),
+                )
 
     try:
         for middleware in chain:
@@ -261,7 +265,11 @@ def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
         try:
             middleware.delivered(delivered)
         except Exception:
-            log.exception("%s failed after a delivery was settled.", _name(middleware))
+            log.exception(
+                "%s failed after a delivery was settled.",
+                _name(middleware),
+                about=_about(delivered.event, delivered.subscriber),
+            )
 
 
 def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
@@ -271,6 +279,12 @@ def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -
             middleware.connection(change)
         except Exception:
             log.exception("%s failed about a connection.", _name(middleware))
+
+
+def _about(event: DomainEvent[Any] | None, subscriber: str | None) -> About:
+    if event is None:
+        return about(subscriber, None, None)
+    return about(subscriber, event.routing_key, event.uuid_string)
 
 
 def _name(middleware: Middleware) -> str:

@@ -198,7 +198,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's asks the DNS for a name that is not used here
+        TCPServer.server_bind(self)  # HTTPServer's may wait for the DNS, for a name nobody uses
         self.server_name, self.server_port = "", self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -42,7 +42,6 @@ from domain_events.middleware import (
     Operation,
     Outgoing,
     announce,
-    chained,
     check_middleware,
 )
 from domain_events.names import ExchangeType, check_exchange_type, check_name
@@ -95,11 +94,10 @@ class Publisher(Owner):
         self._exchange = check_name(exchange, "exchange")
         exchange_type = check_exchange_type(exchange_type)
         self._timeout = seconds(timeout)
-        self._middleware = check_middleware(middleware)
         self._closed = False
         declare = Exchange(self._exchange, exchange_type)
         self.connections = Connections(
-            urls, "publisher", declare=declare, middleware=self._middleware
+            urls, "publisher", declare=declare, middleware=check_middleware(middleware)
         )
 
     def publish(
@@ -242,7 +240,7 @@ class Publisher(Owner):
                 f"publish() takes a DomainEvent, not a {type(event).__name__}; "
                 "publish_domain_event() takes a routing key and data."
             )
-        chain = chained(settings.middleware(), self._middleware)
+        chain = self.connections.middleware()
         message = messages.from_event(event, self._exchange, settings.app_id(), mandatory)
         if not chain or publishing is None:
             return message, _ignore

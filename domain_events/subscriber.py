@@ -6,6 +6,8 @@ handlers.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 import weakref
@@ -21,7 +23,7 @@ from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
 from domain_events.health import SubscriberHealth, SubscriptionHealth
 from domain_events.log import Log
-from domain_events.middleware import Middleware, chained, check_middleware
+from domain_events.middleware import Middleware, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
 from domain_events.process import check_fork, on_fork
@@ -40,6 +42,9 @@ log = Log("domain_events")
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 _CLOSE_TIMEOUT = 10.0
+
+# Why a run has stopped, for the log.
+_STOP_CONSUMING = "stop_consuming()"
 
 # Each is a thread of its own.
 _MOST_WORKERS = 1000
@@ -79,13 +84,12 @@ class Subscriber(Owner):
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
         self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
-        self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
             urls,
             "subscriber",
             on_failure=weakly(self._on_failure),
-            middleware=self._middleware,
+            middleware=check_middleware(middleware),
         )
         self.forwarder: Forwarder = Forwarder(weakly(self.connections.publishing))
         # The testing kit delivers to them.
@@ -181,7 +185,7 @@ class Subscriber(Owner):
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder, self._chain)
+        subscription = Subscription(handler, options, self.forwarder, self.connections.middleware)
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):
@@ -262,7 +266,18 @@ class Subscriber(Owner):
             )
         worker = Worker(consuming, self.forwarder, self._workers, timeout)
         with self.running(worker) as subscriptions:
-            worker.work(subscriptions)
+            names = ", ".join(each.options.name for each in subscriptions)
+            started = time.monotonic()
+            self._log_start(subscriptions)
+            try:
+                worker.work(subscriptions)
+            finally:
+                log.info(
+                    "%s: stopped after %.1f s; events handled: %d.",
+                    names,
+                    time.monotonic() - started,
+                    worker.handled,
+                )
 
     @contextmanager
     def running(self, worker: Worker) -> Iterator[list[Subscription]]:
@@ -286,7 +301,7 @@ class Subscriber(Owner):
         with signals(worker), self.connections.pinned():
             try:
                 if self._stop_at_start:
-                    worker.stop()
+                    worker.stop(_STOP_CONSUMING)
                 yield subscriptions
             except BaseException as error:
                 self._ended_by = printable(f"{type(error).__name__}: {error}", 1000)
@@ -304,7 +319,7 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop(_STOP_CONSUMING)
         elif self.subscriptions:
             self._stop_at_start = True
 
@@ -343,9 +358,23 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("close()")
         else:
             self.connections.close(_CLOSE_TIMEOUT)
+
+    def _log_start(self, subscriptions: Sequence[Subscription]) -> None:
+        log.info(
+            "%s: consuming from %s; workers: %d; %s, process %d on %s.",
+            ", ".join(
+                f"{each.options.name} (prefetch_count {each.options.prefetch(self._workers)})"
+                for each in subscriptions
+            ),
+            self.connections.shown,
+            self._workers,
+            printable(settings.app_id()),
+            os.getpid(),
+            socket.gethostname(),
+        )
 
     def _warn_of_sharing(self, new: Subscription) -> None:
         """Warn if another Subscriber of this process has the name, but not the same handler."""
@@ -364,13 +393,10 @@ class Subscriber(Owner):
                     name,
                 )
 
-    def _chain(self) -> tuple[Middleware, ...]:
-        return chained(settings.middleware(), self._middleware)
-
     def _on_failure(self) -> None:
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("the failure of its connection")
 
 
 def _subscription_health(

@@ -3,8 +3,8 @@
 Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, and handle
 and settle them. With one worker, that is the thread that called ``start_consuming``, to which
 all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set. Each worker
-writes what it is doing into ``_running`` and ``_last_event``, each entry as a whole, for the thread
-that asks for the health; that one takes no lock that a worker may hold.
+writes what it does into ``_running``, ``_last_event`` and ``_handled``, each entry as a whole. Any
+thread reads them for `Subscriber.health`, without a lock that a worker may hold.
 
 A signal handler must not take a lock or call pika; it sets the flag and puts a wake-up into the
 inbox, which is a `SimpleQueue` for that reason.
@@ -30,7 +30,7 @@ from domain_events.errors import InvalidEvent
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Subscription, ends_the_process
 from domain_events.health import RunningHandler
-from domain_events.log import Log, in_background
+from domain_events.log import Log, about, in_background
 from domain_events.message import Delivery
 from domain_events.outcomes import Delivered
 from domain_events.text import printable
@@ -42,6 +42,9 @@ _PAUSE_AFTER_INTERNAL_ERROR = 5.0
 # How long the broker may take to cancel the consumers, and to confirm what was forwarded.
 _CANCEL_TIMEOUT = 5.0
 _FORWARD_TIMEOUT = 10.0
+
+# Why it has stopped, for the log.
+_TIMEOUT = "the timeout"
 
 
 class Work(NamedTuple):
@@ -68,6 +71,8 @@ class Worker:
         self._threads = threads
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._stopping = False
+        # Why, and since when; logged by `_log_stop`.
+        self._reason, self._stopped_at = "", 0.0
         # None is a wake-up: check the flag.
         self._inbox: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -79,6 +84,8 @@ class Worker:
         self._last_event: dict[str, float] = {}
         # By thread: since when that handler runs over whose limit a warning was logged.
         self._warned: dict[int, float] = {}
+        # By thread: how many were handled.
+        self._handled: dict[int, int] = {}
         self._warning = threading.Lock()
         # When more wait in the inbox, some are stale: their connection is gone.
         self._most_waiting = 0
@@ -89,8 +96,13 @@ class Worker:
         """Whether it takes no more events."""
         return self._stopping
 
-    def stop(self) -> None:
-        """Any thread, a handler, a signal handler: take no more events, then end."""
+    def stop(self, reason: str) -> None:
+        """Any thread, a handler, a signal handler: take no more events, then end.
+
+        :param reason: for the log; that of the first call counts.
+        """
+        if not self._stopping:
+            self._reason, self._stopped_at = reason, time.monotonic()
         self._stopping = True
         for _ in range(self._threads):
             self._inbox.put(None)
@@ -125,10 +137,16 @@ class Worker:
 
     def receive(self) -> None:
         """Handle deliveries as they come, until stopped."""
-        if self._threads == 1:
-            self._work(self._deadline)
-        else:
+        if self._threads > 1:
             self._work_in_threads()
+            return
+        try:
+            self._work(self._deadline)
+        except BaseException as error:
+            self.stop(type(error).__name__)
+            raise
+        finally:
+            self._log_stop()
 
     def next_waiting(self) -> Work | None:
         """The next delivery that has arrived; None if none waits."""
@@ -157,9 +175,12 @@ class Worker:
             while not self._stopping:
                 self._ended.get(timeout=_left(self._deadline))
         except queue.Empty:
-            pass  # the time is over
+            self.stop(_TIMEOUT)
+        except BaseException as error:
+            self.stop(type(error).__name__)
+            raise
         finally:
-            self.stop()
+            self._log_stop()
         for thread in threads:
             thread.join()
         if self._interruption is not None:
@@ -212,8 +233,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             # sys.exit() in a handler, for example: it ends the run, as it would with one worker.
             self._interruption = error
-        finally:
-            self.stop()
+            self.stop(type(error).__name__)
 
     def _work(self, deadline: float | None) -> None:
         inbox = self._inbox
@@ -223,6 +243,7 @@ class Worker:
                 try:
                     work = inbox.get(timeout=_left(deadline))
                 except queue.Empty:
+                    self.stop(_TIMEOUT)
                     return
                 if self._stopping:
                     if work is not None:
@@ -237,25 +258,44 @@ class Worker:
                 if inbox.empty():
                     last.flush()
                 if deadline is not None and time.monotonic() >= deadline:
+                    self.stop(_TIMEOUT)
                     return
         finally:
             if last is not None:
                 last.flush()
 
+    def _log_stop(self) -> None:
+        # Here and not in `stop`: a signal handler must not take the locks of logging.
+        ago = time.monotonic() - self._stopped_at
+        log.info(
+            "%s: stopping on %s%s; handlers still running: %d.",
+            ", ".join(self._consumers),
+            self._reason,
+            f", {ago:.1f} s ago" if ago >= 0.1 else "",
+            len(self._running),
+        )
+
     def handle(self, work: Work) -> Delivered | None:
         """Have a delivery handled; None if it is not current any more."""
         delivered: Delivered | None = None
-        me, now = threading.get_ident(), time.monotonic()
-        self._running[me] = work, now
-        self._last_event[work.subscription.options.name] = now
+        me = threading.get_ident()
         try:
             if _is_current(work):
+                now = time.monotonic()
+                self._running[me] = work, now
+                self._last_event[work.subscription.options.name] = now
                 delivered = work.subscription.handle(work.delivery, work.consumer)
+                self._handled[me] = self._handled.get(me, 0) + 1
         except Exception:
             # A bug of this library, since errors of the handler are handled. One such message must
             # not stop the subscriber, nor be lost, nor be redelivered without a pause.
             work.consumer.repair(_PAUSE_AFTER_INTERNAL_ERROR, partial(_fail, work))
-            log.exception("Internal error while handling a delivery; it is requeued.")
+            named = messages.about(work.delivery, work.subscription.options.name)
+            log.exception(
+                "Internal error in %s, while handling %s %s; it is requeued.",
+                *named.values(),
+                about=named,
+            )
         finally:
             self._running.pop(me, None)
             if work.key is not None:
@@ -266,6 +306,11 @@ class Worker:
         return delivered
 
     # --- health, for any thread ------------------------------------------------------------------
+
+    @property
+    def handled(self) -> int:
+        """How many deliveries were handled, whatever became of them."""
+        return sum(self._handled.copy().values())
 
     def consumers(self) -> dict[str, Consumer]:
         """The consumers, by the subscribers' names."""
@@ -298,22 +343,20 @@ class Worker:
         finally:
             self._warning.release()
         with in_background():  # the handler may hang in the application's logging
-            log.warning("%s. It goes on; this process is not alive until it returns.", handler)
+            log.warning(
+                "%s. It goes on; this process is not alive until it returns.",
+                handler,
+                about=about(handler.subscriber, handler.routing_key, handler.event_id),
+            )
 
 
 def _running_handler(work: Work, seconds: float) -> RunningHandler:
-    delivery, options = work.delivery, work.subscription.options
-    event_id = delivery.message_id
+    options = work.subscription.options
+    name, routing_key, event_id = messages.about(work.delivery, options.name).values()
     if event_id is None:  # of domain-event-broker, which only writes it into the envelope
         with suppress(InvalidEvent, RecursionError):
-            event_id = messages.to_event(delivery).uuid_string
-    return RunningHandler(
-        options.name,
-        printable(delivery.original_routing_key),
-        None if event_id is None else printable(event_id),
-        seconds,
-        options.handler_limit,
-    )
+            event_id = printable(messages.to_event(work.delivery).uuid_string)
+    return RunningHandler(name or "", routing_key or "", event_id, seconds, options.handler_limit)
 
 
 class KeyedQueues:
@@ -393,7 +436,7 @@ def signals(worker: Worker) -> Iterator[None]:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and worker.stopping:
             raise KeyboardInterrupt
-        worker.stop()
+        worker.stop(signal.Signals(number).name)
 
     before: dict[int, Any] = {}
     for number in (int(signal.SIGTERM), int(signal.SIGINT)):

@@ -24,8 +24,11 @@ from support import Names, wait_until
 from domain_events import (
     BrokerUnavailable,
     ConfigurationError,
+    ConnectionChange,
+    ConnectionState,
     DomainEvent,
     EventNotConfirmed,
+    Middleware,
     Publisher,
     PublisherHealth,
     Retry,
@@ -240,7 +243,11 @@ def test_handler_beyond_its_own_limit_is_not_alive_and_is_named_once(
             wait_until(partial(is_logged_once, event.uuid_string))
         for each in held.values():
             each.go_on.set()
-    assert caplog.text.count("has been handling") == 2
+    warnings = [each for each in caplog.records if "has been handling" in each.getMessage()]
+    assert len(warnings) == 2
+    for record in warnings:
+        assert vars(record)["domain_event_id"] in record.getMessage()
+        assert vars(record)["domain_event_subscriber"] == queue("limited")
 
 
 def test_health_waits_for_no_lock_that_a_handler_holds(
@@ -415,13 +422,59 @@ def test_connection_thread_that_does_not_respond_is_not_alive(bench: Bench) -> N
         assert publisher.health().connections[0].silence == 0
         wait_until(lambda: publisher.health().connections[0].silence > 0.05)
         assert publisher.health().alive, "it may be busy"
-        link._asked_at -= LONGEST_SILENCE
+        link._requested_at -= LONGEST_SILENCE
         health = publisher.health()
         assert not health.alive
         assert "thread of the publishing connection has not responded for 30 s" in health.reasons[0]
     finally:
         go_on.set()
     wait_until(lambda: publisher.health().alive)
+
+
+class Changes(Middleware):
+    """Keeps what happens to connections."""
+
+    def __init__(self) -> None:
+        self.seen: list[ConnectionChange] = []
+
+    def connection(self, change: ConnectionChange) -> None:
+        self.seen.append(change)
+
+    def states(self) -> list[ConnectionState]:
+        return [change.state for change in self.seen]
+
+
+def test_each_change_of_a_connection_is_reported_with_its_reason(
+    outage: Bench, killable_node: Node
+) -> None:
+    """Lost, each attempt that failed, connected again, lost by an internal error, closed."""
+    changes = Changes()
+    with Publisher(outage.url, outage.exchange, middleware=[changes]) as publisher:
+        publisher.publish(DomainEvent("a.b"))
+        killable_node.stop()
+        unreachable = ConnectionState.UNREACHABLE
+        wait_until(lambda: changes.states().count(unreachable) >= 2)
+        killable_node.start()
+        wait_until(lambda: publisher.health().connected, timeout=60)
+        outages, changes.seen = changes.seen, []
+
+        def crash() -> None:
+            raise ValueError("of a test")
+
+        publisher._publishing()._link.wake(crash)  # type: ignore[union-attr]
+        wait_until(lambda: len(changes.seen) == 2)
+        assert publisher.health().reconnects == 2
+    first, lost, *failed, last = outages
+    assert first.state == last.state == ConnectionState.CONNECTED
+    assert lost.state == ConnectionState.LOST
+    assert "CONNECTION_FORCED" in (lost.reason or "")
+    assert {change.state for change in failed} == {unreachable}
+    assert "refused" in (failed[-1].reason or "")
+    states = [ConnectionState.LOST, ConnectionState.CONNECTED, ConnectionState.CLOSED]
+    assert changes.states() == states
+    assert "internal error (ValueError('of a test'))" in (changes.seen[0].reason or "")
+    assert {change.address for change in outages} == {outage.url.replace(":guest@", "@")}
+    assert {(change.owner, change.purpose) for change in outages} == {("publisher", "publishing")}
 
 
 # ------------------------------------------------------------------ the life of a publisher

@@ -245,6 +245,7 @@ def test_other_requests_get_an_answer_too() -> None:
 
 def test_client_that_sends_nothing_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is dropped after a while."""
+    assert 0 < probes._Handler.timeout <= 10
     monkeypatch.setattr("domain_events.probes._Handler.timeout", 0.5)
     with (
         HealthServer(Checked(), port=0) as server,

@@ -459,6 +459,13 @@ class Connections:
         return self._urls if self._broker is self._own_broker else self._broker
 
     @property
+    def shown(self) -> str:
+        """The broker's address, or several, without the password."""
+        if _overrides or self._urls is None:
+            return "the broker of a test" if _overrides else "nowhere"
+        return ", ".join(map(shown, self._urls))
+
+    @property
     def are_switched_off(self) -> bool:
         """Whether there is no broker."""
         return not _overrides and self._own_broker is None
@@ -492,7 +499,7 @@ class Connections:
         while True:
             made = self._made
             # The I/O thread must not keep the middleware alive, which may refer to the owner.
-            watch = Watch(self._name, kind, weakly(self._chain))
+            watch = Watch(self._name, kind, weakly(self.middleware))
             new = make(watch)
             connection = made.setdefault(kind, new)
             if made is self._made:
@@ -518,7 +525,8 @@ class Connections:
         last = max(states, key=lambda state: state.last_error_at or 0.0, default=None)
         return (last.last_error, last.last_error_at) if last else (None, None)
 
-    def _chain(self) -> tuple[Middleware, ...]:
+    def middleware(self) -> tuple[Middleware, ...]:
+        """That of the process, and the owner's own within it."""
         return chained(settings.middleware(), self._middleware)
 
     @contextmanager

@@ -38,7 +38,7 @@ from domain_events.broker.rabbitmq.channel import Channels, ChannelSetup
 from domain_events.broker.rabbitmq.doorbell import Doorbell
 from domain_events.broker.rabbitmq.envelope import Properties, RabbitDelivery
 from domain_events.broker.rabbitmq.errors import close_code, explain
-from domain_events.broker.rabbitmq.link import is_io_thread
+from domain_events.broker.rabbitmq.link import REMINDER, is_io_thread
 from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
@@ -190,7 +190,7 @@ class CarefulStart:
 
 
 class Trouble:
-    """Why a queue is not being consumed; a refusal that repeats is logged once.
+    """Why a queue is not being consumed; a refusal that repeats is logged every few minutes.
 
     :ivar reason: in words for the log; empty while all is well.
     :ivar failures: how often it has failed since it last consumed.
@@ -202,7 +202,7 @@ class Trouble:
         self.reason = ""
         self.failures = 0
         self.not_before = 0.0
-        self._refusal = ""
+        self._refusal, self._logged_at = "", 0.0
 
     def pause(self) -> float:
         """Seconds until the next attempt."""
@@ -218,8 +218,9 @@ class Trouble:
 
     def refused(self, error: DomainEventsError) -> None:
         self.reason = "the broker had refused it"
-        if self._refusal != str(error):
-            self._refusal = str(error)
+        now = time.monotonic()
+        if self._refusal != str(error) or now - self._logged_at >= REMINDER:
+            self._refusal, self._logged_at = str(error), now
             log.error("%s cannot consume; trying again. %s", self._queue, error)
 
     def over(self) -> None:

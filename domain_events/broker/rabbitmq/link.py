@@ -57,6 +57,9 @@ _LASTING = 5.0
 # Seconds after which an attempt is given up; pika has no time limit for resolving a name.
 _LONGEST_ATTEMPT = 60.0
 
+#: Seconds after which it is logged again that something is still wrong.
+REMINDER = 300.0
+
 # How long a graceful close may take before the connection is dropped.
 _GRACE = 2.0
 
@@ -130,8 +133,11 @@ class Link:
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
+        # Since when there is no connection, and when that was last logged; None while there is one.
+        self._away_since: float | None = None
+        self._reminded_at = 0.0
         # When `silence` requested a response that has not come yet.
-        self._asked_at: float | None = None
+        self._requested_at: float | None = None
 
     @property
     def node(self) -> str:
@@ -156,15 +162,15 @@ class Link:
         """Any thread: see `domain_events.broker.Publishing.silence`. Takes no lock."""
         if self._thread is None:
             return 0.0
-        asked_at = self._asked_at
-        if asked_at is not None:
-            return time.monotonic() - asked_at
-        self._asked_at = time.monotonic()
+        requested_at = self._requested_at
+        if requested_at is not None:
+            return time.monotonic() - requested_at
+        self._requested_at = time.monotonic()
         self._call_soon(self._respond)
         return 0.0
 
     def _respond(self) -> None:
-        self._asked_at = None
+        self._requested_at = None
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: run ``callback`` on the I/O thread soon; start that thread if need be.
@@ -334,6 +340,7 @@ class Link:
         self.report(state, _describe_crash(crash))
         self._lose(crash)
         self._dispose()
+        self._begin_outage()
         if isinstance(crash, OSError):
             log.warning("The %s connection was lost: %s.", self._role, _describe_crash(crash))
         else:
@@ -389,6 +396,7 @@ class Link:
         self.connection = result
         result.add_on_close_callback(self.guarded(partial(self._on_closed, attempt)))
         self._connected_at = time.monotonic()
+        self._end_outage()
         self._was_connected = True
         self._troubles = {}
         self.report(ConnectionState.CONNECTED)
@@ -425,7 +433,39 @@ class Link:
             return
         self._connect_later()
         if self._failures == 1:
+            self._begin_outage()
             log.warning("No %s connection to %s. Trying again.", self._role, self._troubles[url][0])
+        else:
+            self._remind()
+
+    def _begin_outage(self) -> None:
+        self._reminded_at = time.monotonic()
+        if self._away_since is None:
+            self._away_since = self._reminded_at
+
+    def _remind(self) -> None:
+        """With each failure: log again, every few minutes, that there is no connection."""
+        now = time.monotonic()
+        if self._away_since is not None and now - self._reminded_at >= REMINDER:
+            self._reminded_at = now
+            log.warning(
+                "No %s connection for %.0f s now; still trying. %s.",
+                self._role,
+                now - self._away_since,
+                self.trouble,
+            )
+
+    def _end_outage(self) -> None:
+        if self._away_since is not None:
+            away, self._away_since = time.monotonic() - self._away_since, None
+            again = " again" if self._was_connected else ""
+            log.warning(
+                "The %s connection to %s is open%s, after %.1f s.",
+                self._role,
+                self.node,
+                again,
+                away,
+            )
 
     def _note(self, trouble: str, final: ConfigurationError | None = None) -> None:
         self._troubles[self._nodes.url] = (trouble, final)
@@ -469,6 +509,7 @@ class Link:
         self._count_failure()
         self._connect_later()
         self._lose(error)
+        self._begin_outage()
         log.warning("Lost the %s connection to %s.", self._role, trouble)
 
     def _lose(self, error: BaseException | None) -> None:

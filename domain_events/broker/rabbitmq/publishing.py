@@ -48,7 +48,7 @@ from domain_events.broker.rabbitmq.errors import (
     nacked_error,
     publish_error,
 )
-from domain_events.broker.rabbitmq.link import Link, is_io_thread
+from domain_events.broker.rabbitmq.link import REMINDER, Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes
 from domain_events.broker.rabbitmq.sending import Sender
 from domain_events.broker.rabbitmq.topology import Topology
@@ -161,6 +161,7 @@ class RabbitPublishing:
         # The error over which the broker closed the connection, and until when not to try again.
         self._refusal: tuple[DomainEventsError, float] | None = None
         self._blocked = ""
+        self._blocked_since = 0.0
         # How many publications are still to be sent one at a time.
         self._one_at_a_time = 0
         self._answered_at = 0.0
@@ -367,13 +368,23 @@ class RabbitPublishing:
     def _on_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
         self._blocked = printable(getattr(frame.method, "reason", "")) or "out of resources"
         log.warning("%s blocks publishers: %s.", self._link.node, self._blocked)
+        self._blocked_since = since = time.monotonic()
+        self._link.call_later(REMINDER, partial(self._remind, since))
         self._link.report(ConnectionState.BLOCKED, self._blocked)
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = ""
-        log.warning("%s no longer blocks publishers.", self._link.node)
+        took = time.monotonic() - self._blocked_since
+        log.warning("%s no longer blocks publishers, after %.1f s.", self._link.node, took)
         self._link.report(ConnectionState.UNBLOCKED)
         self._pump()
+
+    def _remind(self, since: float) -> None:
+        """Log again, every few minutes, that publishers are blocked."""
+        if self._blocked and self._blocked_since == since:
+            node, seconds = self._link.node, time.monotonic() - since
+            log.warning("%s blocks publishers for %.0f s now: %s.", node, seconds, self._blocked)
+            self._link.call_later(REMINDER, partial(self._remind, since))
 
     # --- the I/O thread: sending -----------------------------------------------------------------
 
