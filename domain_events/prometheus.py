@@ -11,8 +11,8 @@ The metrics are described in docs/prometheus.rst, with a dashboard and alert rul
 subscribers, exchanges, operations, outcomes, classes of exceptions, kinds of connections: never a
 routing key, an id or a text, whose number has no bound.
 
-It works in the multiprocess mode of prometheus_client, too. What fails here is logged, and is never
-in the way of an event.
+It works in the multiprocess mode of prometheus_client, too. A failure here is logged, and does not
+affect events.
 
 Needs the extra ``[prometheus]``.
 """
