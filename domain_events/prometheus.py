@@ -193,7 +193,7 @@ class Prometheus(Middleware):
         _register([_AtScrape(self._updates, self._show_unsettled), *metrics], registry)
 
     def watch(self, subscriber: Subscriber) -> None:
-        """Show how many deliveries it holds, as ``domain_events_unsettled``.
+        """Show how many deliveries this Subscriber holds, as ``domain_events_unsettled``.
 
         Read with each scrape, so not in multiprocess mode, where another process is scraped. The
         Subscriber is not kept alive.
