@@ -23,6 +23,7 @@ nitpicky = True
 # intersphinx: it would need the network at each build.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|types|typing|uuid)\..*"),
+    (r"py:.*", r"(prometheus_client\.registry\.)?CollectorRegistry"),
     (r"py:obj", r"Delivery"),
     (r"py:.*", r"(domain_events\.probes\.)?HasHealth"),
     (r"py:.*", r"(domain_events\.testing\.broker\.)?(Store|memory)"),

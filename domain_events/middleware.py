@@ -103,6 +103,8 @@ class ConnectionChange:
     #: The broker's address, without the password.
     address: str
     reason: str | None = None
+    #: Which connection of this process: a number that it has until it is closed by its owner.
+    connection: int = 0
 
 
 class Middleware:

@@ -12,6 +12,7 @@ After a fork the child starts with fresh connections; operations under way belon
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -375,6 +376,7 @@ class Watch:
         self, owner: str, purpose: str, middleware: Callable[[], tuple[Middleware, ...] | None]
     ) -> None:
         self._owner = owner
+        self._number = next(_numbers)
         self._middleware = middleware
         self._unused = ConnectionHealth(purpose)
         # The process, and how often it has connected.
@@ -408,9 +410,11 @@ class Watch:
         chain = self._middleware()
         if chain is None:  # the owner is gone
             chain = settings.middleware()
-        change = ConnectionChange(state, self._owner, before.purpose, address, reason)
+        change = ConnectionChange(state, self._owner, before.purpose, address, reason, self._number)
         report_connection(chain, change)
 
+
+_numbers = itertools.count(1)
 
 _CONNECTED = (ConnectionState.CONNECTED, ConnectionState.BLOCKED, ConnectionState.UNBLOCKED)
 _FAILED = (ConnectionState.LOST, ConnectionState.UNREACHABLE)
