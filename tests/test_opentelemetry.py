@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pika.connection
 import pytest
@@ -969,6 +970,30 @@ def test_address_is_added_if_it_connects_meanwhile(telemetry: Telemetry) -> None
     )
     done(None)
     assert described(telemetry.span("publish"))["server.address"] == "rabbit"
+
+
+def test_spans_name_the_broker(bench: Bench, telemetry: Telemetry) -> None:
+    """Also the first event of a program, which is what connects."""
+    configure(bench.url, middleware=[telemetry.middleware()])
+    subscriber = bench.subscriber()
+    name = bench.names.queue()
+
+    def handle(event: DomainEvent) -> None:
+        if not event.replayed:
+            raise ValueError
+
+    subscriber.register(handle, name, ["#"])
+    with Publisher(bench.url, bench.exchange) as publisher, running(subscriber):
+        publisher.publish(DomainEvent("a.b"))
+        wait_until(lambda: telemetry.spans("process"))
+        wait_until(lambda: telemetry.spans("ack"))
+        with DeadLetters(name, bench.url) as dead_letters:
+            assert dead_letters.replay_all() == 1
+        wait_until(lambda: len(telemetry.spans("ack")) == 2)
+    url = urlsplit(bench.url)
+    for span in telemetry.spans():
+        assert described(span)["server.address"] == url.hostname
+        assert described(span)["server.port"] == url.port
 
 
 @contextmanager
