@@ -50,6 +50,7 @@ class Details(NamedTuple):
     redelivered: bool = False
     replayed: bool = False
     subscriber: str | None = None
+    exchange: str | None = None
 
 
 #: Of an event of which nothing is known besides its envelope.
@@ -157,6 +158,11 @@ class DomainEvent(Generic[Data]):
     def subscriber(self) -> str | None:
         """The name of the subscriber that it was delivered to; None if it was not."""
         return self.details.subscriber
+
+    @property
+    def exchange(self) -> str | None:
+        """The exchange on which that subscriber is."""
+        return self.details.exchange
 
     @property
     def details(self) -> Details:

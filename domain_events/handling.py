@@ -113,7 +113,8 @@ class Subscription:
     def _settled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         name = self.options.name
         try:
-            event, claimed = messages.read_event(delivery, name)
+            exchange = self.options.queue.exchange.name
+            event, claimed = messages.read_event(delivery, name, exchange)
         except InvalidEvent as error:
             outcome = self._give_up(None, delivery, consumer, error)
             log.error(

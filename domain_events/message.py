@@ -343,7 +343,9 @@ def to_event(delivery: Delivery) -> DomainEvent[Any]:
     return event
 
 
-def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[DomainEvent[Any], str]:
+def read_event(
+    delivery: Delivery, subscriber: str | None = None, exchange: str | None = None
+) -> tuple[DomainEvent[Any], str]:
     """The event in a delivery, and the routing key that its envelope claims.
 
     The event's own is `Delivery.published_routing_key`, if that is known: a publisher who may only
@@ -359,7 +361,7 @@ def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[Domai
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
     envelope["routing_key"] = delivery.published_routing_key or claimed
-    details = partial(_details, delivery, subscriber)
+    details = partial(_details, delivery, subscriber, exchange)
     return from_envelope(envelope, delivery.retries, details=details), claimed
 
 
@@ -478,7 +480,7 @@ def type_name(error: BaseException) -> str:
 # --- inside --------------------------------------------------------------------------------------
 
 
-def _details(delivery: Delivery, subscriber: str | None) -> Details:
+def _details(delivery: Delivery, subscriber: str | None, exchange: str | None) -> Details:
     """What is known of a received event besides its envelope."""
     return Details(
         delivery.foreign_headers,
@@ -488,6 +490,7 @@ def _details(delivery: Delivery, subscriber: str | None) -> Details:
         delivery.redelivered,
         delivery.replays > 0,
         subscriber,
+        exchange,
     )
 
 

@@ -502,7 +502,7 @@ def test_message_that_is_not_an_event_is_traced(bench: Bench, telemetry: Telemet
     """To the dead letters, and back."""
     import onlooker
 
-    middleware = telemetry.middleware(exchange=bench.exchange)
+    middleware = telemetry.middleware()
     configure(bench.url, middleware=[middleware])
     subscriber = bench.subscriber()
     name = bench.names.queue()
@@ -600,7 +600,7 @@ def test_handler_knows_the_queue_once_if_it_is_the_routing_key(
     telemetry: Telemetry, event_broker: EventBroker
 ) -> None:
     """By the conventions for RabbitMQ."""
-    telemetry.use(exchange="shop")
+    telemetry.use()
     subscriber = Subscriber(exchange="shop")
     subscriber.register(print, "mail.wanted", ["mail.wanted"])
     event_broker.deliver(subscriber, DomainEvent("mail.wanted"))

@@ -7,6 +7,7 @@ import enum
 import functools
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -533,7 +534,8 @@ class UnfinishedModel(pydantic.BaseModel):
         (7, ["7", "a dataclass, a TypedDict"]),
         (ignore, ["test_payloads.ignore", "a dataclass, a TypedDict"]),
     ],
-    ids=str,
+    # Not of the function, which would contain its address.
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_class_that_cannot_be_made_is_refused(
     payload: Any, parts: list[str], event_broker: EventBroker
@@ -887,7 +889,8 @@ async def coroutine(data: Any) -> Any:
         ({1: "v1_to_v2"}, ["a function", "upcast[1]"]),
         ({1: coroutine}, ["a plain function", "upcast[1]"]),
     ],
-    ids=str,
+    # Not of the function, which would contain its address.
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_steps_that_cannot_work_are_refused(
     upcast: Any, parts: list[str], event_broker: EventBroker
