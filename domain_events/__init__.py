@@ -8,10 +8,11 @@
     subscriber.register(handle_user_event, 'print-user-event', ['user.*'])
     subscriber.start_consuming()
 
-To know every guarantee, read in this order: ``events``, ``retry``, ``errors``, ``message``,
-``broker`` (the protocol), ``publisher``, ``subscriber`` with ``options``, ``worker``, ``handling``
-and ``forwarding``, ``dead_letters`` with ``undelivered`` and ``walks``, ``broker.memory`` (a broker
-that keeps them all). ``broker.rabbitmq`` is how RabbitMQ keeps them. CONTRIBUTING.rst has the map.
+To know every guarantee, read in this order: ``events``, ``retry``, ``errors``, ``outcomes``,
+``middleware``, ``message``, ``broker`` (the protocol), ``publisher``, ``subscriber`` with
+``options`` and ``payloads``, ``worker``, ``handling`` and ``forwarding``, ``dead_letters`` with
+``undelivered`` and ``walks``, ``broker.memory`` (a broker that keeps them all). ``broker.rabbitmq``
+is how RabbitMQ keeps them. CONTRIBUTING.rst has the map.
 """
 
 from domain_events import safe_path  # isort: skip  # before anything else is imported
