@@ -140,9 +140,7 @@ def show(taken: dict[str, list[Figures]]) -> str:
     none = medians["none"]
     lines = ["us per event".ljust(16) + "".join(name.rjust(26) for name in names)]
     for variant, values in medians.items():
-        ratios = (
-            f"{values[name]:.1f} ({values[name] / medians['none'][name]:.2f}x)" for name in names
-        )
+        ratios = [f"{values[each]:.1f} ({values[each] / none[each]:.2f}x)" for each in names]
         lines.append(variant.ljust(16) + "".join(ratio.rjust(26) for ratio in ratios))
     return "\n".join(lines)
 
