@@ -202,8 +202,14 @@ class DomainEvent(Generic[Data]):
         :param key: tells several apart that have the same routing key and object: something that
             is the same each time, such as a position's number, and not a counter.
         :raises InvalidEvent: the same one was derived before, with other data: one of them would
-            be taken for a copy of the other.
+            be taken for a copy of the other; or ``key`` is something else.
         """
+        if not isinstance(key, str | int | UUID):
+            # Most other objects have another text in another process, as it has their address.
+            raise InvalidEvent(
+                f"key must be a str, an int or a UUID, not of type {type(key).__name__}; give what "
+                "is the same each time that the handler runs, such as the number of a position."
+            )
         parts = [self.uuid_string, self.subscriber, routing_key, domain_object_id, key]
         derived = DomainEvent(
             routing_key,

@@ -243,7 +243,7 @@ class Subscription:
         reason = messages.reason_of(error)
         later = Later(options.queue.exchange.name, name, delay)
         message = messages.retry(delivery, later, reason)
-        done = self._announce(Operation.RETRY, event, delivery, message)
+        done = self._announce(Operation.RETRY, event, delivery, message, error)
         self._forwarder.forward(message, delivery, consumer, done=done)
         log.info(
             "%s tries %s again in %.1f s (retry %d of %d) after %s: %s",
@@ -288,7 +288,7 @@ class Subscription:
     ) -> Outcome:
         if self.options.queue.dead_letters:
             message = messages.dead_letter(delivery, self.options.name, error)
-            done = self._announce(Operation.DEAD_LETTER, event, delivery, message)
+            done = self._announce(Operation.DEAD_LETTER, event, delivery, message, error)
             self._forwarder.forward(message, delivery, consumer, done=done)
             return Outcome.DEAD_LETTER
         consumer.settle(delivery)
@@ -323,13 +323,16 @@ class Subscription:
         event: DomainEvent[Any] | None,
         delivery: Delivery,
         message: Message,
+        error: BaseException | None = None,
     ) -> Done:
         """Announce to the middleware what is about to be forwarded, and add what that adds."""
         chain = self._middleware()
         if not chain:
             return _ignore
         known = delivery.foreign_headers
-        outgoing = Outgoing(operation, event, dict(known), subscriber=self.options.name)
+        outgoing = Outgoing(
+            operation, event, dict(known), subscriber=self.options.name, error=error
+        )
         if isinstance(message.destination, Later):
             outgoing.delay = message.destination.seconds
         done: Done = _ignore

@@ -71,6 +71,8 @@ class Outgoing:
     delay: float | None = None
     #: Whether it is one of several of a `Publisher.publish_many`.
     batch: bool = False
+    #: Why it is retried, or a dead letter.
+    error: BaseException | None = None
 
 
 class ConnectionState(str, Enum):

@@ -223,7 +223,10 @@ class OpenTelemetry(Middleware):
         def done(error: BaseException | None) -> None:
             took = time.perf_counter() - started
             with self._guarded("after an event was sent"):
-                self._end_sending(outgoing, span, attributes, error)
+                # Of what no handler was called with, this is the only span.
+                unhandled = outgoing.error if process is None else None
+                failure = unhandled if error is None else error
+                self._end_sending(outgoing, span, attributes, failure)
                 self._count_sent(outgoing, name, error, took, context)
                 if error is None and operation in _SETTLING:
                     self._settle_forwarded(outgoing, process, span, context, links)

@@ -17,12 +17,22 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Annotated, Any, ForwardRef, TypeAlias, TypeVar, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ForwardRef,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    is_typeddict,
+)
 
 from domain_events.checks import refusal, shown
 from domain_events.errors import ConfigurationError, InvalidEvent
 from domain_events.events import DomainEvent, encode, with_data
-from domain_events.kinds import is_pydantic
+from domain_events.kinds import field_names, is_pydantic
 from domain_events.message import GivenUp, type_name
 from domain_events.text import printable
 
@@ -123,8 +133,9 @@ def make_payload(handler: Any, name: str, payload: Any, upcast: Any) -> Payload 
     :raises ConfigurationError: when that cannot work, or the two differ.
     """
     steps = _checked_steps(upcast, f"{name}: upcast")
+    _check_is_class(payload, f"{name}: payload")
     try:
-        annotated = _annotated(handler)
+        annotated = _annotated(handler, name)
     except _Unresolvable as error:
         if payload is None:
             raise ConfigurationError(f"{name}: {error}") from error.__cause__
@@ -138,6 +149,29 @@ def make_payload(handler: Any, name: str, payload: Any, upcast: Any) -> Payload 
         )
     kind = None if payload is None or _is_as_it_is(payload) else payload
     return Payload(name, kind, steps) if kind is not None or steps else None
+
+
+def _check_is_class(payload: Any, option: str) -> None:
+    """Refuse what is mistaken for a class; the libraries refuse the rest."""
+    if _is_event(payload):
+        argument = _argument(payload)
+        hint = "leave it out" if argument is None else f"give payload={_named(argument)}"
+        raise ConfigurationError(f"{option} is the class of event.data, not of the event; {hint}.")
+    hint = "" if isinstance(payload, type) else _class_of(payload)
+    if hint:
+        right = "a dataclass, a TypedDict, an attrs class, a msgspec.Struct or a pydantic model"
+        raise refusal(payload, option, right, f"; give {hint}")
+
+
+def _is_event(kind: Any) -> bool:
+    origin = get_origin(kind) or kind
+    return isinstance(origin, type) and issubclass(origin, DomainEvent)
+
+
+def _class_of(payload: Any) -> str:
+    if isinstance(payload, str):
+        return "the class itself"
+    return f"its class, {type(payload).__name__}" if field_names(type(payload)) else ""
 
 
 def _checked_steps(given: Any, option: str) -> dict[int, Upcast]:
@@ -155,6 +189,14 @@ def _checked_steps(given: Any, option: str) -> dict[int, Upcast]:
             raise refusal(step, f"{option}[{version}]", "a function that takes and returns data")
         if inspect.iscoroutinefunction(step) or inspect.isgeneratorfunction(step):
             raise refusal(step, f"{option}[{version}]", "a plain function")
+        try:
+            signature(step).bind(object())
+        except ValueError:
+            pass  # one that is written in C has no signature
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{option}[{version}] must take one argument, the data; as it is: {error}."
+            ) from error
     missing = sorted(set(range(min(given, default=0), max(given, default=0))) - set(given))
     if missing:
         raise ConfigurationError(
@@ -171,8 +213,11 @@ class _Unresolvable(Exception):
     """An annotation has a name that is not defined where the handler is."""
 
 
-def _annotated(handler: Any) -> Any:
-    """``UserRegistered``, if its first parameter is a ``DomainEvent[UserRegistered]``."""
+def _annotated(handler: Any, name: str) -> Any:
+    """``UserRegistered``, if its first parameter is a ``DomainEvent[UserRegistered]``.
+
+    :raises ConfigurationError: if it is a ``UserRegistered``.
+    """
     try:
         parameters = signature(handler).parameters
     except (TypeError, ValueError):
@@ -180,7 +225,8 @@ def _annotated(handler: Any) -> Any:
     annotation = next((each.annotation for each in parameters.values()), None)
     argument: Any = None
     try:
-        argument = _argument(_evaluated(annotation, handler))
+        annotation = _evaluated(annotation, handler)
+        argument = _argument(annotation)
         argument = _evaluated(argument, handler)
     except Exception as error:
         text = str(_text(annotation) if argument is None else f"DomainEvent[{_text(argument)}]")
@@ -191,7 +237,34 @@ def _annotated(handler: Any) -> Any:
             "Import or define the class where the handler's module finds it at run time, or give "
             "it to register() as payload=..."
         ) from error
+    if argument is None and _is_payload(annotation) and not _is_decorated(handler):
+        raise ConfigurationError(
+            f"{name}: the handler is annotated to take {_named(annotation)}, but is called with a "
+            f"DomainEvent. Annotate its parameter as DomainEvent[{_named(annotation)}]; the object "
+            "is then in event.data."
+        )
     return None if isinstance(argument, TypeVar) else argument
+
+
+def _is_payload(annotation: Any) -> bool:
+    """Whether it is a class that data is made of, and not one that looks like an event."""
+    if not isinstance(annotation, type) or getattr(annotation, "_is_protocol", False):
+        return False
+    names = field_names(annotation)
+    is_one = bool(names) or is_pydantic(annotation) or is_typeddict(annotation)
+    return is_one and "routing_key" not in names
+
+
+def _is_decorated(handler: Any) -> bool:
+    """Whether the annotation is that of a function which a decorator calls, perhaps with data."""
+    while not hasattr(handler, "__wrapped__"):
+        if isinstance(handler, functools.partial):
+            handler = handler.func
+        elif hasattr(handler, "__func__"):
+            handler = handler.__func__
+        else:
+            return hasattr(type(handler).__call__, "__wrapped__")
+    return True
 
 
 def signature(handler: Any) -> inspect.Signature:
@@ -246,6 +319,10 @@ def _argument(annotation: Any) -> Any:
     origin = get_origin(annotation)
     if isinstance(origin, type) and issubclass(origin, DomainEvent):
         return get_args(annotation)[0]
+    if origin in (Union, types.UnionType):
+        # `DomainEvent[UserRegistered] | None`, of a function that is called without one elsewhere.
+        members = [_argument(each) for each in get_args(annotation) if each is not type(None)]
+        return None if None in members else Union[tuple(members)]  # noqa: UP007
     return None
 
 

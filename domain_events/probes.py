@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from domain_events import ConfigurationError, PublisherHealth, SubscriberHealth
+from domain_events.checks import flag, refusal, shown, whole_number
 
 log = logging.getLogger("domain_events")
 
@@ -65,12 +66,16 @@ def report(*checked: HasHealth) -> dict[str, Any]:
 class _Probe:
     """What both have in common: they are started, and closed, once, in one process."""
 
+    _option = ""  # one of its options, as it is given
+
     def __init__(self, checked: tuple[HasHealth, ...]) -> None:
         for each in checked:
             if isinstance(each, type) or not callable(getattr(each, "health", None)):
+                is_option = isinstance(each, int | str | os.PathLike)
+                hint = f"; its options are given by name, as {self._option}" if is_option else ""
                 raise ConfigurationError(
-                    f"{type(self).__name__} takes Subscribers and Publishers, one by one, not a "
-                    f"{type(each).__name__}."
+                    f"{type(self).__name__} takes Subscribers and Publishers, one by one, not "
+                    f"{shown(each)}{hint}."
                 )
         if not checked:
             raise ConfigurationError(f"{type(self).__name__} needs a Subscriber or a Publisher.")
@@ -144,13 +149,18 @@ class HealthServer(_Probe):
     :param checked: subscribers and publishers.
     :param host: the address to listen on; all IPv4 addresses if left out, ``::`` for IPv6.
     :param port: the port; with 0, any that is free. See `port` for which one.
-    :raises ConfigurationError: when it is started, and cannot listen there.
+    :raises ConfigurationError: for an option that cannot work; when it is started, and cannot
+        listen there.
     """
+
+    _option = "port=8080"
 
     def __init__(self, *checked: HasHealth, host: str = "", port: int = 8080) -> None:
         super().__init__(checked)
+        if not isinstance(host, str):
+            raise refusal(host, "host", "an address, such as '127.0.0.1'")
         self._host = host
-        self._port = port
+        self._port = whole_number(port, "port", 0, 65_535)
         self._server: _Server | None = None
 
     @property
@@ -161,7 +171,7 @@ class HealthServer(_Probe):
     def _start(self) -> None:
         try:
             self._server = _Server(self._host, self._port, self._checked)
-        except (OSError, OverflowError, TypeError) as error:
+        except OSError as error:
             where = f"port {self._port} of {self._host or 'this host'}"
             raise ConfigurationError(
                 f"Health cannot be served on {where}: {error}. Give another port, or 0 for any "
@@ -271,8 +281,11 @@ class HealthBeat(_Probe):
     :param file: where to write; each process needs one of its own.
     :param systemd: whether to notify systemd.
     :param every: seconds between two beats; with a watchdog, at most half of its time.
-    :raises ConfigurationError: when it is started, and the file cannot be written.
+    :raises ConfigurationError: for an option that cannot work; when it is started, and the file
+        cannot be written.
     """
+
+    _option = "file='/tmp/health.json'"
 
     def __init__(
         self,
@@ -282,7 +295,9 @@ class HealthBeat(_Probe):
         every: float = 5.0,
     ) -> None:
         super().__init__(checked)
-        if file is None and not systemd:
+        if file is not None and not (isinstance(file, str | os.PathLike) and Path(file).name):
+            raise refusal(file, "file", "the path of a file, such as '/tmp/health.json'")
+        if not flag(systemd, "systemd") and file is None:
             raise ConfigurationError("HealthBeat does nothing without file=... or systemd=True.")
         if not isinstance(every, int | float) or not 0 < every < threading.TIMEOUT_MAX:
             raise ConfigurationError(f"every must be a positive number of seconds, not {every!r}.")

@@ -64,6 +64,7 @@ from domain_events import (
     Outgoing,
     Subscriber,
 )
+from domain_events.checks import refusal, shown, whole_number
 from domain_events.log import Log
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
@@ -87,11 +88,12 @@ class Prometheus(Middleware):
     """Counts and times events, and shows the state of connections and handlers.
 
     :param registry: where the metrics are registered; that of prometheus_client if left out.
-    :raises ConfigurationError: when they are registered there already, or when the directory of
-        the multiprocess mode does not exist.
+    :raises ConfigurationError: when they are registered there already, when it is not a registry,
+        or when the directory of the multiprocess mode does not exist.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        _check_registry(registry)
         _check_multiprocess()
         metrics: list[Counter | Gauge | Histogram] = []
 
@@ -197,7 +199,11 @@ class Prometheus(Middleware):
 
         Read with each scrape, so not in multiprocess mode, where another process is scraped. The
         Subscriber is not kept alive.
+
+        :raises ConfigurationError: it is something else. Publishers need not be watched.
         """
+        if not isinstance(subscriber, Subscriber):
+            raise ConfigurationError(f"watch() takes a Subscriber, not {shown(subscriber)}.")
         self._watched.add(subscriber)
 
     # --- middleware ------------------------------------------------------------------------------
@@ -285,6 +291,12 @@ class Prometheus(Middleware):
         for key, connections in self._connections.items():
             connections.clear()
             self._show_connections(key)
+
+
+def _check_registry(registry: object) -> None:
+    # Another one would be noticed by the first scrape.
+    if not isinstance(registry, CollectorRegistry):
+        raise refusal(registry, "registry", "a CollectorRegistry of prometheus_client")
 
 
 def _check_multiprocess() -> bool:
@@ -531,15 +543,19 @@ def serve(port: int, host: str = "", registry: CollectorRegistry = REGISTRY) -> 
     :param port: 0 for any that is free; then see `Server.port`.
     :param host: the address on which to listen; all of this machine's, of IPv4, if left out.
     :param registry: what to serve, except in multiprocess mode.
-    :raises ConfigurationError: when it cannot listen there, or when the directory of the
-        multiprocess mode does not exist.
+    :raises ConfigurationError: when it cannot listen there, for an option that cannot work, or when
+        the directory of the multiprocess mode does not exist.
     """
+    port = whole_number(port, "port", 0, 65_535)
+    if not isinstance(host, str):
+        raise refusal(host, "host", "an address, such as '127.0.0.1'")
+    _check_registry(registry)
     if _check_multiprocess():
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     try:
         return Server(port, host, registry)
-    except (OSError, OverflowError, TypeError) as error:
+    except OSError as error:
         raise ConfigurationError(
             f"The metrics cannot be served at {host or '0.0.0.0'}:{port}: {error}. Give another "
             "port. Each of several processes on one machine needs its own; or they use the "

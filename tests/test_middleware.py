@@ -9,6 +9,7 @@ import dataclasses
 import pickle
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -237,6 +238,17 @@ def test_id_of_a_derived_event_depends_on_what_tells_it_apart() -> None:
         cause.derived("b").derived("b").uuid_string,
     }
     assert len(ids) == 6
+
+
+@pytest.mark.parametrize("key", [object(), None, [1], {"n": 1}, 1.5, b"1"])
+def test_key_of_a_derived_event_is_the_same_in_each_run(key: Any) -> None:
+    """The text of an object has its address, which another process would not have."""
+    with pytest.raises(InvalidEvent, match="key must be a str, an int or a UUID, not of type"):
+        DomainEvent("a").derived("b", key=key)
+    for right in (7, UUID(int=7)):
+        derived = DomainEvent("a", uuid_string="x").derived("b", key=right)  # type: ignore[arg-type]
+        as_text = DomainEvent("a", uuid_string="x").derived("b", key=str(right))
+        assert derived.uuid_string == as_text.uuid_string
 
 
 def test_id_of_a_derived_event_never_changes_between_releases() -> None:

@@ -793,6 +793,23 @@ def test_event_acked_unhandled_is_shown(telemetry: Telemetry, event_broker: Even
     assert described(telemetry.spans("ack")[-1])["domain_events.outcome"] == "retired"
 
 
+def test_event_that_does_not_fit_has_its_error_in_the_trace(
+    telemetry: Telemetry, event_broker: EventBroker
+) -> None:
+    """Its handler is not called, so there is no span of it."""
+    telemetry.use()
+    subscriber = Subscriber()
+    subscriber.register(print, "mailer", ["user.*"], payload=dict[str, int])
+    (delivery,) = event_broker.deliver(subscriber, DomainEvent("user.a", {"n": "x"}))
+    assert delivery.outcome == "dead letter"
+    span = telemetry.span("dead_letter")
+    assert span.status.status_code is StatusCode.ERROR
+    assert described(span)["error.type"].endswith("Misfit")
+    assert "does not fit" in str(span.status.description)
+    assert [each.name for each in span.events] == ["exception"]
+    assert telemetry.counted("messaging.client.sent.messages") == {"publish": 1, "dead_letter": 1}
+
+
 def test_handler_that_handles_others_events_keeps_its_span(
     telemetry: Telemetry, event_broker: EventBroker
 ) -> None:

@@ -12,7 +12,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NewType, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NewType,
+    Protocol,
+    TypedDict,
+    TypeVar,
+)
 from uuid import UUID
 
 import attrs
@@ -147,6 +157,19 @@ def by_named_alias(event: NamedEvent) -> None:
     by_annotation(event)
 
 
+def by_optional(event: DomainEvent[UserRegistered] | None = None) -> None:
+    assert event is not None
+    by_annotation(event)
+
+
+def by_optional_text(event: "DomainEvent['UserRegistered'] | None" = None) -> None:  # noqa: UP037
+    by_optional(event)
+
+
+def by_union(event: DomainEvent[UserRegistered] | DomainEvent[int]) -> None:
+    by_annotation(event)  # type: ignore[arg-type]
+
+
 def by_position(*events: DomainEvent[UserRegistered]) -> None:
     by_annotation(events[0])
 
@@ -207,6 +230,9 @@ HANDLERS: dict[str, Callable[..., object]] = {
     "Annotated": by_annotated,
     "an alias": by_alias,
     "a type statement": by_named_alias,
+    "None by default": by_optional,
+    "None by default, in text": by_optional_text,
+    "a union": by_union,
     "*events": by_position,
     "more parameters": with_more,
     "a partial": functools.partial(with_more, database="x"),
@@ -270,6 +296,41 @@ def unresolvable_and_not_ours(event: Imported) -> None:
     by_annotation(event)
 
 
+def of_several(event: DomainEvent[UserRegistered] | DomainEvent) -> None:
+    by_annotation(event)
+
+
+class HasKey(Protocol):
+    routing_key: str
+
+
+@dataclass
+class Lookalike:
+    routing_key: str
+    data: Any
+
+
+def of_protocol(event: HasKey) -> None:
+    by_annotation(event)  # type: ignore[arg-type]
+
+
+def of_lookalike(event: Lookalike) -> None:
+    by_annotation(event)  # type: ignore[arg-type]
+
+
+def with_its_data(handler: Callable[[Any], object]) -> Callable[[DomainEvent], object]:
+    @functools.wraps(handler)
+    def wrapper(event: DomainEvent) -> object:
+        return handler(event.data)
+
+    return wrapper
+
+
+@with_its_data
+def of_data(data: UserRegistered) -> None:
+    raise Reject(repr(data))
+
+
 AS_IT_IS: dict[str, Callable[..., object]] = {
     "no argument": plain,
     "Any": anything,
@@ -280,6 +341,17 @@ AS_IT_IS: dict[str, Callable[..., object]] = {
     "nothing": of_nothing,
     "Any event": of_another_kind,
     "a name for type checkers": unresolvable_and_not_ours,
+    "several": of_several,
+    "a protocol": of_protocol,
+    "one that looks like an event": of_lookalike,
+    "a decorator that calls it with the data": of_data,
+    "a partial of that": functools.partial(of_data),
+}
+
+NOT_EVENTS: dict[str, Any] = {
+    "a dataclass": UserRegistered,
+    "text": "UserRegistered",
+    "a model": Model,
 }
 
 
@@ -291,6 +363,23 @@ def test_other_annotations_leave_the_data_as_it_is(
     subscriber = registered(handler)
     (delivery,) = event_broker.deliver(subscriber, DomainEvent("a.b", {"user_id": "7"}))
     assert str(delivery.error) == "{'user_id': '7'}"
+
+
+@pytest.mark.parametrize("annotation", NOT_EVENTS.values(), ids=NOT_EVENTS)
+@pytest.mark.parametrize("options", [{}, {"payload": UserRegistered}], ids=["annotated", "both"])
+def test_handler_that_is_annotated_to_take_the_data_is_refused(
+    annotation: Any, options: dict[str, Any], event_broker: EventBroker
+) -> None:
+    """It would get an event, and fail on each."""
+
+    def greet(user: Any) -> None:
+        raise AssertionError(user)
+
+    greet.__annotations__["user"] = annotation
+    error = refused(greet, **options)
+    kind = annotation if isinstance(annotation, str) else annotation.__name__
+    for part in ("users: the handler", kind, f"{kind}]; the object is then in event.data."):
+        assert part in error
 
 
 @dataclass
@@ -529,8 +618,10 @@ class UnfinishedModel(pydantic.BaseModel):
         (OfRatio, ["test_payloads.OfRatio", "either all str or all int"]),
         (Unfinished, ["test_payloads.Unfinished", "'NotDefined' is not defined"]),
         (UnfinishedModel, ["test_payloads.UnfinishedModel", "NotDefined"]),
-        ("UserRegistered", ["UserRegistered", "a dataclass, a TypedDict"]),
-        (UserRegistered(1), ["a dataclass, a TypedDict"]),
+        ("UserRegistered", ["UserRegistered", "a dataclass, a TypedDict", "the class itself"]),
+        (UserRegistered(1), ["a dataclass, a TypedDict", "give its class, UserRegistered."]),
+        (DomainEvent[UserRegistered], ["event.data", "give payload=test_payloads.UserRegistered."]),
+        (DomainEvent, ["event.data", "leave it out."]),
         (7, ["7", "a dataclass, a TypedDict"]),
         (ignore, ["test_payloads.ignore", "a dataclass, a TypedDict"]),
     ],
@@ -888,6 +979,8 @@ async def coroutine(data: Any) -> Any:
         ({True: v1_to_v2}, ["an int", "True"]),
         ({1: "v1_to_v2"}, ["a function", "upcast[1]"]),
         ({1: coroutine}, ["a plain function", "upcast[1]"]),
+        ({1: lambda: 1}, ["upcast[1]", "must take one argument, the data", "too many"]),
+        ({1: lambda data, event: data}, ["upcast[1]", "one argument", "'event'"]),
     ],
     # Not of the function, which would contain its address.
     ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),

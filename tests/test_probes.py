@@ -278,11 +278,40 @@ def test_port_that_is_taken_is_an_error_that_says_so() -> None:
         ask(port, "/live")
 
 
-@pytest.mark.parametrize("port", [-1, 65536, "8080"])
+@pytest.mark.parametrize("port", [-1, 65536, "8080", None, True])
 def test_port_that_is_none_is_an_error_that_says_so(port: Any) -> None:
-    """A text, for example, as it is in the environment."""
-    with pytest.raises(ConfigurationError, match="Health cannot be served on port"):
-        HealthServer(Checked(), port=port).start()
+    """A text, for example, as it is in the environment. Refused when it is made."""
+    with pytest.raises(ConfigurationError, match="port must be an int from 0 to 65,535, not"):
+        HealthServer(Checked(), port=port)
+
+
+def test_options_that_are_not_given_by_name_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Those to be checked come before them, any number of them."""
+    with pytest.raises(ConfigurationError, match=r"not 8080; its options .* as port=8080"):
+        HealthServer(Checked(), 8080)  # type: ignore[arg-type]
+    for file in (tmp_path, str(tmp_path)):
+        with pytest.raises(ConfigurationError, match=r"its options .* by name, as file="):
+            HealthBeat(Checked(), file)  # type: ignore[arg-type]
+
+
+def test_host_is_an_address() -> None:
+    wrong: Any = 8080
+    with pytest.raises(ConfigurationError, match="host must be an address"):
+        HealthServer(Checked(), host=wrong)
+
+
+@pytest.mark.parametrize("file", ["", ".", 5, True])
+def test_file_of_a_beat_is_a_path(file: Any) -> None:
+    """An empty one, for example, as a variable in the environment is."""
+    with pytest.raises(ConfigurationError, match="file must be the path of a file"):
+        HealthBeat(Checked(), file=file)
+
+
+def test_text_is_not_taken_for_true() -> None:
+    """As it is in the environment, in which "no" would be true."""
+    no: Any = "no"
+    with pytest.raises(ConfigurationError, match="systemd must be True or False"):
+        HealthBeat(Checked(), file="health.json", systemd=no)
 
 
 def test_health_is_served_on_ipv6() -> None:

@@ -373,6 +373,23 @@ def test_metric_of_the_users_with_one_of_our_names_leaves_the_registry_as_it_was
     Prometheus(registry)
 
 
+def test_what_cannot_be_scraped_is_refused_when_it_is_given(registry: CollectorRegistry) -> None:
+    """And not in the log of each scrape."""
+    prometheus = Prometheus(registry)
+    others: list[Any] = [Publisher("memory://"), Subscriber, None, []]
+    for other in others:
+        with pytest.raises(ConfigurationError, match=r"watch\(\) takes a Subscriber, not"):
+            prometheus.watch(other)
+        with pytest.raises(ConfigurationError, match="registry must be a CollectorRegistry"):
+            Prometheus(other)
+        with pytest.raises(ConfigurationError, match="registry must be a CollectorRegistry"):
+            serve(0, "127.0.0.1", other)
+        with pytest.raises(ConfigurationError, match="host must be an address"):
+            serve(0, other)
+        with pytest.raises(ConfigurationError, match="port must be an int from 0 to 65,535"):
+            serve(other)
+
+
 def test_port_that_is_taken_is_an_error_that_says_what_to_do(
     server: Server, registry: CollectorRegistry
 ) -> None:
