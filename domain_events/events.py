@@ -25,7 +25,8 @@ from uuid import UUID, uuid5
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.kinds import field_names, fields_of
-from domain_events.text import plain, printable
+from domain_events.names import LONGEST_NAME
+from domain_events.text import plain, printable, truncate
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -205,6 +206,9 @@ class DomainEvent(Generic[Data]):
             be taken for a copy of the other.
         """
         parts = [self.uuid_string, self.subscriber, routing_key, domain_object_id, key]
+        # As with any event that is published by the handler: an id of another program may be too
+        # long for AMQP.
+        cause = truncate(self.uuid_string, LONGEST_NAME)
         derived = DomainEvent(
             routing_key,
             data,
@@ -212,20 +216,27 @@ class DomainEvent(Generic[Data]):
             str(uuid5(_DERIVED, json.dumps(list(map(str, parts))))),
             timestamp,
             headers=headers,
-            correlation_id=self.correlation_id or self.uuid_string,
-            cause=self.uuid_string,
+            correlation_id=self.correlation_id or cause,
+            cause=cause,
             version=version,
         )
-        known: dict[str, DomainEvent[Any]] = self.__dict__.setdefault("_derived", {})
-        first = known.setdefault(derived.uuid_string, derived)
-        if first.data != derived.data:
+        try:
+            # In JSON, since the handler may change the data afterwards, for the next one; and no
+            # more than a hash of it, since there may be very many.
+            content = json.dumps(json.loads(encode(derived.data)), sort_keys=True)
+        except (TypeError, ValueError, RecursionError):
+            return derived  # publishing it raises the error
+        new = hash(content), derived.timestamp
+        known: dict[str, tuple[int, float]] = self.__dict__.setdefault("_derived", {})
+        first, derived.__dict__["timestamp"] = known.setdefault(derived.uuid_string, new)
+        if first != new[0]:
             raise InvalidEvent(
                 f"Two events {printable(repr(routing_key))} with different data would be derived "
                 f"from {printable(self)}, and have the same id, so that subscribers took one for a "
                 "copy of the other; give each a key=... of its own, such as the number of the "
                 "position it is about."
             )
-        return first
+        return derived
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__}
@@ -617,7 +628,6 @@ def _encoder() -> Callable[[object], str]:
     return lambda value: "".join(chunks(value, 0))
 
 
-#: The JSON of a value.
 #: The JSON of a value.
 encode = _encoder()
 _raw_decode = json.JSONDecoder().raw_decode
