@@ -568,8 +568,14 @@ def added_headers(known: Mapping[str, Any], headers: object) -> dict[str, Header
     """What was added to known headers, or changed in them; checked as all headers are."""
     if not isinstance(headers, Mapping):
         return checked_headers(headers)
-    added = (name for name in headers if name not in known or known[name] != headers[name])
-    return checked_headers({name: headers[name] for name in added})
+    # A NaN of another program is the same, and not equal.
+    return checked_headers(
+        {
+            name: each
+            for name, each in headers.items()
+            if name not in known or (known[name] is not each and known[name] != each)
+        }
+    )
 
 
 def _why_not_a_header(name: object, value: object) -> str:
