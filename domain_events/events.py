@@ -382,11 +382,22 @@ def from_envelope(
     return event
 
 
-def with_data(event: DomainEvent[Any], data: Any) -> DomainEvent[Any]:
-    """The same event, received with other data: as its handler takes them."""
+def with_data(event: DomainEvent[Any], data: Any, version: int = 0) -> DomainEvent[Any]:
+    """The same event, received with other data: as its handler takes them.
+
+    :param version: the one that the data are of now, if they were upcast.
+    """
     copy = type(event).__new__(type(event))
     copy.__dict__.update(event.__dict__, data=data)
+    if version:
+        copy.__dict__["_data_version"] = version
     return copy
+
+
+def version_of_data(event: DomainEvent[Any]) -> int:
+    """The version with which it is published: once upcast, its data are not of the old one."""
+    version: int = event.__dict__.get("_data_version") or event.version
+    return version
 
 
 def read_envelope(json_data: bytes | str) -> Envelope:
