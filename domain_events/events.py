@@ -25,7 +25,8 @@ from uuid import UUID, uuid5
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.kinds import field_names, fields_of
-from domain_events.text import plain, printable
+from domain_events.names import LONGEST_NAME
+from domain_events.text import plain, printable, truncate
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -211,6 +212,9 @@ class DomainEvent(Generic[Data]):
                 "is the same each time that the handler runs, such as the number of a position."
             )
         parts = [self.uuid_string, self.subscriber, routing_key, domain_object_id, key]
+        # As with any event that is published by the handler: an id of another program may be too
+        # long for AMQP.
+        cause = truncate(self.uuid_string, LONGEST_NAME)
         derived = DomainEvent(
             routing_key,
             data,
@@ -218,20 +222,27 @@ class DomainEvent(Generic[Data]):
             str(uuid5(_DERIVED, json.dumps(list(map(str, parts))))),
             timestamp,
             headers=headers,
-            correlation_id=self.correlation_id or self.uuid_string,
-            cause=self.uuid_string,
+            correlation_id=self.correlation_id or cause,
+            cause=cause,
             version=version,
         )
-        known: dict[str, DomainEvent[Any]] = self.__dict__.setdefault("_derived", {})
-        first = known.setdefault(derived.uuid_string, derived)
-        if first.data != derived.data:
+        try:
+            # In JSON, since the handler may change the data afterwards, for the next one; and no
+            # more than a hash of it, since there may be very many.
+            content = json.dumps(json.loads(encode(derived.data)), sort_keys=True)
+        except (TypeError, ValueError, RecursionError):
+            return derived  # publishing it raises the error
+        new = hash(content), derived.timestamp
+        known: dict[str, tuple[int, float]] = self.__dict__.setdefault("_derived", {})
+        first, derived.__dict__["timestamp"] = known.setdefault(derived.uuid_string, new)
+        if first != new[0]:
             raise InvalidEvent(
                 f"Two events {printable(repr(routing_key))} with different data would be derived "
                 f"from {printable(self)}, and have the same id, so that subscribers took one for a "
                 "copy of the other; give each a key=... of its own, such as the number of the "
                 "position it is about."
             )
-        return first
+        return derived
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__}
@@ -377,11 +388,22 @@ def from_envelope(
     return event
 
 
-def with_data(event: DomainEvent[Any], data: Any) -> DomainEvent[Any]:
-    """The same event, received with other data: as its handler takes them."""
+def with_data(event: DomainEvent[Any], data: Any, version: int = 0) -> DomainEvent[Any]:
+    """The same event, received with other data: as its handler takes them.
+
+    :param version: the one that the data are of now, if they were upcast.
+    """
     copy = type(event).__new__(type(event))
     copy.__dict__.update(event.__dict__, data=data)
+    if version:
+        copy.__dict__["_data_version"] = version
     return copy
+
+
+def version_of_data(event: DomainEvent[Any]) -> int:
+    """The version with which it is published: once upcast, its data are not of the old one."""
+    version: int = event.__dict__.get("_data_version") or event.version
+    return version
 
 
 def read_envelope(json_data: bytes | str) -> Envelope:
@@ -623,7 +645,6 @@ def _encoder() -> Callable[[object], str]:
     return lambda value: "".join(chunks(value, 0))
 
 
-#: The JSON of a value.
 #: The JSON of a value.
 encode = _encoder()
 _raw_decode = json.JSONDecoder().raw_decode

@@ -15,7 +15,6 @@ Runs on the worker that calls it. State is changed first and logged afterwards.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextvars import copy_context
@@ -39,7 +38,7 @@ from domain_events.middleware import (
     report,
 )
 from domain_events.options import Options
-from domain_events.outcomes import Delivered, Outcome
+from domain_events.outcomes import Delivered, Outcome, ends_the_process
 from domain_events.payloads import Payload
 from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
 from domain_events.text import printable
@@ -106,9 +105,12 @@ class Subscription:
 
     def _handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         delivered = self._settled(delivery, consumer)
-        if chain := self._middleware():
-            report(chain, delivered)
-        return delivered
+        try:
+            if chain := self._middleware():
+                report(chain, delivered)
+            return delivered
+        finally:
+            del delivered  # this frame called those in its error's traceback
 
     def _settled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         name = self.options.name
@@ -155,7 +157,6 @@ class Subscription:
         return self._call(event, delivery, consumer)
 
     def _call(self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer) -> Delivered:
-        name = self.options.name
         messages.handling.set((event, delivery))
         started = time.monotonic()
         try:
@@ -166,12 +167,28 @@ class Subscription:
                     self._run(event)
             finally:
                 seconds = time.monotonic() - started
-        except Retry as signal:
-            delay_of: Callable[[], float] = partial(getattr, signal, "delay")
-            delivered = self._try_again(event, delivery, consumer, signal, delay_of)
-        except Reject as signal:
-            reason = getattr(signal, "reason", signal)  # a subclass may have left it out
-            outcome = self._give_up(event, delivery, consumer, signal)
+        except BaseException as error:  # noqa: BLE001 - see `_failed`
+            # Not kept in this frame, which is in the error's traceback.
+            return self._failed(event, delivery, consumer, error, seconds)
+        consumer.settle(delivery)
+        return Delivered(self.options.name, event, Outcome.HANDLED, seconds=seconds)
+
+    def _failed(
+        self,
+        event: DomainEvent[Any],
+        delivery: Delivery,
+        consumer: Consumer,
+        error: BaseException,
+        seconds: float,
+    ) -> Delivered:
+        """The handler has raised this: what follows."""
+        name = self.options.name
+        if isinstance(error, Retry):
+            delay_of: Callable[[], float] = partial(getattr, error, "delay")
+            delivered = self._try_again(event, delivery, consumer, error, delay_of)
+        elif isinstance(error, Reject):
+            reason = getattr(error, "reason", error)  # a subclass may have left it out
+            outcome = self._give_up(event, delivery, consumer, error)
             log.warning(
                 "%s rejected %s: %s",
                 name,
@@ -179,25 +196,18 @@ class Subscription:
                 printable(reason),
                 about=self._about(event),
             )
-            delivered = Delivered(name, event, outcome, signal)
-        except self.options.retry_on as error:
-            if ends_the_process(error):
-                delivered = self._exited(event, delivery, consumer, error)
-            else:
-                delay_of = partial(self.options.backoff.delay, event.retries + 1)
-                delivered = self._try_again(event, delivery, consumer, error, delay_of)
-        except BaseException as error:
-            if ends_the_process(error):
-                delivered = self._exited(event, delivery, consumer, error)
-            else:
-                outcome = self._give_up(event, delivery, consumer, error)
-                log.error(
-                    "%s failed on %s", name, _named(event), exc_info=error, about=self._about(event)
-                )
-                delivered = Delivered(name, event, outcome, error)
+            delivered = Delivered(name, event, outcome, error)
+        elif ends_the_process(error):
+            delivered = self._exited(event, delivery, consumer, error)
+        elif isinstance(error, self.options.retry_on):
+            delay_of = partial(self.options.backoff.delay, event.retries + 1)
+            delivered = self._try_again(event, delivery, consumer, error, delay_of)
         else:
-            consumer.settle(delivery)
-            delivered = Delivered(name, event, Outcome.HANDLED)
+            outcome = self._give_up(event, delivery, consumer, error)
+            log.error(
+                "%s failed on %s", name, _named(event), exc_info=error, about=self._about(event)
+            )
+            delivered = Delivered(name, event, outcome, error)
         delivered.seconds = seconds
         return delivered
 
@@ -339,8 +349,10 @@ class Subscription:
         try:
             done = announce(chain, outgoing)
             message.headers = messages.added_headers(known, outgoing.headers)
-        except Exception:
+        except BaseException as error:
             # No caller waits for it, and an event must not be lost by what looks on.
+            if ends_the_process(error):
+                raise
             log.exception(
                 "%s: %s goes to %s without what a middleware would have added.",
                 self.options.name,
@@ -472,19 +484,6 @@ class Subscription:
         else:
             # Without retries, this subscriber has not declared the delay levels so far.
             forwarder.later(0, delivery, consumer, declared, delays=True)
-
-
-def ends_the_process(error: BaseException) -> bool:
-    """Whether the error is meant to end the program, and is not a failure of the handler.
-
-    Everything else is a failure of the handler, even if its class is not an `Exception`:
-    asyncio.CancelledError, gevent.Timeout, pytest's outcomes.
-    """
-    greenlet: Any = sys.modules.get("greenlet")
-    ends: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt)
-    if greenlet is not None:
-        ends += (greenlet.GreenletExit,)
-    return isinstance(error, ends)
 
 
 def _ignore(_error: BaseException | None) -> None:

@@ -28,6 +28,7 @@ from domain_events.events import (
     from_envelope,
     is_timestamp,
     read_envelope,
+    version_of_data,
 )
 from domain_events.log import About, Log
 from domain_events.log import about as log_about
@@ -324,7 +325,7 @@ def from_event(event: DomainEvent[Any], exchange: str, app_id: str, mandatory: b
         )
         details = event.details
         if details is not NO_DETAILS:
-            _add_details(message, details)
+            _add_details(message, details, version_of_data(event))
         return message
     except InvalidEvent as error:
         error.event = event
@@ -494,7 +495,7 @@ def _details(delivery: Delivery, subscriber: str | None, exchange: str | None) -
     )
 
 
-def _add_details(message: Message, details: Details) -> None:
+def _add_details(message: Message, details: Details, version: int) -> None:
     """Send along what the publisher has given besides the envelope.
 
     :raises InvalidEvent: when it cannot be sent.
@@ -503,7 +504,6 @@ def _add_details(message: Message, details: Details) -> None:
         message.correlation_id = _short(details.correlation_id, "correlation_id")
     if details.cause is not None:
         message.cause = _short(details.cause, "cause")
-    version = details.version
     is_number = isinstance(version, int) and not isinstance(version, bool)
     if not is_number or not 0 < version <= LARGEST_NUMBER:
         raise InvalidEvent(f"An event's version must be an int from 1, not {shown(version)}.")
@@ -568,8 +568,14 @@ def added_headers(known: Mapping[str, Any], headers: object) -> dict[str, Header
     """What was added to known headers, or changed in them; checked as all headers are."""
     if not isinstance(headers, Mapping):
         return checked_headers(headers)
-    added = (name for name in headers if name not in known or known[name] != headers[name])
-    return checked_headers({name: headers[name] for name in added})
+    # A NaN of another program is the same, and not equal.
+    return checked_headers(
+        {
+            name: each
+            for name, each in headers.items()
+            if name not in known or (known[name] is not each and known[name] != each)
+        }
+    )
 
 
 def _why_not_a_header(name: object, value: object) -> str:

@@ -30,7 +30,7 @@ from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent, HeaderValue
 from domain_events.log import About, Log, about
-from domain_events.outcomes import Delivered
+from domain_events.outcomes import Delivered, ends_the_process
 
 log = Log("domain_events")
 
@@ -51,6 +51,10 @@ class Operation(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+# Someone waits for the outcome of these.
+_WITH_A_CALLER = (Operation.PUBLISH, Operation.REPLAY)
 
 
 @dataclass
@@ -204,16 +208,26 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
     callbacks: list[tuple[Middleware, Done]] = []
 
     def done(error: BaseException | None) -> None:
-        while callbacks:
-            middleware, callback = callbacks.pop()
-            try:
-                callback(error)
-            except Exception:
-                log.exception(
-                    "%s failed after an event was sent.",
-                    _name(middleware),
-                    about=_about(outgoing.event, outgoing.subscriber),
-                )
+        ending: BaseException | None = None
+        try:
+            while callbacks:
+                middleware, callback = callbacks.pop()
+                try:
+                    callback(error)
+                except BaseException as failure:
+                    # What no caller waits for is done on the connection's thread, which goes on.
+                    if ends_the_process(failure) and outgoing.operation in _WITH_A_CALLER:
+                        ending = failure
+                        continue
+                    log.exception(
+                        "%s failed after an event was sent.",
+                        _name(middleware),
+                        about=_about(outgoing.event, outgoing.subscriber),
+                    )
+            if ending is not None:
+                raise ending
+        finally:
+            del ending  # this frame is in its traceback
 
     try:
         for middleware in chain:
@@ -247,38 +261,47 @@ def around(
             f"not a {type(manager).__name__}."
         )
     suppressed: BaseException | None = None
-    with manager:
-        try:
-            around(inner, event, call)
-        except BaseException as error:
-            suppressed = error
-            raise
-    if suppressed is not None:
-        try:
+    try:
+        with manager:
+            try:
+                around(inner, event, call)
+            except BaseException as error:
+                suppressed = error
+                raise
+        if suppressed is not None:
             raise suppressed
-        finally:
-            del suppressed  # this frame is in its traceback
+    finally:
+        del suppressed  # this frame is in its traceback
 
 
 def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
     """Report a delivery, to the innermost first."""
-    for middleware in reversed(chain):
-        try:
-            middleware.delivered(delivered)
-        except Exception:
-            log.exception(
-                "%s failed after a delivery was settled.",
-                _name(middleware),
-                about=_about(delivered.event, delivered.subscriber),
-            )
+    ending: BaseException | None = None
+    try:
+        for middleware in reversed(chain):
+            try:
+                middleware.delivered(delivered)
+            except BaseException as failure:
+                if ends_the_process(failure):
+                    ending = failure
+                    continue
+                log.exception(
+                    "%s failed after a delivery was settled.",
+                    _name(middleware),
+                    about=_about(delivered.event, delivered.subscriber),
+                )
+        if ending is not None:
+            raise ending
+    finally:
+        del ending  # this frame is in its traceback
 
 
 def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
-    """Report what happened to a connection."""
+    """Report what happened to a connection; never raises, since its thread must go on."""
     for middleware in chain:
         try:
             middleware.connection(change)
-        except Exception:
+        except BaseException:
             log.exception("%s failed about a connection.", _name(middleware))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,3 +51,16 @@ class Delivered:
         after = f" in {self.delay:g} s" if self.delay is not None else ""
         why = f" ({printable(repr(self.error))})" if self.error is not None else ""
         return f"<{self.subscriber}: {what} -> {self.outcome}{after}{why}>"
+
+
+def ends_the_process(error: BaseException) -> bool:
+    """Whether the error is meant to end the program, and is not a failure of the handler.
+
+    Everything else is a failure of the handler, even if its class is not an `Exception`:
+    asyncio.CancelledError, gevent.Timeout, pytest's outcomes.
+    """
+    greenlet: Any = sys.modules.get("greenlet")
+    ends: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt)
+    if greenlet is not None:
+        ends += (greenlet.GreenletExit,)
+    return isinstance(error, ends)

@@ -71,11 +71,13 @@ class Payload:
 
         :raises Misfit: it does not fit.
         """
-        data = self._upcast(event) if self._steps else event.data
+        data, version = event.data, 0
+        if self._steps:
+            data, version = self._upcast(event), max(event.version, max(self._steps) + 1)
         if self._convert is None:
-            return with_data(event, data)
+            return with_data(event, data, version)
         try:
-            return with_data(event, self._convert(data))
+            return with_data(event, self._convert(data), version)
         except Exception as error:
             problems = self._problems(error)
             if problems is None:  # raised by code of the user's, in a class or a validator

@@ -28,11 +28,11 @@ from domain_events import message as messages
 from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.forwarding import Forwarder
-from domain_events.handling import Subscription, ends_the_process
+from domain_events.handling import Subscription
 from domain_events.health import RunningHandler
 from domain_events.log import Log, about, in_background
 from domain_events.message import Delivery
-from domain_events.outcomes import Delivered
+from domain_events.outcomes import Delivered, ends_the_process
 from domain_events.text import printable
 
 log = Log("domain_events")
@@ -300,10 +300,14 @@ class Worker:
             self._running.pop(me, None)
             if work.key is not None:
                 self._keyed.done(work.key)
-        error = None if delivered is None else delivered.error
-        if error is not None and ends_the_process(error):
-            raise error
-        return delivered
+        try:
+            if delivered is None or delivered.error is None:
+                return delivered
+            if ends_the_process(delivered.error):
+                raise delivered.error
+            return delivered
+        finally:
+            del delivered  # this frame called those in its error's traceback
 
     # --- health, for any thread ------------------------------------------------------------------
 

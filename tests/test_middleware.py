@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
@@ -222,7 +223,7 @@ def test_derived_event_is_the_same_each_time_its_handler_runs() -> None:
     second = again.derived("order.shipped", {"n": 2}, 7)
     assert first.uuid_string == second.uuid_string != cause.uuid_string
     assert (first.correlation_id, first.cause) == ("order-7", cause.uuid_string)
-    assert again.derived("order.shipped", {"n": 2}, 7) is second
+    assert again.derived("order.shipped", {"n": 2}, 7) == second
     assert second.correlation_id == again.uuid_string
     assert (first.headers, first.version) == ({"h": "1"}, 2)
 
@@ -268,6 +269,53 @@ def test_two_that_would_get_the_same_id_are_refused() -> None:
         for line in cause.data["lines"]
     }
     assert len(ids) == 2
+
+
+def test_two_with_the_same_id_are_refused_also_if_their_data_is_one_object() -> None:
+    """A loop that changes a dictionary and derives an event from it each time."""
+    cause = DomainEvent("order.paid")
+    line = {"line": 1}
+    cause.derived("line.shipped", line)
+    line["line"] = 2
+    with pytest.raises(InvalidEvent, match=r"give each a key="):
+        cause.derived("line.shipped", line)
+
+
+def test_same_data_is_the_same_in_any_order() -> None:
+    cause = DomainEvent("order.paid")
+    one = cause.derived("line.shipped", {"a": 1, "b": {"c": 1, "d": 2}})
+    assert cause.derived("line.shipped", {"b": {"d": 2, "c": 1}, "a": 1}) == one
+
+
+@pytest.mark.parametrize("data", [{"n": float("nan")}, {"n": object()}, {1: 1, "1": 2}])
+def test_derived_event_that_is_not_json_is_refused_as_any_other(data: Any) -> None:
+    """When it is published, and not as if its data were another event's."""
+    cause = DomainEvent("a")
+    cause.derived("b", data)
+    with pytest.raises(InvalidEvent, match="cannot be published"):
+        cause.derived("b", data).to_json()
+
+
+def test_event_does_not_keep_what_was_derived_from_it() -> None:
+    """A handler may derive very many, with much data."""
+    cause = DomainEvent("a")
+    weak = [weakref.ref(cause.derived("b", {"n": n}, key=str(n))) for n in range(3)]
+    assert [each() for each in weak] == [None] * 3
+
+
+@pytest.mark.parametrize("event_id", ["x" * 300, "\u00e9" * 200, "a\ud800b"])
+def test_event_with_an_id_that_amqp_cannot_carry_has_derived_ones(
+    event_broker: EventBroker, event_id: str
+) -> None:
+    """Another program may have written it into the envelope."""
+    received = DomainEvent.from_json(DomainEvent("a", uuid_string=event_id).to_json())
+    derived = received.derived("b")
+    assert derived.cause
+    assert derived.cause == derived.correlation_id
+    publish_domain_event("b", uuid_string="1", data={}, cause=derived.cause)
+    with Publisher() as publisher:
+        publisher.publish(derived)
+    event_broker.assert_published("b", times=2)
 
 
 def test_two_subscribers_derive_two_events() -> None:

@@ -42,6 +42,7 @@ from domain_events import (
     DomainEvent,
     InvalidEvent,
     Middleware,
+    Publisher,
     Reject,
     Retry,
     Subscriber,
@@ -907,6 +908,18 @@ def test_old_data_is_turned_into_new_data(
     new: dict[str, Any] = {"user_id": 7, "name": "unknown"}
     assert event.data == (new if payload is None else UserRegistered(**new))
     assert event.version == version
+
+
+@pytest.mark.parametrize(("version", "published"), [(1, 3), (2, 3), (3, 3), (9, 9)])
+def test_upcast_event_that_is_published_again_has_the_version_of_its_data(
+    version: int, published: int, event_broker: EventBroker, seen: Payments
+) -> None:
+    """A subscriber that passes events on to another exchange: they must not be upcast twice."""
+    data = [{"id": "7"}, {"user_id": 7}][version - 1] if version < 3 else {"user_id": 7}
+    delivered(event_broker, seen, data, version, upcast=STEPS)
+    with Publisher(exchange="others") as publisher:
+        publisher.publish(pickle.loads(pickle.dumps(seen.events[0])))
+    assert event_broker.published[-1].version == published
 
 
 def test_newer_version_than_known_is_handled_as_it_is(

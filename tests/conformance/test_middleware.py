@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
+import gc
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +20,7 @@ from bench import Bench, running
 from support import wait_until
 
 from domain_events import (
+    ConnectionChange,
     DeadLetters,
     Delivered,
     DomainEvent,
@@ -367,9 +372,162 @@ def test_exception_elsewhere_loses_no_event(
     bench.publish("a")
     with running(subscriber):
         wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl"))
+        wait_until(lambda: f"at {place}" in caplog.text)  # a connection's lines come a little later
     assert times == [0, 1]
     assert onlooker.count(bench.url, queue) == 0
-    assert f"at {place}" in caplog.text
+
+
+class Exits(Middleware):
+    """Fails with what is not an `Exception`, about connections and when what it saw is done."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+        self.times = 0
+
+    def publishing(self, outgoing: Outgoing) -> Callback | None:
+        return self.fail if outgoing.operation is not Operation.PUBLISH else None
+
+    def connection(self, change: ConnectionChange) -> None:
+        self.fail(change)
+
+    def fail(self, _: object) -> None:
+        self.times += 1
+        raise self.error("by a middleware")
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, GeneratorExit])
+def test_what_is_not_an_exception_ends_no_connection(
+    bench: Bench, error: type[BaseException]
+) -> None:
+    """Nor does it keep others from what became of an event."""
+    recorder, changes = Recorder(), Changes()
+    exits = Exits(error)
+    subscriber = subscriber_of(bench, changes, recorder, exits)
+    queue = bench.names.queue()
+    times: list[int] = []
+
+    def handle(event: DomainEvent) -> None:
+        times.append(event.retries)
+        raise Retry(0.1)
+
+    subscriber.register(handle, queue, ["#"], max_retries=1)
+    bench.publish("a")
+    with running(subscriber):
+        wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl"))
+        wait_until(lambda: len(recorder.results) == 2)
+    assert times == [0, 1]
+    assert recorder.results == [(Operation.RETRY, None), (Operation.DEAD_LETTER, None)]
+    wait_until(lambda: len(changes.states) == 4)
+    assert set(changes.states) == {"connected", "closed"}
+    assert exits.times == 6
+
+
+class Changes(Middleware):
+    def __init__(self) -> None:
+        self.states: list[str] = []
+
+    def connection(self, change: ConnectionChange) -> None:
+        self.states.append(change.state)
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+def test_what_is_not_an_exception_in_delivered_hides_nothing_from_others(
+    bench: Bench, error: type[BaseException]
+) -> None:
+    """The event was handled; sys.exit() then ends the run, as it would anywhere else."""
+
+    class Fails(Middleware):
+        def delivered(self, delivered: Delivered) -> None:
+            raise error("by a middleware")
+
+    recorder = Recorder()
+    subscriber = subscriber_of(bench, recorder, Fails())
+    queue = bench.names.queue()
+    seen: list[DomainEvent] = []
+    subscriber.register(stopping(subscriber, seen.append), queue, ["#"])
+    bench.publish("a")
+    with pytest.raises(SystemExit) if error is SystemExit else contextlib.nullcontext():
+        subscriber.start_consuming(timeout=20)
+    assert recorder.outcomes() == [Outcome.HANDLED]
+    assert onlooker.count(bench.url, queue) == 0
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit])
+def test_retry_goes_its_way_whatever_a_middleware_raises(
+    bench: Bench, error: type[BaseException]
+) -> None:
+    class Fails(Middleware):
+        def publishing(self, outgoing: Outgoing) -> None:
+            if outgoing.operation is Operation.RETRY:
+                raise error("by a middleware")
+
+    subscriber = subscriber_of(bench, Fails())
+    times: list[int] = []
+
+    def handle(event: DomainEvent) -> None:
+        times.append(event.retries)
+        if not event.retries:
+            raise Retry(0.1)
+        subscriber.stop_consuming()
+
+    subscriber.register(handle, bench.names.queue(), ["#"], max_retries=1)
+    bench.publish("a")
+    subscriber.start_consuming(timeout=20)
+    assert times == [0, 1]
+
+
+def test_every_callback_is_called_although_one_exits(bench: Bench) -> None:
+    def exits(_: object) -> None:
+        sys.exit(3)
+
+    class Exiting(Middleware):
+        def publishing(self, outgoing: Outgoing) -> Callback:
+            return exits
+
+    recorder = Recorder()
+    with publisher_of(bench, recorder, Exiting()) as publisher, pytest.raises(SystemExit):
+        publisher.publish(DomainEvent("a"))
+    assert recorder.results == [(Operation.PUBLISH, None)]
+
+
+class Passing(Middleware):
+    @contextmanager
+    def handling(self, event: DomainEvent) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), Retry(0.1), Reject("no")])
+@pytest.mark.parametrize("chain", [(), (Passing(), Passing())])
+def test_failed_event_is_no_reference_cycle(
+    bench: Bench,
+    error: Exception,
+    chain: tuple[Middleware, ...],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What its handler held is free at once, and not when the garbage is collected next."""
+    caplog.set_level(logging.CRITICAL, "domain_events")  # pytest keeps all records
+    subscriber = subscriber_of(bench, *chain)
+    held: list[weakref.ref[object]] = []
+
+    def handle(event: DomainEvent) -> None:
+        connection = type("Connection", (), {})()
+        held.append(weakref.ref(connection))
+        if len(held) == 3:
+            subscriber.stop_consuming()
+        raise type(error)(*error.args) if not isinstance(error, Retry) else Retry(60)
+
+    queue = bench.names.queue()
+    subscriber.register(handle, queue, ["#"], max_retries=1)
+    for _ in range(3):
+        bench.publish("a")
+    gc.collect()
+    gc.disable()
+    try:
+        subscriber.start_consuming(timeout=20)
+        assert len(held) == 3
+        wait_until(lambda: not any(each() for each in held))
+    finally:
+        gc.enable()
 
 
 def test_exception_on_the_way_out_reaches_the_caller_and_nothing_is_sent(bench: Bench) -> None:
