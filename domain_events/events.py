@@ -54,6 +54,8 @@ class Details(NamedTuple):
     exchange: str | None = None
 
 
+# A function and its arguments; a tuple, since one is made for each event.
+_ReadLater: TypeAlias = tuple[Any, ...]
 #: Of an event of which nothing is known besides its envelope.
 NO_DETAILS = Details()
 
@@ -171,9 +173,12 @@ class DomainEvent(Generic[Data]):
 
         :meta private:
         """
-        details: Details | Callable[[], Details] = self.__dict__.get("_details", NO_DETAILS)
-        if callable(details):
-            details = self.__dict__["_details"] = details()
+        known: Details | _ReadLater = self.__dict__.get("_details", NO_DETAILS)
+        if isinstance(known, Details):
+            return known
+        read, *arguments = known
+        details: Details = read(*arguments)
+        self.__dict__["_details"] = details
         return details
 
     def derived(
@@ -369,11 +374,11 @@ def from_envelope(
     envelope: Envelope,
     retries: int = 0,
     kind: type[DomainEvent[Any]] = DomainEvent,
-    details: Callable[[], Details] | None = None,
+    details: Details | _ReadLater | None = None,
 ) -> DomainEvent[Any]:
     """The event that was read.
 
-    :param details: called when they are needed.
+    :param details: or the function, with its arguments, that reads them when they are needed.
 
     Not by its constructor, which replaces None as data by an empty dict: here, null stays null.
     """

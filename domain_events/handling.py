@@ -101,18 +101,23 @@ class Subscription:
     def handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         """Handle and settle the delivery; returns its outcome."""
         # In a context of its own: what a handler or a middleware sets there ends with it.
-        return copy_context().run(self._handle, delivery, consumer)
+        chain = self._middleware()
+        handle = self._handle_and_report if chain else self._handle
+        return copy_context().run(handle, delivery, consumer, chain)
 
-    def _handle(self, delivery: Delivery, consumer: Consumer) -> Delivered:
-        delivered = self._settled(delivery, consumer)
+    def _handle_and_report(
+        self, delivery: Delivery, consumer: Consumer, chain: tuple[Middleware, ...]
+    ) -> Delivered:
+        delivered = self._handle(delivery, consumer, chain)
         try:
-            if chain := self._middleware():
-                report(chain, delivered)
+            report(chain, delivered)
             return delivered
         finally:
             del delivered  # this frame called those in its error's traceback
 
-    def _settled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
+    def _handle(
+        self, delivery: Delivery, consumer: Consumer, chain: tuple[Middleware, ...]
+    ) -> Delivered:
         name = self.options.name
         try:
             exchange = self.options.queue.exchange.name
@@ -142,7 +147,7 @@ class Subscription:
         if self._payload is not None:
             try:
                 event = self._payload.read(event)
-            except BaseException as error:  # noqa: BLE001 - as in `_call`
+            except BaseException as error:  # noqa: BLE001 - as in `_failed`
                 if ends_the_process(error):
                     return self._exited(event, delivery, consumer, error)
                 outcome = self._give_up(event, delivery, consumer, error)
@@ -154,24 +159,20 @@ class Subscription:
                     about=self._about(event),
                 )
                 return Delivered(name, event, outcome, error)
-        return self._call(event, delivery, consumer)
-
-    def _call(self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer) -> Delivered:
         messages.handling.set((event, delivery))
         started = time.monotonic()
         try:
-            try:
-                if chain := self._middleware():
-                    around(chain, event, partial(self._run, event))
-                else:
-                    self._run(event)
-            finally:
-                seconds = time.monotonic() - started
+            if chain:
+                around(chain, event, partial(self._call, event))
+            else:
+                self._call(event)
         except BaseException as error:  # noqa: BLE001 - see `_failed`
             # Not kept in this frame, which is in the error's traceback.
+            seconds = time.monotonic() - started
             return self._failed(event, delivery, consumer, error, seconds)
+        seconds = time.monotonic() - started
         consumer.settle(delivery)
-        return Delivered(self.options.name, event, Outcome.HANDLED, seconds=seconds)
+        return Delivered(name, event, Outcome.HANDLED, None, None, seconds)
 
     def _failed(
         self,
@@ -211,7 +212,7 @@ class Subscription:
         delivered.seconds = seconds
         return delivered
 
-    def _run(self, event: DomainEvent[Any]) -> None:
+    def _call(self, event: DomainEvent[Any]) -> None:
         result = self.handler(event)
         if result is not None:
             check_finished(result)
@@ -349,9 +350,9 @@ class Subscription:
         try:
             done = announce(chain, outgoing)
             message.headers = messages.added_headers(known, outgoing.headers)
-        except BaseException as error:
+        except BaseException as failure:
             # No caller waits for it, and an event must not be lost by what looks on.
-            if ends_the_process(error):
+            if ends_the_process(failure):
                 raise
             log.exception(
                 "%s: %s goes to %s without what a middleware would have added.",

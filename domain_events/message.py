@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 from uuid import UUID
 
@@ -362,7 +362,8 @@ def read_event(
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
     envelope["routing_key"] = delivery.published_routing_key or claimed
-    details = partial(_details, delivery, subscriber, exchange)
+    # Read when they are needed; see `DomainEvent.details`.
+    details = _details, delivery, subscriber, exchange
     return from_envelope(envelope, delivery.retries, details=details), claimed
 
 

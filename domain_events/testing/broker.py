@@ -239,7 +239,7 @@ class EventBroker:
                 message.headers or {}, message.correlation_id, message.cause, message.version
             )
             envelope = read_envelope(message.body)
-            self._published.append(from_envelope(envelope, details=lambda: details))
+            self._published.append(from_envelope(envelope, details=details))
 
     def _publish(self, to: Subscriber, events: Iterable[DomainEvent[Any]]) -> None:
         with Publisher(exchange=to.exchange, exchange_type=to.exchange_type) as publisher:
