@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import contextvars
+import os
 import threading
 import time
 import uuid
@@ -69,6 +70,7 @@ class Courier:
     ) -> None:
         #: Whose leases its rows have.
         self.token = str(uuid.uuid4())
+        self._pid = os.getpid()
         self._database = database
         self._dialect = check_dialect(database.dialect)
         self._sender = Sender(
@@ -88,6 +90,8 @@ class Courier:
 
     def take(self, rows: Iterable[Row]) -> None:
         """Take rows whose transaction has been committed; never blocks, never raises."""
+        if os.getpid() != self._pid:  # a fork: its thread and its lock are the parent's
+            return
         with self._changed:
             for row in rows:
                 if self._closing or len(self._rows) >= _MOST_ROWS or self._bytes >= _MOST_BYTES:
@@ -185,10 +189,11 @@ class Courier:
             return
         if any(row.object_key is not None for row in rows):
             with self._database.transaction() as execute:
-                ready = table.in_order(execute, rows)
+                found = table.in_order(execute, [(row.id, row.object_key) for row in rows])
+            ids = {number for number, _ in found}
         else:
-            ready = rows
-        ids = {row.id for row in ready}
+            ids = {row.id for row in rows}
+        ready = [row for row in rows if row.id in ids]
         patient, given_up = [], []
         for row in rows:
             if row.id not in ids:
@@ -221,7 +226,7 @@ class Courier:
     def _release(self, rows: list[Row]) -> None:
         if rows:
             with self._database.transaction() as execute:
-                table.release(execute, self.token, rows)
+                table.release(execute, self.token, [row.id for row in rows])
 
 
 # --- the process's own couriers ------------------------------------------------------------------

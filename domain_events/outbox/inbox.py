@@ -22,7 +22,10 @@ def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool
     :return: False: it has handled the event before, and is to skip it.
     """
     dialect = check_dialect(dialect)
-    parameters = {"subscriber": key_of(subscriber), "event_id": key_of(event_id)}
+    parameters = {
+        "subscriber": key_of(subscriber, dialect),
+        "event_id": key_of(event_id, dialect),
+    }
     values = (
         f"{INBOX} (subscriber, event_id, handled) VALUES (:subscriber, :event_id, {clock(dialect)})"
     )

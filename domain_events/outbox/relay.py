@@ -114,6 +114,7 @@ class Relay:
         # By exchange: the error, when to try again, and after which pause.
         self._failures: dict[str, tuple[Exception, float, float]] = {}
         self._sent = 0
+        self._since = time.monotonic()
         self._sent_at: deque[tuple[float, int]] = deque()
 
     # --- running ---------------------------------------------------------------------------------
@@ -192,15 +193,14 @@ class Relay:
         """The state of the outbox and of this relay."""
         with self._database.transaction() as execute:
             waiting = status(execute, self._dialect)
-        since = time.monotonic() - _RATE_WINDOW
-        recent = [(when, number) for when, number in list(self._sent_at) if when > since]
-        took = time.monotonic() - recent[0][0] if recent else 0.0
-        rate = sum(number for _, number in recent) / took if took > 0 else 0.0
+        now = time.monotonic()
+        window = min(_RATE_WINDOW, now - self._since)
+        recent = sum(number for when, number in list(self._sent_at) if when >= now - window)
         failures = {
             exchange: f"{type(error).__name__}: {error}"
             for exchange, (error, _, _) in list(self._failures.items())
         }
-        return Status(*waiting, self._sent, rate, failures)
+        return Status(*waiting, self._sent, recent / window if window else 0.0, failures)
 
     # --- one sweep -------------------------------------------------------------------------------
 

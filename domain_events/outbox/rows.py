@@ -14,7 +14,9 @@ SKIP LOCKED alone a second relay would get row 11 of an object whose rows 1 to 1
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 import time
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
@@ -32,6 +34,8 @@ log = Log("domain_events.outbox")
 # Seconds that a transaction waits for another one that has written an event of the same object.
 _ORDER_TIMEOUT = 5.0
 _LONGEST_ERROR = 2000
+# Of the bodies in one page; a larger body is a page of its own.
+_MOST_BYTES = 32 * 2**20
 
 
 class Row(NamedTuple):
@@ -68,11 +72,18 @@ class Row(NamedTuple):
 _COLUMNS = "id, event_id, exchange, routing_key, object_key, body, details"
 
 
-def key_of(text: str) -> str:
-    """A text from outside as a key: itself, or its hash where a database would change it."""
-    if len(text) <= LONGEST_TEXT and text.isprintable() and text == text.strip():
+def key_of(text: str, dialect: str) -> str:
+    """A text from outside as a key: itself, or its hash where a database would change it.
+
+    MySQL takes ``Mail`` and ``mail`` for one key, unless its columns have another collation.
+    """
+    simple = _SIMPLE.fullmatch(text) if dialect == "mysql" else text.isprintable()
+    if simple and len(text) <= LONGEST_TEXT and text == text.strip():
         return text
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_SIMPLE = re.compile("[0-9a-z.:_-]*")
 
 
 def insert(
@@ -92,10 +103,12 @@ def insert(
     inserts, which is the same for transactions that lock the object's own row first.
     """
     details = event.details
-    object_key = None if event.domain_object_id is None else key_of(str(event.domain_object_id))
+    object_key = (
+        None if event.domain_object_id is None else key_of(str(event.domain_object_id), dialect)
+    )
     row = Row(
         0,
-        key_of(str(event.uuid_string)),
+        key_of(str(event.uuid_string), dialect),
         exchange,
         printable(event.routing_key, LONGEST_TEXT),
         object_key,
@@ -209,95 +222,112 @@ def fetch(
     if dialect == "sqlite":
         # Before anything is read: a transaction that reads first cannot write after another one.
         execute(f"UPDATE {OUTBOX} SET token = NULL WHERE id < 0", {})
+    size = "length" if dialect == "sqlite" else "octet_length"
+    locking = "" if dialect == "sqlite" else " FOR UPDATE SKIP LOCKED"
     found = execute(
-        f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE parked = 0 AND id > :after "
+        f"SELECT id, object_key, {size}(body) FROM {OUTBOX} WHERE parked = 0 AND id > :after "
         f"AND leased_until < {now}{exchanges} AND (object_key IS NULL OR object_key NOT IN "
         f"(SELECT object_key FROM {OUTBOX} WHERE parked > 0 AND object_key IS NOT NULL)) "
-        f"ORDER BY id LIMIT {int(most)}"
-        + ("" if dialect == "sqlite" else " FOR UPDATE SKIP LOCKED"),
+        f"ORDER BY id LIMIT {int(most)}{locking}",
         parameters,
     )
-    looked_at = [Row(*columns)._replace(leased_at=leased_at) for columns in found]
+    sizes = itertools.accumulate(int(size) for _, _, size in found)
+    within = max(1, sum(size <= _MOST_BYTES for size in sizes))
+    looked_at = [(int(number), key) for number, key, _ in found[:within]]
     if not looked_at:
         return Page([], None, False)
-    rows = in_order(execute, looked_at)
-    if rows:
-        execute(
-            f"UPDATE {OUTBOX} SET token = :token, leased_until = {now} + :lease "
-            f"WHERE {_among(rows)}",
-            {"token": token, "lease": lease},
-        )
-    return Page(rows, looked_at[-1].id, len(looked_at) >= most)
+    ids = [number for number, _ in in_order(execute, looked_at)]
+    page = Page(
+        _lease(execute, dialect, token, lease, ids) if ids else [],
+        looked_at[-1][0],
+        len(found) >= most or within < len(found),
+    )
+    return page._replace(rows=[row._replace(leased_at=leased_at) for row in page.rows])
 
 
-def in_order(execute: Execute, rows: list[Row]) -> list[Row]:
-    """Those of the rows of whose objects there is no older row besides them."""
-    keyed = [row for row in rows if row.object_key is not None]
+def _lease(
+    execute: Execute, dialect: str, token: str, lease: float, ids: Collection[int]
+) -> list[Row]:
+    among = _among(ids)
+    update = (
+        f"UPDATE {OUTBOX} SET token = :token, leased_until = {clock(dialect)} + :lease "
+        f"WHERE {among}"
+    )
+    parameters = {"token": token, "lease": lease}
+    if dialect == "postgresql":
+        found = execute(f"{update} RETURNING {_COLUMNS}", parameters)
+    else:
+        execute(update, parameters)
+        found = execute(f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE {among}", {})
+    return sorted(Row(*columns) for columns in found)
+
+
+def in_order(
+    execute: Execute, rows: Iterable[tuple[int, str | None]]
+) -> list[tuple[int, str | None]]:
+    """Those of the rows (id, object key) of whose objects no older row exists besides them."""
+    rows = list(rows)
+    keyed = [number for number, key in rows if key is not None]
     if not keyed:
         return rows
-    ids = _ids(keyed)
+    ids = _listed(keyed)
     found = execute(
         f"SELECT o.object_key, MIN(o.id) FROM {OUTBOX} o WHERE o.object_key IN "
         f"(SELECT k.object_key FROM {OUTBOX} k WHERE k.id IN ({ids})) "
-        f"AND o.id < {max(row.id for row in keyed)} AND o.id NOT IN ({ids}) "
-        "GROUP BY o.object_key",
+        f"AND o.id < {max(keyed)} AND o.id NOT IN ({ids}) GROUP BY o.object_key",
         {},
     )
-    first: dict[str, int] = {key: int(number) for key, number in found}
-    if not first:
-        return rows
+    first = {key: int(number) for key, number in found}
     return [
-        row
-        for row in rows
-        if row.object_key is None or row.id < first.get(row.object_key, row.id + 1)
+        (number, key) for number, key in rows if key is None or number < first.get(key, number + 1)
     ]
 
 
 def renew(
-    execute: Execute, dialect: str, token: str, rows: Collection[Row], lease: float
+    execute: Execute, dialect: str, token: str, ids: Collection[int], lease: float
 ) -> set[int]:
     """Renew leases; returns the ids of those that are still the token's."""
-    if not rows:
+    if not ids:
         return set()
-    parameters = {"token": token}
+    among = _among(ids)
     execute(
         f"UPDATE {OUTBOX} SET leased_until = {clock(dialect)} + :lease "
-        f"WHERE token = :token AND {_among(rows)}",
-        {**parameters, "lease": lease},
+        f"WHERE token = :token AND {among}",
+        {"token": token, "lease": lease},
     )
-    found = execute(f"SELECT id FROM {OUTBOX} WHERE token = :token AND {_among(rows)}", parameters)
+    found = execute(f"SELECT id FROM {OUTBOX} WHERE token = :token AND {among}", {"token": token})
     return {int(number) for (number,) in found}
 
 
-def delete(execute: Execute, token: str, rows: Collection[Row]) -> None:
+def delete(execute: Execute, token: str, ids: Collection[int]) -> None:
     """Delete rows that were confirmed."""
-    if rows:
-        execute(f"DELETE FROM {OUTBOX} WHERE token = :token AND {_among(rows)}", {"token": token})
+    if ids:
+        execute(f"DELETE FROM {OUTBOX} WHERE token = :token AND {_among(ids)}", {"token": token})
 
 
-def release(execute: Execute, token: str, rows: Collection[Row]) -> None:
+def release(execute: Execute, token: str, ids: Collection[int]) -> None:
     """End leases: anybody may send these."""
-    if rows:
+    if ids:
         execute(
             f"UPDATE {OUTBOX} SET token = NULL, leased_until = 0 "
-            f"WHERE token = :token AND {_among(rows)}",
+            f"WHERE token = :token AND {_among(ids)}",
             {"token": token},
         )
 
 
-def park(execute: Execute, dialect: str, token: str, row: Row, error: str) -> None:
-    """Set a row aside, with the reason: it is sent again when somebody says so."""
+def park(execute: Execute, dialect: str, token: str, number: int, error: str) -> None:
+    """Set a row aside, with the reason, until `domain_events.outbox.retry` or ``discard``."""
     execute(
         f"UPDATE {OUTBOX} SET parked = {clock(dialect)}, error = :error, token = NULL, "
-        f"leased_until = 0 WHERE token = :token AND {_among([row])}",
+        f"leased_until = 0 WHERE token = :token AND {_among([number])}",
         {"token": token, "error": printable(error, _LONGEST_ERROR)},
     )
 
 
-def _among(rows: Iterable[Row]) -> str:
-    return f"id IN ({_ids(rows)})"
+def _among(ids: Iterable[int]) -> str:
+    return f"id IN ({_listed(ids)})"
 
 
-def _ids(rows: Iterable[Row]) -> str:
+def _listed(ids: Iterable[int]) -> str:
     # In the text of the statement: drivers limit the number of parameters.
-    return ", ".join(str(int(row.id)) for row in rows)
+    return ", ".join(str(int(number)) for number in ids)

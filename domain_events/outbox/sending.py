@@ -45,8 +45,6 @@ class Sent:
     confirmed: list[Row] = field(default_factory=list)
     #: With the reason.
     parked: list[tuple[Row, str]] = field(default_factory=list)
-    #: Leased by somebody else meanwhile.
-    lost: list[Row] = field(default_factory=list)
     #: By exchange: why nothing can be published there for now.
     failures: dict[str, Exception] = field(default_factory=dict)
 
@@ -83,25 +81,22 @@ class Sender:
         """
         sent = Sent()
         settled = 0
-        open_: dict[int, Row] = {row.id: row for row in rows}
+        open_ = {row.id for row in rows}
 
         def settle(*, finish: bool) -> None:
             nonlocal settled
             confirmed, settled = sent.confirmed[settled:], len(sent.confirmed)
-            done = {row.id for row in sent.confirmed} | {row.id for row, _ in sent.parked}
-            rest = [row for number, row in open_.items() if number not in done]
+            rest = open_ - {row.id for row in sent.confirmed} - {row.id for row, _ in sent.parked}
             with self._database.transaction() as execute:
-                table.delete(execute, token, confirmed)
+                table.delete(execute, token, [row.id for row in confirmed])
                 if finish:
                     for row, why in sent.parked:
-                        table.park(execute, self._dialect, token, row, why)
+                        table.park(execute, self._dialect, token, row.id, why)
                     table.release(execute, token, rest)
-                    return
-                mine = table.renew(execute, self._dialect, token, rest, self._lease)
-            for row in rest:
-                if row.id not in mine:
-                    sent.lost.append(row)
-                    del open_[row.id]
+                else:
+                    open_.difference_update(
+                        rest - table.renew(execute, self._dialect, token, rest, self._lease)
+                    )
 
         try:
             self._send(rows, sent, open_, settle)
