@@ -237,7 +237,7 @@ class DomainEvent(Generic[Data]):
         if "_details" in state:
             # A delivery, which they may still have to be read from, is its connection's own.
             details = self.details
-            state["_details"] = details._replace(headers=dict(details.headers))
+            state["_details"] = Details(dict(details.headers), *details[1:])
         return state
 
     if not TYPE_CHECKING:  # for a type checker, every attribute would exist

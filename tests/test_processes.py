@@ -184,9 +184,11 @@ def test_forked_processes_publish(names: Names, broker_url: str, start: Start) -
     program.saw("done")
     assert program.end() == 0, program.lines
     counts: dict[str, int] = {}
-    for body in onlooker.take_all(broker_url, queue):
-        key = DomainEvent.from_json(body).routing_key
-        counts[key] = counts.get(key, 0) + 1
+    while onlooker.count(broker_url, queue):
+        properties, body = onlooker.take(broker_url, queue)
+        event = DomainEvent.from_json(body)
+        assert properties.headers["process"] == event.data["process"], "the middleware's, there"
+        counts[event.routing_key] = counts.get(event.routing_key, 0) + 1
     assert counts == {
         "from.parent": 1,
         "from.thread": 500,

@@ -446,3 +446,29 @@ def test_header_of_a_middleware_that_cannot_be_sent_is_the_callers_error(bench: 
     ):
         publisher.publish(DomainEvent("a"))
     assert [type(error) for _, error in recorder.results] == [InvalidEvent]
+
+
+def test_events_of_one_object_stay_in_order_with_middleware(bench: Bench) -> None:
+    """Several workers, an object's events one after the other, each in its own context."""
+
+    class Sets(Middleware):
+        def handling(self, event: DomainEvent) -> None:
+            assert not current.get()
+            current.set(event.uuid_string)
+
+    subscriber = subscriber_of(bench, Sets(), workers=3)
+    order: dict[str, list[int]] = {"a": [], "b": []}
+
+    def handle(event: DomainEvent) -> None:
+        assert current.get() == event.uuid_string
+        order[str(event.domain_object_id)].append(event.data)
+
+    queue = bench.names.queue()
+    subscriber.register(handle, queue, ["#"], ordered=True)
+    bench.publisher.publish_many(
+        DomainEvent("a.b", number, about) for number in range(30) for about in order
+    )
+    with running(subscriber):
+        wait_until(lambda: sum(map(len, order.values())) == 60)
+    assert order == {"a": list(range(30)), "b": list(range(30))}
+    assert onlooker.count(bench.url, f"{queue}-dl") == 0
