@@ -739,6 +739,113 @@ def test_courier_whose_database_is_away_leaves_all_to_a_relay(
     courier.close()
 
 
+ENDS = """
+import sys
+from outbox_databases import sqlite
+from domain_events import DomainEvent, configure, outbox
+
+_, path, url, exchange = sys.argv
+configure(url)
+database = sqlite(path)
+courier = outbox.courier(database)
+with database.application() as (connection, execute):
+    for number in range(50):
+        event = DomainEvent("a", {"number": number}, "a")
+        written = outbox.write(execute, "sqlite", event, exchange=exchange, courier=courier)
+        connection.commit()
+        courier.take([written.row])
+"""
+
+
+def test_program_that_ends_sends_what_it_has_committed(
+    sqlite: DbApi, broker_url: str, exchange: str, queue: str
+) -> None:
+    """Its courier has some seconds for that."""
+    command = [sys.executable, "-c", ENDS, sqlite.name, broker_url, exchange]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(command, timeout=60, check=True, env=environment)
+    assert rows(sqlite) == 0
+    assert onlooker.count(broker_url, queue) == 50
+
+
+def test_child_of_a_fork_leaves_the_rows_of_its_parent_to_it(
+    sqlite: DbApi, broker: EventBroker
+) -> None:
+    """And has a courier of its own."""
+    stops = Stops()
+    courier = outbox.courier(sqlite)
+    kept = Courier(sqlite, middleware=[stops])
+    take(kept, write(sqlite, about("a", 1), courier=kept))
+    assert stops.reached.wait(30)
+    with kept._changed:  # as another thread may hold it
+        pid = os.fork()
+        if pid == 0:
+            child = outbox.courier(sqlite)
+            kept.take([])
+            os._exit(0 if child.token != courier.token else 1)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+    stops.go_on.set()
+    assert kept.wait(30)
+    kept.close()
+    assert numbers(broker.published, "a") == [1]
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_owner_whose_lease_was_taken_over_changes_nothing(database: DbApi) -> None:
+    """Neither deletes, nor parks, nor releases, nor renews what is another's by now."""
+    from domain_events.outbox import rows as table
+    from domain_events.outbox.database import check_dialect
+
+    dialect = check_dialect(database.dialect)
+
+    def fetch(token: str) -> list[int]:
+        with database.transaction() as execute:
+            found = table.fetch(execute, dialect, token, 60.0, 10).rows
+            return [row.id for row in found]
+
+    write(database, *abouts("a", range(3)))
+    ids = fetch("one")
+    assert len(ids) == 3
+    assert fetch("other") == []
+    end_leases(database)
+    assert fetch("other") == ids
+    before = database.run(f"SELECT * FROM {OUTBOX} ORDER BY id")
+    with database.transaction() as execute:
+        table.delete(execute, "one", ids)
+        table.release(execute, "one", ids)
+        table.park(execute, dialect, "one", ids[0], "no")
+        assert table.renew(execute, dialect, "one", ids, 600.0) == set()
+    assert database.run(f"SELECT * FROM {OUTBOX} ORDER BY id") == before
+    with database.transaction() as execute:
+        assert table.renew(execute, dialect, "other", ids, 600.0) == set(ids)
+        table.release(execute, "other", ids[:1])
+        table.delete(execute, "other", ids[1:])
+    assert fetch("one") == ids[:1]
+
+
+def test_page_is_bounded_in_bytes(database: DbApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that finds large events has few of them in memory; one is always sent."""
+    from domain_events.outbox import rows as table
+
+    monkeypatch.setattr(table, "_MOST_BYTES", 30_000)
+    write(database, *(DomainEvent("a", {"number": n, "text": "x" * 20_000}) for n in range(4)))
+    write(database, DomainEvent("a", {"text": "x" * 100_000}), about("a", 1))
+    pages: list[int] = []
+
+    class Counts(Middleware):
+        def publishing(self, outgoing: Outgoing) -> None:
+            pages.append(rows(database))
+
+    with EventBroker(virtual_time=False) as broker:
+        with Relay(database, middleware=[Counts()]) as relay:
+            assert relay.sweep() == 6
+        assert len(broker.published) == 6
+    assert pages == [6, 5, 4, 3, 2, 1]
+
+
 # --- killed at each step -------------------------------------------------------------------------
 
 
