@@ -841,7 +841,7 @@ def test_what_was_sent_of_one_object_does_not_hide_rows_of_another(database: DbA
 
     def fetched(sent: dict[str, int]) -> list[int]:
         with database.transaction() as execute:
-            page = table.fetch(execute, dialect, "t", 0.0, 10, sent=sent)
+            page = table.fetch(execute, dialect, "t", -1.0, 10, sent=sent)
         return [row.id for row in page.rows]
 
     for sent in ({}, {"a": 1}, {"a": 1, "b": 4}, {"a": 1, "b": 4, "c": 99}, {"a": 99, "b": 99}):
