@@ -52,6 +52,8 @@ class Details(NamedTuple):
     replayed: bool = False
     subscriber: str | None = None
     exchange: str | None = None
+    #: Of an event from an outbox, the program that wrote it.
+    app_id: str | None = None
 
 
 # A function and its arguments; a tuple, since one is made for each event.
@@ -161,6 +163,16 @@ class DomainEvent(Generic[Data]):
     def subscriber(self) -> str | None:
         """The name of the subscriber that it was delivered to; None if it was not."""
         return self.details.subscriber
+
+    def with_details(self, details: Details) -> DomainEvent[Data]:
+        """A copy with these.
+
+        :meta private:
+        """
+        event = type(self).__new__(type(self))
+        event.__dict__.update(self.__dict__, _details=details)
+        event.__dict__.pop("_derived", None)
+        return event
 
     @property
     def exchange(self) -> str | None:

@@ -364,6 +364,11 @@ def overridden(broker: Broker) -> Iterator[None]:
         _overrides.remove(broker)
 
 
+def switched_off(urls: tuple[str, ...] | None) -> bool:
+    """Whether owners with these settings have no broker."""
+    return urls is None and not _overrides
+
+
 class Watch:
     """What has happened to one connection: kept for `Connections.health`, passed to middleware.
 
