@@ -1,0 +1,7 @@
+"""The shop's pages."""
+
+from django.urls import path
+
+from django_shop import views
+
+urlpatterns = [path("place/<str:name>", views.place)]

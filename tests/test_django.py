@@ -1,0 +1,685 @@
+"""Django: what is published belongs to the transaction, and handlers have a working database."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import django_shop
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from support import sooner_than
+
+import domain_events
+from domain_events import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEvent,
+    InvalidEvent,
+    Subscriber,
+    publish_domain_event,
+)
+from domain_events.testing import EventBroker
+
+django_shop.setup()
+
+from django import test  # noqa: E402
+from django.conf import settings as django_settings  # noqa: E402
+from django.core import checks  # noqa: E402
+from django.core.management import call_command  # noqa: E402
+from django.core.management.base import CommandError  # noqa: E402
+from django.db import connections, transaction  # noqa: E402
+from django.db.transaction import TransactionManagementError  # noqa: E402
+from django.test import override_settings  # noqa: E402
+from django_shop.models import Invoice, Order  # noqa: E402
+from test_recipes import postgresql  # noqa: E402
+
+from domain_events.django import (  # noqa: E402
+    DatabaseConnections,
+    configuration,
+    make_subscriber,
+    on,
+    publish_on_commit,
+)
+from domain_events.django.testing import EventBroker as DjangoEventBroker  # noqa: E402
+
+NOWHERE = "amqp://guest:guest@127.0.0.1:1/%2F"
+TESTS = Path(__file__).parent
+
+
+class Unwanted(Exception):
+    """Ends a block that is to be rolled back."""
+
+
+@pytest.fixture(scope="session")
+def _postgresql() -> Iterator[str]:
+    """Alias of a PostgreSQL."""
+    with postgresql() as url:
+        host = url.partition("host=")[2]
+        given = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": "postgres",
+            "USER": "postgres",
+            "HOST": host,
+        }
+        connections.settings["postgresql"] = connections.configure_settings({"default": given})[
+            "default"
+        ]
+        call_command("migrate", database="postgresql", run_syncdb=True, verbosity=0)
+        yield "postgresql"
+        connections["postgresql"].close()
+        del connections["postgresql"], connections.settings["postgresql"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sqlite() -> None:
+    for alias in ("default", "other"):
+        call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
+
+
+@pytest.fixture
+def shop() -> None:
+    """Empty tables on the default database and the other one."""
+    for alias in ("default", "other"):
+        for model in (Order, Invoice):
+            model.objects.using(alias).all().delete()
+
+
+@pytest.fixture(params=["default", "postgresql"])
+def alias(request: pytest.FixtureRequest, shop: None) -> str:
+    """A database whose tables are empty."""
+    if request.param == "postgresql":
+        name: str = request.getfixturevalue("_postgresql")
+        Order.objects.using(name).all().delete()
+        return name
+    return "default"
+
+
+def names_of(alias: str = "default") -> list[str]:
+    return list(Order.objects.using(alias).order_by("id").values_list("name", flat=True))
+
+
+def published(broker: EventBroker) -> list[Any]:
+    return [event.data["name"] for event in broker.published]
+
+
+def place(name: str, alias: str = "default") -> DomainEvent[Any]:
+    """Store an order, and publish that."""
+    Order.objects.using(alias).create(name=name)
+    return publish_on_commit("order.placed", {"name": name}, using=alias)
+
+
+# --- after the commit ----------------------------------------------------------------------------
+
+
+def test_event_is_known_before_the_commit_and_published_after_it(
+    alias: str, event_broker: EventBroker
+) -> None:
+    """With the id that was returned, once."""
+    with transaction.atomic(using=alias):
+        event = place("a", alias)
+        assert event.uuid_string
+        assert event_broker.published == []
+    assert event_broker.published == [event]
+    assert event_broker.published[0].uuid_string == event.uuid_string
+
+
+def test_rolled_back_savepoint_takes_its_own_events_and_no_others(
+    alias: str, event_broker: EventBroker
+) -> None:
+    """At any depth; what was published is what was stored."""
+    with transaction.atomic(using=alias):
+        place("a", alias)
+        with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
+            place("gone", alias)
+            with transaction.atomic(using=alias):
+                place("gone too", alias)
+            raise Unwanted
+        with transaction.atomic(using=alias):
+            place("b", alias)
+            with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
+                place("gone as well", alias)
+                raise Unwanted
+        place("c", alias)
+        assert published(event_broker) == []
+    assert published(event_broker) == names_of(alias) == ["a", "b", "c"]
+
+
+def test_nothing_is_published_of_a_transaction_that_is_rolled_back(
+    alias: str, event_broker: EventBroker
+) -> None:
+    """Nor with the next one."""
+    with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
+        place("gone", alias)
+        raise Unwanted
+    with transaction.atomic(using=alias):
+        place("a", alias)
+        transaction.set_rollback(True, using=alias)
+    with transaction.atomic(using=alias):
+        place("b", alias)
+    assert published(event_broker) == names_of(alias) == ["b"]
+
+
+def test_each_database_has_its_own_transaction(shop: None, event_broker: EventBroker) -> None:
+    """An event goes with the transaction of the database that it names."""
+    with contextlib.suppress(Unwanted), transaction.atomic():
+        with transaction.atomic(using="other"):
+            place("default")
+            place("other", "other")
+            assert published(event_broker) == []
+        assert published(event_broker) == ["other"]
+        raise Unwanted
+    assert published(event_broker) == names_of("other") == ["other"]
+    assert names_of() == []
+
+
+def test_without_a_transaction_it_is_published_at_once(
+    alias: str, event_broker: EventBroker
+) -> None:
+    """As autocommit has stored it."""
+    place("a", alias)
+    assert published(event_broker) == ["a"]
+
+
+def test_without_autocommit_it_is_an_error(alias: str, event_broker: EventBroker) -> None:
+    """Django would never call it back, so the caller must know."""
+    connection = connections[alias]
+    connection.ensure_connection()
+    connection.set_autocommit(False)
+    try:
+        with pytest.raises(TransactionManagementError):
+            publish_on_commit("order.placed", {}, using=alias)
+    finally:
+        connection.rollback()
+        connection.set_autocommit(True)
+    assert event_broker.published == []
+
+
+def test_durable_block_publishes_at_its_end(alias: str, event_broker: EventBroker) -> None:
+    with transaction.atomic(using=alias, durable=True):
+        place("a", alias)
+        assert published(event_broker) == []
+    assert published(event_broker) == ["a"]
+
+
+def test_request_is_a_transaction_with_atomic_requests(
+    shop: None, event_broker: EventBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event of a request that fails is not published; the response has the event's id."""
+    monkeypatch.setitem(connections["default"].settings_dict, "ATOMIC_REQUESTS", True)
+    client = test.Client(raise_request_exception=False)
+    assert client.get("/place/bad").status_code == 500
+    response = client.get("/place/a")
+    assert (response.status_code, response["within"]) == (200, "True")
+    (event,) = event_broker.published
+    assert (event.data, event.uuid_string) == ({"name": "a"}, response.content.decode())
+    assert names_of() == ["a"]
+
+
+def test_data_are_those_of_the_call(shop: None, event_broker: EventBroker) -> None:
+    """Not what became of them until the commit."""
+    data = {"name": "Ada", "lines": [1]}
+    with transaction.atomic():
+        event = publish_on_commit("order.placed", data)
+        data["name"] = "Grace"
+        data["lines"].append(2)  # type: ignore[attr-defined]
+    assert [each.data for each in event_broker.published] == [{"name": "Ada", "lines": [1]}]
+    assert event == event_broker.published[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        (("order.placed", {"tags": {1, 2}}), {}, InvalidEvent),
+        (("", {}), {}, InvalidEvent),
+        (("order.*", {}), {}, InvalidEvent),
+        (("order.placed", {}), {"headers": {"x-own": 1}}, InvalidEvent),
+        (("order.placed", {}), {"version": 0}, InvalidEvent),
+        (("order.placed", {}), {"timeout": -1}, ConfigurationError),
+        (("order.placed", {}), {"exchange": ""}, ConfigurationError),
+        (("order.placed", {}), {"mandatory": "yes"}, ConfigurationError),
+        (("order.placed", {}, None, None, None, "http://x"), {}, ConfigurationError),
+    ],
+)
+def test_what_can_never_be_published_is_refused_by_the_call(
+    shop: None,
+    event_broker: EventBroker,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    error: type[Exception],
+) -> None:
+    """Before the commit, which can still be undone."""
+
+    def place_wrongly() -> None:
+        with transaction.atomic():
+            Order.objects.create(name="a")
+            publish_on_commit(*arguments, **options)
+
+    with pytest.raises(error):
+        place_wrongly()
+    assert names_of() == []
+    assert event_broker.published == []
+
+
+def test_event_has_what_publish_domain_event_would_give_it(
+    shop: None, event_broker: EventBroker
+) -> None:
+    """Each argument arrives, and the event goes to its exchange."""
+    seen: list[DomainEvent[Any]] = []
+    subscriber = Subscriber(exchange="shop")
+    subscriber.register(seen.append, "all", ["#"])
+    for publish in (publish_domain_event, publish_on_commit):
+        publish(
+            *("a.b", {"x": 1}, 7, "some-id", 5.5, domain_events.DEFAULT),
+            exchange="shop",
+            headers={"h": 1},
+            correlation_id="other",
+            cause="another",
+            version=3,
+        )
+    event_broker.deliver(subscriber)
+    first, second = seen
+    assert first == second
+    assert first.details == second.details
+
+
+def test_event_for_nobody_is_logged_with_mandatory(
+    shop: None, event_broker: EventBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish_on_commit("order.placed", {}, mandatory=True)
+    assert "EventUnroutable" in caplog.text
+
+
+def test_cause_is_that_of_the_call(shop: None, event_broker: EventBroker) -> None:
+    """The handler is over by the time of the commit."""
+    seen: list[DomainEvent[Any]] = []
+    subscriber = Subscriber()
+    subscriber.register(
+        lambda _: publish_on_commit("a.b", {}, headers={"h": 1}, version=3), "x", ["x"]
+    )
+    subscriber.register(seen.append, "y", ["a.b"])
+    handled = DomainEvent("x", {}, correlation_id="all")
+    with transaction.atomic():
+        event_broker.deliver(subscriber, handled)
+    event_broker.deliver(subscriber)
+    (event,) = seen
+    assert (event.cause, event.correlation_id) == (handled.uuid_string, "all")
+    assert (event.headers, event.version) == ({"h": 1}, 3)
+
+
+# --- without a broker ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A port on which nobody listens."""
+    monkeypatch.setenv("DOMAIN_EVENTS_URL", NOWHERE)
+    yield
+    domain_events.close_publishers()
+
+
+def assert_logged(caplog: pytest.LogCaptureFixture, *events: DomainEvent[Any]) -> None:
+    """A line for each, with its key and id, and the event itself with the error."""
+    records = [each for each in caplog.records if "was not published" in each.getMessage()]
+    assert len(records) == len(events)
+    for record, event in zip(records, events, strict=True):
+        assert record.levelno == logging.ERROR
+        assert f"{event.routing_key} {event.uuid_string} " in record.getMessage()
+        assert "secret" not in record.getMessage()
+        assert record.exc_info is not None
+        error = record.exc_info[1]
+        assert isinstance(error, BrokerUnavailable)
+        assert error.event == event
+
+
+@pytest.mark.usefixtures("no_broker")
+def test_outage_reaches_neither_the_caller_nor_other_hooks(
+    alias: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was committed is committed. It is logged, with the event."""
+    others = []
+    with transaction.atomic(using=alias):
+        transaction.on_commit(lambda: others.append("before"), using=alias)
+        Order.objects.using(alias).create(name="a")
+        event = publish_on_commit("order.placed", {"secret": 1}, using=alias, timeout=0.2)
+        transaction.on_commit(lambda: others.append("after"), using=alias)
+    assert names_of(alias) == ["a"]
+    assert others == ["before", "after"]
+    assert_logged(caplog, event)
+
+
+@pytest.mark.usefixtures("no_broker")
+def test_outage_without_a_transaction_is_logged_too(
+    shop: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Autocommit has stored what the event is about."""
+    Order.objects.create(name="a")
+    assert_logged(caplog, publish_on_commit("order.placed", {"secret": 1}, timeout=0.2))
+
+
+@pytest.mark.usefixtures("no_broker")
+def test_events_of_a_transaction_wait_for_the_broker_together(
+    shop: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One timeout for all of them: somebody waits for the response. The next one has its own."""
+    with sooner_than(2.0 * 20), transaction.atomic():
+        events = [publish_on_commit("order.placed", {"n": n}, timeout=2.0) for n in range(20)]
+    assert_logged(caplog, *events)
+    caplog.clear()
+    begun = time.monotonic()
+    with transaction.atomic():
+        event = publish_on_commit("order.placed", {}, timeout=1.0)
+    assert time.monotonic() - begun > 0.9
+    assert_logged(caplog, event)
+
+
+# --- tests of a Django project -------------------------------------------------------------------
+
+
+class TestInTestCase(test.TestCase):
+    """A test that is a transaction which is never committed."""
+
+    databases = {"default", "other"}  # noqa: RUF012 - as Django documents it
+
+    @classmethod
+    def setUpTestData(cls) -> None:
+        place("of the class")
+
+    def setUp(self) -> None:
+        broker = DjangoEventBroker()
+        self.broker = broker.start()
+        self.addCleanup(broker.stop)
+
+    def test_broker_sees_what_would_be_committed(self) -> None:
+        """Once the block is left; never of a savepoint that was rolled back."""
+        with transaction.atomic():
+            place("a")
+            with contextlib.suppress(Unwanted), transaction.atomic():
+                place("gone")
+                raise Unwanted
+            self.broker.assert_not_published()
+        place("b", "other")
+        with contextlib.suppress(Unwanted), transaction.atomic():
+            place("rolled back")
+            raise Unwanted
+        self.broker.assert_published("order.placed", {"name": "a"}, times=1)
+        assert published(self.broker) == ["a", "b"]
+
+    def test_captured_callbacks_publish(self) -> None:
+        """Django's way; what is published there is not published a second time."""
+        with self.captureOnCommitCallbacks(execute=True) as callbacks:
+            place("a")
+            with transaction.atomic():
+                place("b")
+        assert len(callbacks) == 2
+        assert published(self.broker) == ["a", "b"]
+        with self.captureOnCommitCallbacks(execute=True):
+            place("c")
+            assert published(self.broker) == ["a", "b", "c"]
+            place("d")
+        assert published(self.broker) == ["a", "b", "c", "d"]
+
+    def test_captured_callbacks_publish_on_the_plain_broker(self) -> None:
+        """Of the kit without Django."""
+        self.broker.stop()
+        with EventBroker() as broker:
+            with self.captureOnCommitCallbacks(execute=True):
+                place("a")
+            assert published(broker) == ["a"]
+        self.broker.start()
+
+    def test_handler_is_called_in_the_transaction(self) -> None:
+        """Its connection stays open, and what it publishes is delivered in turn."""
+        subscriber = make_subscriber()
+        place("a")
+        with transaction.atomic():
+            place("b")
+        self.broker.deliver(subscriber)
+        assert list(Invoice.objects.values_list("order", flat=True)) == ["a", "b"]
+        chain = Subscriber(middleware=[DatabaseConnections()])
+
+        def next_one(event: DomainEvent[Any]) -> None:
+            if event.data["n"] < 3:
+                publish_on_commit("chain", {"n": event.data["n"] + 1})
+
+        chain.register(next_one, "chain", ["chain"])
+        publish_on_commit("chain", {"n": 1})
+        assert len(self.broker.deliver(chain)) == 3
+
+    def test_clear_forgets_what_waits(self) -> None:
+        place("a")
+        self.broker.clear()
+        place("b")
+        assert published(self.broker) == ["b"]
+
+
+class TestInTransactionTestCase(test.TransactionTestCase):
+    """A test whose transactions are committed."""
+
+    databases = {"default"}  # noqa: RUF012 - as Django documents it
+
+    def test_broker_sees_what_is_committed(self) -> None:
+        with DjangoEventBroker() as broker:
+            subscriber = make_subscriber()
+            with transaction.atomic():
+                place("a")
+                assert published(broker) == []
+            with contextlib.suppress(Unwanted), transaction.atomic():
+                place("gone")
+                raise Unwanted
+            assert published(broker) == ["a"]
+            broker.deliver(subscriber)
+            assert Invoice.objects.count() == 1
+
+
+def test_pytest_fixture_is_the_one_for_django(event_broker: EventBroker) -> None:
+    assert isinstance(event_broker, DjangoEventBroker)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configured() -> Iterator[None]:
+    """The process's defaults are reset afterwards."""
+    yield
+    domain_events.configure()
+
+
+@pytest.mark.usefixtures("configured")
+def test_settings_are_those_of_configure() -> None:
+    """The broker, the name, middleware by its path, its class or an instance."""
+    own = DatabaseConnections()
+    path = "domain_events.django.DatabaseConnections"
+    given = {"URL": "memory://shop", "APP_ID": "shop", "MIDDLEWARE": [path, own, type(own)]}
+    with override_settings(DOMAIN_EVENTS=given):
+        configuration.configure()
+    assert domain_events.settings.resolve() == ("memory://shop",)
+    assert domain_events.settings.app_id() == "shop"
+    chain = domain_events.settings.middleware()
+    assert list(map(type, chain)) == [DatabaseConnections] * 3
+    assert chain[1] is own
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize(
+    ("url", "broker"),
+    [("memory://old", ("memory://old",)), (None, None), ("", ("memory://environment",))],
+)
+def test_domain_event_brokers_setting_is_the_broker(
+    url: str | None, broker: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOMAIN_EVENTS_URL", "memory://environment")
+    with override_settings(DOMAIN_EVENT_BROKER=url):
+        configuration.configure()
+    assert domain_events.settings.resolve() == broker
+
+
+@pytest.mark.usefixtures("configured")
+def test_settings_that_say_nothing_leave_what_the_program_has_configured() -> None:
+    domain_events.configure("memory://own", app_id="own")
+    with override_settings(DOMAIN_EVENTS={}):
+        configuration.configure()
+    assert domain_events.settings.resolve() == ("memory://own",)
+
+
+@pytest.mark.usefixtures("configured")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"DOMAIN_EVENTS": "amqp://user:hunter2@host"}, "must be a dict"),
+        ({"DOMAIN_EVENTS": {"URI": "amqp://user:hunter2@host"}}, "has 'URI'; there are APP_ID"),
+        ({"DOMAIN_EVENTS": {"URL": "amq://user:hunter2@host"}}, "cannot be a broker's URL"),
+        ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["no.such.Thing"]}}, "No module named 'no'"),
+        ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["django_shop.setup"]}}, "middleware must be"),
+        ({"DOMAIN_EVENTS": {"URL": None}, "DOMAIN_EVENT_BROKER": None}, "given twice"),
+    ],
+)
+def test_settings_that_cannot_work_stop_the_start(given: dict[str, Any], words: str) -> None:
+    """With a web server, too, which runs no checks. The password is not shown."""
+    with override_settings(**given), pytest.raises(ImproperlyConfigured, match=words) as error:
+        configuration.configure()
+    assert "hunter2" not in str(error.value)
+
+
+def ids_of_checks(**given: Any) -> list[str]:
+    with override_settings(**given):
+        return [each.id or "" for each in checks.run_checks(tags=["domain_events"])]
+
+
+@pytest.mark.usefixtures("configured")
+def test_checks_find_what_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in domain_events.settings.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert ids_of_checks() == ["domain_events.W002"]
+    assert ids_of_checks(DEBUG=True) == []
+    assert ids_of_checks(DOMAIN_EVENTS={"URL": "amqp://host"}) == []
+    assert ids_of_checks(DOMAIN_EVENTS={"URL": None}) == ["domain_events.W001"]
+    assert ids_of_checks(DOMAIN_EVENT_BROKER=None) == ["domain_events.W001"]
+    domain_events.configure("amqp://host")
+    assert ids_of_checks() == []
+    monkeypatch.setenv("AMQP_URL", "amqp://host")
+    domain_events.configure()
+    assert ids_of_checks() == []
+
+
+def test_checks_find_a_pool_that_keeps_broken_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMQP_URL", "amqp://host")
+    pooled: dict[str, Any] = {"ENGINE": "django.db.backends.postgresql", "OPTIONS": {"pool": True}}
+    monkeypatch.setitem(django_settings.DATABASES, "pooled", pooled)
+    assert ids_of_checks() == ["domain_events.W003"]
+    pooled["CONN_HEALTH_CHECKS"] = True
+    assert ids_of_checks() == []
+
+
+def test_checks_find_the_app_of_domain_event_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMQP_URL", "amqp://host")
+    both = [*django_settings.INSTALLED_APPS, "domain_event_broker.django"]
+    assert ids_of_checks(INSTALLED_APPS=both) == ["domain_events.W004"]
+
+
+# --- coming from domain-event-broker -------------------------------------------------------------
+
+
+@pytest.fixture
+def dead_letter(event_broker: EventBroker) -> Subscriber:
+    """A subscriber that has failed on an event."""
+
+    def fail(event: DomainEvent[Any]) -> None:
+        raise Unwanted
+
+    subscriber = Subscriber()
+    subscriber.register(fail, "test-replay", ["test.replay"])
+    event_broker.deliver(subscriber, DomainEvent("test.replay", {"message": "a"}))
+    return subscriber
+
+
+def replay(*arguments: str) -> list[str]:
+    output = io.StringIO()
+    call_command("replay_domain_event", "test-replay", *arguments, stdout=output)
+    return output.getvalue().splitlines()
+
+
+def test_dead_letter_is_replayed_by_the_command(
+    dead_letter: Subscriber, event_broker: EventBroker
+) -> None:
+    """The oldest one, or all."""
+    assert replay() == ["0 dead-lettered events remaining for test-replay"]
+    assert not event_broker.dead_letters("test-replay")
+    events = (DomainEvent("test.replay", {"n": n}) for n in range(3))
+    assert len(event_broker.deliver(dead_letter, *events)) == 4
+    assert replay() == ["3 dead-lettered events remaining for test-replay"]
+    assert replay("--all") == ["0 dead-lettered events remaining for test-replay"]
+    assert len(event_broker.deliver(dead_letter)) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "left", "line"),
+    [
+        ("Replay", 0, "Message is returned to worker queue."),
+        ("discard", 0, "Message has been discarded."),
+        ("Leave", 1, "Message left in queue."),
+        ("Obliterate", 1, "Message left in queue."),
+        ("", 1, "Message left in queue."),
+        (None, 1, "Timed out. Message left in queue."),
+    ],
+)
+def test_dead_letter_is_decided_about(
+    dead_letter: Subscriber,
+    event_broker: EventBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    left: int,
+    line: str,
+) -> None:
+    """Its JSON is shown, and the answer has half a minute."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
+    readable = [] if answer is None else [sys.stdin]
+    monkeypatch.setattr("select.select", lambda *_: (readable, [], []))
+    lines = replay("--interactive")
+    assert lines[:3] == ["Please specify action for:", "{", '    "data": {']
+    assert line in lines[-2]
+    assert len(event_broker.dead_letters("test-replay")) == left
+
+
+@pytest.mark.usefixtures("event_broker")
+def test_command_reports_an_error_without_a_traceback(no_broker: None) -> None:
+    with pytest.raises(CommandError, match="TopologyError"):
+        call_command("replay_domain_event", "no-such-queue")
+
+
+# --- handlers ------------------------------------------------------------------------------------
+
+
+def test_handlers_of_all_apps_are_found(shop: None, event_broker: EventBroker) -> None:
+    """Or those that are named; the functions stay what they are."""
+    counts = DomainEvent("order.counted", {"orders": []})
+    assert len(make_subscriber().subscriptions) == 2
+    only = make_subscriber("shop-counts", workers=2)
+    (delivered,) = event_broker.deliver(only, counts, DomainEvent("order.placed", {"name": "a"}))
+    assert (delivered.subscriber, delivered.outcome) == ("shop-counts", "handled")
+    with pytest.raises(ConfigurationError, match="no handler named x; there are shop-counts"):
+        make_subscriber("x")
+
+
+def test_two_handlers_cannot_have_one_name() -> None:
+    """But a module may be loaded again."""
+    from django_shop import subscribers
+
+    on("a.b", name="shop-counts")(subscribers.count)
+    with pytest.raises(ConfigurationError, match=r"two handlers, django_shop\.subscribers\.count"):
+        on("a.b", name="shop-counts")(print)
+
+
+def test_app_without_handlers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from domain_events.django import handlers
+
+    monkeypatch.setattr(handlers, "_registrations", {})
+    with pytest.raises(CommandError, match=r"No installed app has a subscribers\.py"):
+        call_command("consume_domain_events")
