@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import secrets
+import signal
+import sqlite3
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +20,7 @@ from typing import Any
 import django_shop
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from support import sooner_than
+from support import Names, sooner_than, wait_until
 
 import domain_events
 from domain_events import (
@@ -22,10 +28,12 @@ from domain_events import (
     ConfigurationError,
     DomainEvent,
     InvalidEvent,
+    Middleware,
+    Publisher,
     Subscriber,
     publish_domain_event,
 )
-from domain_events.testing import EventBroker
+from domain_events.testing import Delivered, EventBroker
 
 django_shop.setup()
 
@@ -683,3 +691,274 @@ def test_app_without_handlers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(handlers, "_registrations", {})
     with pytest.raises(CommandError, match=r"No installed app has a subscribers\.py"):
         call_command("consume_domain_events")
+
+
+# --- connections to the database -----------------------------------------------------------------
+
+
+@pytest.fixture(params=[None, 600, 0])
+def max_age(request: pytest.FixtureRequest, _postgresql: str) -> Iterator[int | None]:
+    """CONN_MAX_AGE of the PostgreSQL, without CONN_HEALTH_CHECKS."""
+    settings = connections.settings[_postgresql]
+    before = settings["CONN_MAX_AGE"]
+    connections["postgresql"].close()
+    settings["CONN_MAX_AGE"] = request.param
+    yield request.param
+    connections["postgresql"].close()
+    settings["CONN_MAX_AGE"] = before
+
+
+def cut_connections() -> int:
+    """As a restart of the server does; returns how many there were, besides this thread's."""
+    with connections["postgresql"].cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        return len(cursor.fetchall())
+
+
+def other_connections() -> int:
+    with connections["postgresql"].cursor() as cursor:
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        return int(cursor.fetchone()[0])
+
+
+@contextlib.contextmanager
+def consuming(subscriber: Subscriber) -> Iterator[None]:
+    thread = threading.Thread(target=subscriber.start_consuming)
+    thread.start()
+    try:
+        yield
+    finally:
+        subscriber.stop_consuming()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_connections_that_the_database_closed_are_noticed_between_two_handlers(
+    max_age: int | None, workers: int, unique: str
+) -> None:
+    """In each worker's thread, whatever keeps its connection open."""
+    handled: list[Delivered] = []
+    together = threading.Barrier(workers)
+    numbers: list[int] = []
+
+    def handle(event: DomainEvent[Any]) -> None:
+        together.wait(20)  # so that each worker has one
+        numbers.append(Order.objects.using("postgresql").count())
+        with transaction.atomic(using="postgresql"):
+            Order.objects.using("postgresql").count()
+
+    class Outcomes(Middleware):
+        def delivered(self, delivered: Delivered) -> None:
+            handled.append(delivered)
+
+    url = f"memory://{unique}"
+    subscriber = Subscriber(url, workers=workers, middleware=[DatabaseConnections(), Outcomes()])
+    subscriber.register(handle, "orders", ["order.counted"])
+    with consuming(subscriber):
+        for turn in range(1, 4):
+            for _ in range(workers):
+                publish_domain_event("order.counted", {}, connection_settings=url)
+            wait_until(lambda turn=turn: len(handled) == turn * workers)  # type: ignore[misc]
+            # With CONN_MAX_AGE=0 each handler closes its own.
+            assert cut_connections() == (0 if max_age == 0 else workers)
+    assert [each.outcome for each in handled] == ["handled"] * 3 * workers
+    assert len(numbers) == 3 * workers
+    assert other_connections() == 0
+
+
+def test_connections_of_workers_are_closed_with_their_threads(
+    max_age: int | None, unique: str
+) -> None:
+    """A service that consumes again and again leaves none behind."""
+    url = f"memory://{unique}"
+    handled = threading.Semaphore(0)
+
+    def handle(event: DomainEvent[Any]) -> None:
+        Order.objects.using("postgresql").count()
+        handled.release()
+
+    subscriber = Subscriber(url, workers=3, middleware=[DatabaseConnections()])
+    subscriber.register(handle, "orders", ["order.counted"])
+    for _ in range(3):
+        with consuming(subscriber):
+            for _ in range(6):
+                publish_domain_event("order.counted", {}, connection_settings=url)
+            assert all(handled.acquire(timeout=20) for _ in range(6))
+    wait_until(lambda: other_connections() == 0)
+
+
+def test_queries_are_not_collected_under_debug(shop: None, event_broker: EventBroker) -> None:
+    """They would fill the memory of a process that runs for weeks."""
+    subscriber = make_subscriber()
+    connection = connections["default"]
+    with override_settings(DEBUG=True):
+        for name in "abc":
+            event_broker.deliver(subscriber, DomainEvent("order.placed", {"name": name}))
+            assert len(connection.queries_log) == 0
+    assert Invoice.objects.count() == 3
+
+
+def test_handler_in_a_transaction_keeps_its_connection(
+    shop: None, event_broker: EventBroker
+) -> None:
+    with transaction.atomic():
+        Order.objects.create(name="a")
+        event_broker.deliver(make_subscriber(), DomainEvent("order.placed", {"name": "a"}))
+    assert names_of() == ["a"]
+    assert Invoice.objects.count() == 1
+
+
+# --- the command that consumes -------------------------------------------------------------------
+
+
+class Shop:
+    """The project as programs, on a broker and in a folder of their own."""
+
+    def __init__(self, url: str, folder: Path, queues: str) -> None:
+        self.url = url
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(folder), str(TESTS), str(TESTS.parent)]),
+            "DOMAIN_EVENTS_URL": url,
+            "DJANGO_SETTINGS_MODULE": "django_shop.settings",
+            "SHOP_FOLDER": str(folder),
+            "SHOP_QUEUES": queues,
+        }
+
+    def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(TESTS / "django_shop/manage.py"), *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def add_app(self, name: str, subscribers: str) -> Path:
+        """One with handlers."""
+        self.environment["SHOP_APPS"] = f"{self.environment.get('SHOP_APPS', '')} {name}"
+        (self.folder / name).mkdir()
+        (self.folder / name / "__init__.py").touch()
+        file = self.folder / name / "subscribers.py"
+        file.write_text(subscribers)
+        return file
+
+    @contextlib.contextmanager
+    def consuming(self, *arguments: str) -> Iterator[Program]:
+        """``consume_domain_events``, until SIGTERM, after which it ends well."""
+        program = Program(self, "consume_domain_events", *arguments)
+        try:
+            program.wait_for("Consuming: ")
+            yield program
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(60) == 0, program.output()
+        finally:
+            program.process.kill()
+            program.process.wait(60)
+
+    def publish(self, routing_key: str, data: object) -> None:
+        with Publisher(self.url) as publisher:
+            publisher.publish(DomainEvent(routing_key, data))
+
+
+class Program:
+    """A command that runs, and what it has printed."""
+
+    def __init__(self, shop: Shop, *arguments: str) -> None:
+        self._file = shop.folder / f"output-{secrets.token_hex(4)}"
+        with self._file.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", str(TESTS / "django_shop/manage.py"), *arguments],
+                env=shop.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def output(self) -> str:
+        return self._file.read_text()
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        def printed() -> bool:
+            assert self.process.poll() is None or self.output().count(text) >= times, self.output()
+            return self.output().count(text) >= times
+
+        wait_until(printed, timeout=90, message=f"{text!r} is printed {times} times")
+
+
+@pytest.fixture
+def programs(broker_url: str, names: Names, tmp_path: Path) -> Shop:
+    for label in ("invoices", "counts", "extra"):
+        names.queue(label)
+    shop = Shop(broker_url, tmp_path, names.prefix)
+    migrated = shop.manage("migrate", "--run-syncdb", "-v0")
+    assert migrated.returncode == 0, migrated.stderr
+    return shop
+
+
+EXTRA = """
+import os, threading
+from domain_events.django import on
+
+together = threading.Barrier(WORKERS)
+
+@on(os.environ['SHOP_QUEUES'] + '.extra', name=os.environ['SHOP_QUEUES'] + '-extra')
+def handle(event):
+    together.wait(30)
+    print('TEXT', event.data, flush=True)
+"""
+
+
+def test_command_handles_the_events_of_all_apps_until_sigterm(programs: Shop, unique: str) -> None:
+    """With so many at a time."""
+    programs.add_app("extra", EXTRA.replace("WORKERS", "2"))
+    with programs.consuming("--workers=2") as program:
+        for number in (1, 2):
+            programs.publish(f"{unique}.extra", number)
+        program.wait_for("TEXT 1")
+        program.wait_for("TEXT 2")
+        name = f"order of {unique}"
+        programs.publish("order.placed", {"name": name})
+        stored = sqlite3.connect(programs.folder / "default.sqlite3")
+        with contextlib.closing(stored):
+            query = 'SELECT count(*) FROM django_shop_invoice WHERE "order" = ?'
+            wait_until(lambda: stored.execute(query, [name]).fetchone() == (1,))
+
+
+def test_command_starts_again_when_a_source_file_is_changed(programs: Shop, unique: str) -> None:
+    """With --reload; the handler that runs may finish."""
+    file = programs.add_app("extra", EXTRA.replace("WORKERS", "1"))
+    with programs.consuming("--reload", f"{unique}-extra") as program:
+        programs.publish(f"{unique}.extra", 1)
+        program.wait_for("TEXT 1")
+        time.sleep(1.1)  # the reloader compares whole seconds on some file systems
+        file.write_text(EXTRA.replace("WORKERS", "1").replace("TEXT", "changed"))
+        program.wait_for("Consuming: ", times=2)
+        programs.publish(f"{unique}.extra", 2)
+        program.wait_for("changed 2")
+
+
+def test_command_without_a_broker_fails_without_a_traceback(programs: Shop) -> None:
+    programs.environment["DOMAIN_EVENTS_URL"] = NOWHERE
+    failed = programs.manage("consume_domain_events")
+    assert failed.returncode == 1
+    assert "CommandError: BrokerUnavailable: No broker within " in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_command_ends_after_its_timeout(shop: None, event_broker: EventBroker) -> None:
+    call_command("consume_domain_events", "shop-counts", timeout=0.1, verbosity=0)
+    publish_domain_event("order.counted", {"orders": []})
+    output = io.StringIO()
+    call_command("consume_domain_events", "shop-counts", timeout=1.0, stdout=output)
+    assert output.getvalue() == "Consuming: shop-counts.\n"
+    assert event_broker.deliver(make_subscriber("shop-counts")) == []

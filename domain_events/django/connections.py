@@ -2,13 +2,14 @@
 
 In a web request Django itself closes connections that are too old or broken, before and after it.
 In a subscriber nobody does: after a restart of the database each later event would become a dead
-letter.
+letter. Nor does anybody close the connections of a worker's thread that ends.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from django.db import connections, reset_queries
@@ -23,7 +24,8 @@ class DatabaseConnections(Middleware):
     their ``CONN_MAX_AGE``, are closed; a new one is made when it is needed. One that stays open is
     checked when the handler first uses it, whatever its ``CONN_HEALTH_CHECKS`` are, so that a
     handler never gets a connection that the database has closed since the last one. The queries
-    that Django collects under ``DEBUG`` are dropped.
+    that Django collects under ``DEBUG`` are dropped. When a worker's thread ends, its connections
+    are closed.
 
     A connection within a transaction is left alone: that of a ``TestCase``, in which a handler is
     called.
@@ -47,3 +49,29 @@ def _refresh() -> None:
         if not connection.in_atomic_block:
             connection.close_if_unusable_or_obsolete()
             connection.health_check_enabled = True
+            _this_thread.closes(connection)
+
+
+class _AtItsEnd:
+    """Closes the connections of a thread when that ends, and its `_ThisThread` is deleted."""
+
+    def __init__(self) -> None:
+        self.connections: dict[str, Any] = {}
+
+    def __del__(self) -> None:
+        for connection in self.connections.values():
+            if not connection.in_atomic_block and not connection.allow_thread_sharing:
+                with suppress(Exception):  # it may be broken
+                    connection.close()
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self._end = _AtItsEnd()
+
+    def closes(self, connection: Any) -> None:
+        """Close it when this thread ends."""
+        self._end.connections[connection.alias] = connection
+
+
+_this_thread = _ThisThread()

@@ -1,4 +1,8 @@
-"""Its settings. SHOP_FOLDER has the SQLite files, SHOP_DATABASES more databases, as JSON."""
+"""Its settings.
+
+In the environment: SHOP_FOLDER has the SQLite files, SHOP_DATABASES more databases as JSON,
+SHOP_APPS more apps, separated by spaces.
+"""
 
 import atexit
 import json
@@ -17,7 +21,7 @@ ROOT_URLCONF = "django_shop.urls"
 USE_TZ = True
 LOGGING_CONFIG = None
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
-INSTALLED_APPS = ["domain_events.django", "django_shop"]
+INSTALLED_APPS = ["domain_events.django", "django_shop", *os.environ.get("SHOP_APPS", "").split()]
 DATABASES = {
     **{
         alias: {
