@@ -19,6 +19,7 @@ from typing import Any
 
 import django_shop
 import pytest
+from databases import Server
 from django.core.exceptions import ImproperlyConfigured
 from support import Names, sooner_than, wait_until
 
@@ -46,7 +47,6 @@ from django.db import connections, transaction  # noqa: E402
 from django.db.transaction import TransactionManagementError  # noqa: E402
 from django.test import override_settings  # noqa: E402
 from django_shop.models import Invoice, Order  # noqa: E402
-from test_recipes import postgresql  # noqa: E402
 
 from domain_events.django import (  # noqa: E402
     DatabaseConnections,
@@ -65,24 +65,34 @@ class Unwanted(Exception):
     """Ends a block that is to be rolled back."""
 
 
+@contextlib.contextmanager
+def alias_of(server: Server) -> Iterator[str]:
+    """An alias for a database of ours on a server, with all tables."""
+    alias, name = server.kind, f"shop_{os.getpid()}"
+    for each, database in ((f"{alias}_first", server.database), (alias, name)):
+        address = server.address.of(database)
+        made = connections.configure_settings({"default": address.django})
+        connections.settings[each] = made["default"]
+    with connections[f"{alias}_first"].cursor() as cursor:
+        cursor.execute(f"CREATE DATABASE {name}")
+    connections[f"{alias}_first"].close()
+    del connections[f"{alias}_first"], connections.settings[f"{alias}_first"]
+    call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
+    yield alias
+    connections[alias].close()
+    del connections[alias], connections.settings[alias]
+
+
 @pytest.fixture(scope="session")
-def _postgresql() -> Iterator[str]:
-    """Alias of a PostgreSQL."""
-    with postgresql() as url:
-        host = url.partition("host=")[2]
-        given = {
-            "ENGINE": "django.db.backends.postgresql",
-            "NAME": "postgres",
-            "USER": "postgres",
-            "HOST": host,
-        }
-        connections.settings["postgresql"] = connections.configure_settings({"default": given})[
-            "default"
-        ]
-        call_command("migrate", database="postgresql", run_syncdb=True, verbosity=0)
-        yield "postgresql"
-        connections["postgresql"].close()
-        del connections["postgresql"], connections.settings["postgresql"]
+def _postgresql(postgresql_server: Server) -> Iterator[str]:
+    with alias_of(postgresql_server) as alias:
+        yield alias
+
+
+@pytest.fixture(scope="session")
+def _mariadb(mariadb_server: Server) -> Iterator[str]:
+    with alias_of(mariadb_server) as alias:
+        yield alias
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,14 +109,16 @@ def shop() -> None:
             model.objects.using(alias).all().delete()
 
 
-@pytest.fixture(params=["default", "postgresql"])
+@pytest.fixture(params=["default", "postgresql", "mariadb"])
 def alias(request: pytest.FixtureRequest, shop: None) -> str:
     """A database whose tables are empty."""
-    if request.param == "postgresql":
-        name: str = request.getfixturevalue("_postgresql")
-        Order.objects.using(name).all().delete()
-        return name
-    return "default"
+    if request.param == "default":
+        return "default"
+    request.getfixturevalue(f"{request.param}_server").start()
+    name: str = request.getfixturevalue(f"_{request.param}")
+    for model in (Order, Invoice):
+        model.objects.using(name).all().delete()
+    return name
 
 
 def names_of(alias: str = "default") -> list[str]:
@@ -713,7 +725,7 @@ def cut_connections() -> int:
     with connections["postgresql"].cursor() as cursor:
         cursor.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
         )
         return len(cursor.fetchall())
 
@@ -722,7 +734,7 @@ def other_connections() -> int:
     with connections["postgresql"].cursor() as cursor:
         cursor.execute(
             "SELECT count(*) FROM pg_stat_activity "
-            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            "WHERE pid <> pg_backend_pid() AND datname = current_database()"
         )
         return int(cursor.fetchone()[0])
 
