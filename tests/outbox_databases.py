@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import psycopg
+import pymysql
+from databases import Address
 
 from domain_events import outbox
 from domain_events.outbox import Execute
@@ -20,6 +25,12 @@ class DbApi:
         self.dialect = dialect
         self.connect = connect
         self._local = threading.local()
+
+    def __enter__(self) -> DbApi:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Execute]:
@@ -67,31 +78,43 @@ class DbApi:
         finally:
             connection.close()
 
-    def reset(self) -> None:
-        """Make both tables anew."""
-        drop = [f"DROP TABLE IF EXISTS {table}" for table in (outbox.OUTBOX, outbox.INBOX)]
-        self.run(*drop, *outbox.create(self.dialect))
+    def create(self) -> DbApi:
+        """Make both tables."""
+        self.run(*outbox.create(self.dialect))
+        return self
+
+    @contextlib.contextmanager
+    def application(self) -> Iterator[tuple[Any, Execute]]:
+        """A connection of the application's, with what executes on it."""
+        connection = self.connect()
+        try:
+            yield connection, self.executing(connection)
+        finally:
+            connection.close()
 
 
 def sqlite(path: str) -> DbApi:
-    import sqlite3
-
     def connect() -> Any:
-        connection = sqlite3.connect(path, timeout=20)
+        connection = sqlite3.connect(path, timeout=30)
         connection.execute("PRAGMA journal_mode = WAL").fetchall()
         return connection
 
     return DbApi(path, "sqlite", connect)
 
 
-def postgresql(conninfo: str) -> DbApi:
-    import psycopg
-
-    return DbApi(conninfo, "postgresql", lambda: psycopg.connect(conninfo))
-
-
-def mariadb(**arguments: Any) -> DbApi:
-    import pymysql  # type: ignore[import-untyped]
-
-    name = f"{arguments.get('unix_socket')}/{arguments.get('database')}"
-    return DbApi(name, "mariadb", lambda: pymysql.connect(**arguments))
+def at(address: Address) -> DbApi:
+    """On a server that the tests have started."""
+    name = f"{address.host}:{address.port}/{address.database}"
+    if address.scheme == "postgresql":
+        return DbApi(name, "postgresql", lambda: psycopg.connect(address.url))
+    return DbApi(
+        name,
+        "mariadb",
+        lambda: pymysql.connect(
+            host=address.host,
+            port=address.port,
+            user=address.user,
+            password=address.password,
+            database=address.database,
+        ),
+    )

@@ -133,15 +133,13 @@ class Relay:
                     type(error).__name__,
                     pause,
                 )
-                with contextlib.suppress(Exception):
-                    self._database.close()
+                self._close_database()
                 self._stopping.wait(pause * random.uniform(0.8, 1.2))
             else:
                 pause = 0.0
                 if not done:
                     self._stopping.wait(self._idle)
-        with contextlib.suppress(Exception):
-            self._database.close()
+        self._close_database()
 
     def sweep(self) -> int:
         """Send what is in the outbox now.
@@ -151,7 +149,10 @@ class Relay:
         """
         before = self._sent
         self._failures.clear()
-        self._in_context(whole=True)
+        try:
+            self._in_context(whole=True)
+        finally:
+            self._close_database()
         for error, _, _ in self._failures.values():
             raise error
         return self._sent - before
@@ -191,8 +192,11 @@ class Relay:
 
     def status(self) -> Status:
         """The state of the outbox and of this relay."""
-        with self._database.transaction() as execute:
-            waiting = status(execute, self._dialect)
+        try:
+            with self._database.transaction() as execute:
+                waiting = status(execute, self._dialect)
+        finally:
+            self._close_database()
         now = time.monotonic()
         window = min(_RATE_WINDOW, now - self._since)
         recent = sum(number for when, number in list(self._sent_at) if when >= now - window)
@@ -201,6 +205,10 @@ class Relay:
             for exchange, (error, _, _) in list(self._failures.items())
         }
         return Status(*waiting, self._sent, recent / window if window else 0.0, failures)
+
+    def _close_database(self) -> None:
+        with contextlib.suppress(Exception):  # the connection is broken, or the database gone
+            self._database.close()
 
     # --- one sweep -------------------------------------------------------------------------------
 
