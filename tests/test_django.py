@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,11 @@ from domain_events import (
     DomainEvent,
     InvalidEvent,
     Middleware,
+    Outgoing,
     Publisher,
+    Retry,
     Subscriber,
+    outbox,
     publish_domain_event,
 )
 from domain_events.testing import Delivered, EventBroker
@@ -53,9 +56,18 @@ from domain_events.django import (  # noqa: E402
     configuration,
     make_subscriber,
     on,
+    once,
     publish_on_commit,
 )
+from domain_events.django.database import (  # noqa: E402
+    OutboxDatabase,
+    executing,
+    has_table,
+)
+from domain_events.django.models import InboxNote, OutboxEvent  # noqa: E402
 from domain_events.django.testing import EventBroker as DjangoEventBroker  # noqa: E402
+from domain_events.outbox import Courier, close_couriers  # noqa: E402
+from domain_events.outbox import write as engine_write  # noqa: E402
 
 NOWHERE = "amqp://guest:guest@127.0.0.1:1/%2F"
 TESTS = Path(__file__).parent
@@ -101,12 +113,24 @@ def _sqlite() -> None:
         call_command("migrate", database=alias, run_syncdb=True, verbosity=0)
 
 
+def clear(alias: str) -> None:
+    for model in (Order, Invoice, OutboxEvent, InboxNote):
+        model.objects.using(alias).all().delete()
+
+
 @pytest.fixture
 def shop() -> None:
     """Empty tables on the default database and the other one."""
     for alias in ("default", "other"):
-        for model in (Order, Invoice):
-            model.objects.using(alias).all().delete()
+        clear(alias)
+
+
+@pytest.fixture
+def made_again(shop: None) -> Iterator[None]:
+    """Tables that the test drops are made again."""
+    yield
+    for alias in ("default", "other"):
+        call_command("migrate", database=alias, verbosity=0)
 
 
 @pytest.fixture(params=["default", "postgresql", "mariadb"])
@@ -116,9 +140,29 @@ def alias(request: pytest.FixtureRequest, shop: None) -> str:
         return "default"
     request.getfixturevalue(f"{request.param}_server").start()
     name: str = request.getfixturevalue(f"_{request.param}")
-    for model in (Order, Invoice):
-        model.objects.using(name).all().delete()
+    clear(name)
     return name
+
+
+@pytest.fixture
+def outbox_on() -> Iterator[None]:
+    """Events are written to the outbox; the couriers end with the test."""
+    with override_settings(DOMAIN_EVENTS={"OUTBOX": True}):
+        yield
+    close_couriers()
+
+
+@pytest.fixture(params=["without an outbox", "with an outbox"])
+def either(request: pytest.FixtureRequest, alias: str, event_broker: EventBroker) -> str:
+    """A database of each kind, without an outbox and with it."""
+    if request.param == "with an outbox":
+        request.getfixturevalue("outbox_on")
+    return alias
+
+
+def waiting(alias: str = "default") -> list[OutboxEvent]:
+    """The rows of the outbox."""
+    return list(OutboxEvent.objects.using(alias).order_by("id"))
 
 
 def names_of(alias: str = "default") -> list[str]:
@@ -139,11 +183,11 @@ def place(name: str, alias: str = "default") -> DomainEvent[Any]:
 
 
 def test_event_is_known_before_the_commit_and_published_after_it(
-    alias: str, event_broker: EventBroker
+    either: str, event_broker: EventBroker
 ) -> None:
     """With the id that was returned, once."""
-    with transaction.atomic(using=alias):
-        event = place("a", alias)
+    with transaction.atomic(using=either):
+        event = place("a", either)
         assert event.uuid_string
         assert event_broker.published == []
     assert event_broker.published == [event]
@@ -151,39 +195,39 @@ def test_event_is_known_before_the_commit_and_published_after_it(
 
 
 def test_rolled_back_savepoint_takes_its_own_events_and_no_others(
-    alias: str, event_broker: EventBroker
+    either: str, event_broker: EventBroker
 ) -> None:
     """At any depth; what was published is what was stored."""
-    with transaction.atomic(using=alias):
-        place("a", alias)
-        with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
-            place("gone", alias)
-            with transaction.atomic(using=alias):
-                place("gone too", alias)
+    with transaction.atomic(using=either):
+        place("a", either)
+        with contextlib.suppress(Unwanted), transaction.atomic(using=either):
+            place("gone", either)
+            with transaction.atomic(using=either):
+                place("gone too", either)
             raise Unwanted
-        with transaction.atomic(using=alias):
-            place("b", alias)
-            with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
-                place("gone as well", alias)
+        with transaction.atomic(using=either):
+            place("b", either)
+            with contextlib.suppress(Unwanted), transaction.atomic(using=either):
+                place("gone as well", either)
                 raise Unwanted
-        place("c", alias)
+        place("c", either)
         assert published(event_broker) == []
-    assert published(event_broker) == names_of(alias) == ["a", "b", "c"]
+    assert published(event_broker) == names_of(either) == ["a", "b", "c"]
 
 
 def test_nothing_is_published_of_a_transaction_that_is_rolled_back(
-    alias: str, event_broker: EventBroker
+    either: str, event_broker: EventBroker
 ) -> None:
     """Nor with the next one."""
-    with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
-        place("gone", alias)
+    with contextlib.suppress(Unwanted), transaction.atomic(using=either):
+        place("gone", either)
         raise Unwanted
-    with transaction.atomic(using=alias):
-        place("a", alias)
-        transaction.set_rollback(True, using=alias)
-    with transaction.atomic(using=alias):
-        place("b", alias)
-    assert published(event_broker) == names_of(alias) == ["b"]
+    with transaction.atomic(using=either):
+        place("a", either)
+        transaction.set_rollback(True, using=either)
+    with transaction.atomic(using=either):
+        place("b", either)
+    assert published(event_broker) == names_of(either) == ["b"]
 
 
 def test_each_database_has_its_own_transaction(shop: None, event_broker: EventBroker) -> None:
@@ -200,10 +244,10 @@ def test_each_database_has_its_own_transaction(shop: None, event_broker: EventBr
 
 
 def test_without_a_transaction_it_is_published_at_once(
-    alias: str, event_broker: EventBroker
+    either: str, event_broker: EventBroker
 ) -> None:
     """As autocommit has stored it."""
-    place("a", alias)
+    place("a", either)
     assert published(event_broker) == ["a"]
 
 
@@ -221,9 +265,9 @@ def test_without_autocommit_it_is_an_error(alias: str, event_broker: EventBroker
     assert event_broker.published == []
 
 
-def test_durable_block_publishes_at_its_end(alias: str, event_broker: EventBroker) -> None:
-    with transaction.atomic(using=alias, durable=True):
-        place("a", alias)
+def test_durable_block_publishes_at_its_end(either: str, event_broker: EventBroker) -> None:
+    with transaction.atomic(using=either, durable=True):
+        place("a", either)
         assert published(event_broker) == []
     assert published(event_broker) == ["a"]
 
@@ -500,6 +544,565 @@ class TestInTransactionTestCase(test.TransactionTestCase):
 
 def test_pytest_fixture_is_the_one_for_django(event_broker: EventBroker) -> None:
     assert isinstance(event_broker, DjangoEventBroker)
+
+
+# --- the outbox ----------------------------------------------------------------------------------
+
+
+def test_event_is_written_with_the_transaction_and_sent_after_it(
+    alias: str, outbox_on: None, event_broker: EventBroker
+) -> None:
+    """Its row is gone when the broker has it."""
+    with transaction.atomic(using=alias):
+        event = place("a", alias)
+        (row,) = waiting(alias)
+        assert (row.event_id, row.routing_key) == (event.uuid_string, "order.placed")
+        assert event_broker.published == []
+    assert event_broker.published == [event]
+    assert waiting(alias) == []
+
+
+def test_row_is_rolled_back_with_its_transaction(
+    alias: str, outbox_on: None, event_broker: EventBroker
+) -> None:
+    with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
+        place("gone", alias)
+        raise Unwanted
+    with transaction.atomic(using=alias):
+        with contextlib.suppress(Unwanted), transaction.atomic(using=alias):
+            place("gone", alias)
+            raise Unwanted
+        assert waiting(alias) == []
+    assert event_broker.published == []
+
+
+def test_invalid_event_leaves_the_transaction_usable(
+    alias: str, outbox_on: None, event_broker: EventBroker
+) -> None:
+    """The caller may catch the error."""
+    with transaction.atomic(using=alias):
+        place("a", alias)
+        with pytest.raises(InvalidEvent):
+            publish_on_commit("order.placed", {"tags": {1}}, using=alias)
+        place("b", alias)
+    assert published(event_broker) == names_of(alias) == ["a", "b"]
+
+
+@pytest.mark.usefixtures("no_broker")
+def test_outage_leaves_the_event_in_the_outbox(
+    shop: None, outbox_on: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request does not wait; a relay sends it, with its id, when there is a broker."""
+    with sooner_than(10.0), transaction.atomic():
+        event = place("a")
+    close_couriers(30)  # it waits for the broker for ten seconds
+    assert [row.event_id for row in waiting()] == [event.uuid_string]
+    assert "was not published" not in caplog.text
+    OutboxEvent.objects.update(leased_until=0)  # as after thirty seconds
+    with DjangoEventBroker() as broker:
+        output = io.StringIO()
+        call_command("relay_domain_events", database=["default"], once=True, stdout=output)
+        assert output.getvalue() == "default: 1 sent\n"
+        assert broker.published == [event]
+    assert waiting() == []
+
+
+def test_outbox_can_be_chosen_for_each_database_and_event(
+    shop: None, event_broker: EventBroker
+) -> None:
+    """By its alias; the argument comes before the setting."""
+
+    def is_written(using: str, outbox: bool | None = None) -> bool:
+        with transaction.atomic(using=using):
+            event = publish_on_commit("order.placed", {}, using=using, outbox=outbox)
+            return event.uuid_string in [row.event_id for row in waiting(using)]
+
+    try:
+        assert not is_written("default")
+        assert is_written("default", outbox=True)
+        with override_settings(DOMAIN_EVENTS={"OUTBOX": ["other"]}):
+            assert not is_written("default")
+            assert is_written("other")
+            assert not is_written("other", outbox=False)
+    finally:
+        close_couriers()
+    assert len(event_broker.published) == 5
+
+
+class Notes(Middleware):
+    """Adds a header; notes what is announced, and what came of it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.trace = "first"
+
+    def publishing(self, outgoing: Outgoing) -> Callable[[BaseException | None], object]:
+        outgoing.headers["trace"] = self.trace
+        return lambda error: self.seen.append((str(outgoing.operation), repr(error)))
+
+
+@pytest.mark.usefixtures("configured")
+def test_event_is_as_it_was_when_it_was_written(
+    shop: None, outbox_on: None, event_broker: EventBroker
+) -> None:
+    """Data, cause, correlation id, and the headers of middleware: a trace goes on from there."""
+    notes = Notes()
+    domain_events.configure(middleware=[notes])
+    seen: list[DomainEvent[Any]] = []
+    subscriber = Subscriber()
+
+    def handle(event: DomainEvent[Any]) -> None:
+        data = {"n": 1}
+        publish_on_commit("a.b", data, 7, headers={"h": 1}, version=3)
+        data["n"] = 2
+
+    subscriber.register(handle, "x", ["x"])
+    subscriber.register(seen.append, "y", ["a.b"])
+    handled = DomainEvent("x", {}, correlation_id="all")
+    with transaction.atomic():
+        event_broker.deliver(subscriber, handled)
+        notes.trace = "later"
+    event_broker.deliver(subscriber)
+    (event,) = seen
+    assert (event.data, event.domain_object_id, event.version) == ({"n": 1}, 7, 3)
+    assert (event.cause, event.correlation_id) == (handled.uuid_string, "all")
+    assert event.headers == {"h": 1, "trace": "first"}
+    assert notes.seen[1:] == [("outbox", "None"), ("relay", "None")]
+
+
+@pytest.mark.parametrize(
+    "options", [{"mandatory": True}, {"connection_settings": "memory://another"}]
+)
+def test_what_an_outbox_cannot_do_is_refused(
+    shop: None, outbox_on: None, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="outbox=False"):
+        publish_on_commit("order.placed", {}, **options)
+    publish_on_commit("order.placed", {}, connection_settings=None)
+    assert waiting() == []
+
+
+class TestOutboxInTestCase(test.TestCase):
+    """A test that is a transaction which is never committed: nobody else sees its rows."""
+
+    def setUp(self) -> None:
+        broker = DjangoEventBroker()
+        self.broker = broker.start()
+        self.addCleanup(broker.stop)
+        overridden = override_settings(DOMAIN_EVENTS={"OUTBOX": True})
+        overridden.enable()
+        self.addCleanup(overridden.disable)
+
+    def test_broker_sees_what_would_be_committed(self) -> None:
+        with transaction.atomic():
+            event = place("a")
+            assert self.broker.published == []
+            assert len(waiting()) == 1
+        with contextlib.suppress(Unwanted), transaction.atomic():
+            place("gone")
+            raise Unwanted
+        assert self.broker.published == [event]
+        assert waiting() == []
+
+    def test_captured_callbacks_send(self) -> None:
+        with EventBroker() as plain, self.captureOnCommitCallbacks(execute=True):
+            place("a")
+        with self.captureOnCommitCallbacks(execute=True):
+            place("b")
+        assert (published(plain), published(self.broker)) == (["a"], ["b"])
+
+
+class TestOutboxInTransactionTestCase(test.TransactionTestCase):
+    """A test whose transactions are committed; both tables are emptied after it."""
+
+    databases = {"default"}  # noqa: RUF012 - as Django documents it
+
+    def test_broker_sees_what_is_committed(self) -> None:
+        assert (waiting(), list(InboxNote.objects.all())) == ([], [])
+        self.addCleanup(close_couriers)
+        with override_settings(DOMAIN_EVENTS={"OUTBOX": True}), DjangoEventBroker() as broker:
+            with transaction.atomic():
+                place("a")
+                assert published(broker) == []
+            assert published(broker) == ["a"]
+        InboxNote.objects.create(subscriber="x", event_id="of the first test", handled=0.0)
+
+    test_both_tables_are_emptied = test_broker_sees_what_is_committed
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+def test_migration_makes_what_the_models_say_and_can_be_undone(made_again: None) -> None:
+    call_command("makemigrations", "domain_events_outbox", check=True, dry_run=True, verbosity=0)
+    app = "domain_events_outbox"
+    call_command("migrate", app, "zero", database="other", verbosity=0)
+    assert ids_of_tables("other") == ["domain_events.W005"]
+    call_command("migrate", app, database="other", verbosity=0)
+    assert ids_of_tables("other") == []
+
+
+def warnings_about_tables(alias: str) -> dict[str, str]:
+    found = checks.run_checks(tags=["domain_events"], databases=[alias])
+    return {each.id: each.msg for each in found if "In the database" in each.msg}
+
+
+def ids_of_tables(alias: str) -> list[str]:
+    return list(warnings_about_tables(alias))
+
+
+def test_migration_makes_the_tables_of_the_engine(alias: str) -> None:
+    """A program without Django may share them."""
+    connection = connections[alias]
+    made = [described(connection)]
+    with connection.cursor() as cursor:
+        for statement in (
+            *(f"DROP TABLE {table}" for table in (outbox.OUTBOX, outbox.INBOX)),
+            *outbox.create(connection.vendor),
+        ):
+            cursor.execute(statement)
+    made.append(described(connection))
+    assert made[0] == made[1]
+    for model in (OutboxEvent, InboxNote):
+        fields = {each.column: each.null for each in model._meta.concrete_fields if each.column}
+        columns = {column[0]: column[6] for column in made[0][model._meta.db_table]}
+        assert {**columns, "id": False} == {**fields, "id": False}  # SQLite's may be given as NULL
+
+
+def described(connection: Any) -> dict[str, Any]:
+    with connection.cursor() as cursor:
+        return {
+            table: connection.introspection.get_table_description(cursor, table)
+            for table in (outbox.OUTBOX, outbox.INBOX)
+        }
+
+
+def test_check_of_the_database_finds_what_is_missing(alias: str) -> None:
+    """A column, an index; and rows that nobody sends."""
+    assert ids_of_tables(alias) == []
+    connection = connections[alias]
+    row = {"event_id": "e", "exchange": "x", "routing_key": "r", "body": "", "details": ""}
+    OutboxEvent.objects.using(alias).create(**row, created=time.time() - 1000)
+    OutboxEvent.objects.using(alias).create(**row, created=time.time(), parked=1.0)
+    assert ids_of_tables(alias) == ["domain_events.W006", "domain_events.W007"]
+    clear(alias)
+    with connection.cursor() as cursor:
+        index = f"{outbox.OUTBOX}_order"
+        where = f" ON {outbox.OUTBOX}" if connection.vendor == "mysql" else ""
+        cursor.execute(f"DROP INDEX {index}{where}")
+        cursor.execute(f"ALTER TABLE {outbox.INBOX} RENAME COLUMN handled TO done")
+        (warning,) = checks.run_checks(tags=["domain_events"], databases=[alias])[-1:]
+        assert f"{outbox.INBOX} has no column handled; {outbox.OUTBOX} has no index" in warning.msg
+        cursor.execute(f"ALTER TABLE {outbox.INBOX} RENAME COLUMN done TO handled")
+        cursor.execute(f"CREATE INDEX {index} ON {outbox.OUTBOX} (object_key, id)")
+    assert ids_of_tables(alias) == []
+
+
+class OnlyOther:
+    """A router that keeps our tables in one database."""
+
+    def allow_migrate(self, db: str, app_label: str, **_: Any) -> bool | None:
+        return db == "other" if app_label == "domain_events_outbox" else None
+
+    def db_for_write(self, model: Any, **_: Any) -> str | None:
+        return "other"
+
+
+def test_router_decides_where_the_tables_are_and_not_where_events_go(
+    made_again: None, event_broker: EventBroker
+) -> None:
+    """An event goes with its transaction; a router that keeps the table away is found."""
+    with override_settings(DATABASE_ROUTERS=[OnlyOther()]):
+        with override_settings(DOMAIN_EVENTS={"OUTBOX": True}):
+            assert "domain_events.E001" in ids_of_checks()
+            with transaction.atomic():
+                place("a")
+                assert (len(waiting()), waiting("other")) == (1, [])
+        with override_settings(DOMAIN_EVENTS={"OUTBOX": ["other"]}):
+            assert "domain_events.E001" not in ids_of_checks()
+    close_couriers()
+    call_command("migrate", "domain_events_outbox", "zero", database="default", verbosity=0)
+    with override_settings(DATABASE_ROUTERS=[OnlyOther()]):
+        call_command("migrate", "domain_events_outbox", database="default", verbosity=0)
+        assert not has_table("default")
+        assert ids_of_tables("default") == []
+        call_command("migrate", "domain_events_outbox", "zero", database="default", verbosity=0)
+    assert published(event_broker) == ["a"]
+
+
+# --- connections of courier and relay ------------------------------------------------------------
+
+
+def test_own_connection_takes_no_part_in_the_callers_transaction(alias: str) -> None:
+    database = OutboxDatabase(alias)
+    with transaction.atomic(using=alias):
+        names_of(alias)
+        if alias != "default":  # SQLite has one writer
+            Order.objects.using(alias).create(name="uncommitted")
+        with database.transaction() as execute:
+            assert (
+                execute(
+                    "SELECT count(*) FROM django_shop_order WHERE name = :x", {"x": "uncommitted"}
+                )[0][0]
+                == 0
+            )
+    database.close()
+
+
+def test_own_connection_rolls_back_and_goes_on(alias: str) -> None:
+    """Also after the server has closed it."""
+    database = OutboxDatabase(alias)
+    sql = "INSERT INTO django_shop_order (name) VALUES (:name)"
+
+    def fail() -> None:
+        with database.transaction() as execute:
+            execute(sql, {"name": "gone"})
+            raise Unwanted
+
+    for turn in range(3):
+        with pytest.raises(Unwanted):
+            fail()
+        with database.transaction() as execute:
+            execute(sql, {"name": f"{turn}: 100 %"})
+        if alias == "postgresql":
+            cut_connections()
+    database.close()
+    assert names_of(alias) == ["0: 100 %", "1: 100 %", "2: 100 %"]
+
+
+# --- the relay and parked events -----------------------------------------------------------------
+
+
+@pytest.fixture
+def written(shop: None) -> list[DomainEvent[Any]]:
+    """Events that a process has written before it died, one of which can never be sent."""
+    events = []
+    with transaction.atomic():
+        for number in range(3):
+            event = DomainEvent("order.placed", {"name": str(number)}, domain_object_id=number)
+            engine_write(executing(connections["default"]), "sqlite", event)
+            events.append(event)
+    OutboxEvent.objects.filter(event_id=events[1].uuid_string).update(body="not an event")
+    return events
+
+
+def relay(*arguments: str, command: str = "relay_domain_events") -> list[str]:
+    output = io.StringIO()
+    call_command(command, *arguments, stdout=output)
+    return output.getvalue().splitlines()
+
+
+def test_event_that_cannot_be_sent_is_parked_until_somebody_decides(
+    written: list[DomainEvent[Any]], event_broker: EventBroker
+) -> None:
+    """Listed, retried and discarded by the command."""
+    assert relay("--status", "--database=default")[0].startswith("default: 3 waiting, the oldest ")
+    assert relay("--once")[:2] == ["default: 2 sent", "other: 0 sent"]
+    assert published(event_broker) == ["0", "2"]
+    assert relay("--status", "--database=other") == [
+        "other: 0 waiting, the oldest for 0 s; 0 parked"
+    ]
+    (row,) = waiting()
+    (line,) = relay(command="parked_domain_events")
+    assert line.startswith(f"{row.id}: order.placed {written[1].uuid_string} (object 1), parked ")
+    assert "InvalidEvent" in line
+    with pytest.raises(CommandError, match="not parked"):
+        relay("--retry", str(row.id), "77", command="parked_domain_events")
+    assert relay("--once", "--database=default") == ["default: 0 sent"]
+    OutboxEvent.objects.update(body=written[1].to_json())
+    assert relay("--retry-all", command="parked_domain_events") == [
+        "1 parked events are sent again."
+    ]
+    assert relay("--once", "--database=default") == ["default: 1 sent"]
+    assert published(event_broker) == ["0", "2", "1"]
+
+
+def test_discarded_event_is_printed(
+    written: list[DomainEvent[Any]], event_broker: EventBroker
+) -> None:
+    relay("--once")
+    (row,) = waiting()
+    assert relay("--discard", str(row.id), command="parked_domain_events") == ["not an event"]
+    assert waiting() == []
+
+
+def test_relay_command_names_what_is_missing(made_again: None) -> None:
+    with pytest.raises(CommandError, match="There is no database 'x' in the settings"):
+        relay("--database=x")
+    call_command("migrate", "domain_events_outbox", "zero", database="other", verbosity=0)
+    with pytest.raises(CommandError, match="no table domain_events_outbox in other; run"):
+        relay("--database=other")
+    assert "other: 0 sent" not in relay("--once")
+
+
+def test_admin_shows_the_outbox_and_decides_about_parked_events(
+    written: list[DomainEvent[Any]], event_broker: EventBroker
+) -> None:
+    """Nothing can be changed, added or deleted besides."""
+    from django.contrib.auth.models import User
+
+    User.objects.all().delete()
+    client = test.Client()
+    client.force_login(User.objects.create_superuser("ada"))
+    relay("--once")
+    engine_write_one()
+    parked, waits = waiting()
+    page = "/admin/domain_events_outbox/outboxevent/"
+    shown = client.get(page).content.decode()
+    assert "parked since" in shown
+    assert "InvalidEvent" in shown
+    assert str(parked.id) in client.get(f"{page}?state=parked").content.decode()
+    assert written[1].uuid_string not in client.get(f"{page}?state=waiting").content.decode()
+    detail = client.get(f"{page}{waits.id}/change/").content.decode()
+    assert waits.event_id in detail
+    assert 'name="_save"' not in detail
+    assert client.get(f"{page}add/").status_code == 403
+    assert client.post(f"{page}{waits.id}/delete/", {"post": "yes"}).status_code == 403
+    both = [parked.id, waits.id]
+    client.post(page, {"action": "delete_selected", "_selected_action": both, "post": "yes"})
+    assert len(waiting()) == 2
+    client.post(page, {"action": "retry", "_selected_action": both})
+    assert [row.parked for row in waiting()] == [0, 0]
+    OutboxEvent.objects.filter(id=parked.id).update(parked=1.0)
+    client.post(page, {"action": "discard", "_selected_action": both})
+    assert [row.id for row in waiting()] == [waits.id]
+
+
+def engine_write_one() -> None:
+    with transaction.atomic():
+        event = DomainEvent("order.placed", {"name": "waits"})
+        engine_write(executing(connections["default"]), "sqlite", event)
+
+
+def test_admin_respects_permissions(written: list[DomainEvent[Any]]) -> None:
+    """Who may only look cannot decide."""
+    from django.contrib.auth.models import Permission, User
+
+    User.objects.all().delete()
+    user = User.objects.create_user("bob", is_staff=True)
+    user.user_permissions.add(Permission.objects.get(codename="view_outboxevent"))
+    client = test.Client()
+    client.force_login(user)
+    page = "/admin/domain_events_outbox/outboxevent/"
+    assert client.get(page).status_code == 200
+    OutboxEvent.objects.update(parked=1.0)
+    ids = [row.id for row in waiting()]
+    for action in ("retry", "discard"):
+        client.post(page, {"action": action, "_selected_action": ids})
+    assert [row.parked for row in waiting()] == [1.0] * 3
+
+
+# --- handled once --------------------------------------------------------------------------------
+
+
+def test_duplicate_is_skipped(alias: str, event_broker: EventBroker) -> None:
+    """By the subscriber that has handled the event; another one handles it, too."""
+    subscriber = Subscriber()
+    for name in ("invoices", "copies"):
+        handler = once(using=alias)(lambda event: place(event.subscriber, alias))
+        subscriber.register(handler, name, ["order.paid"])
+    event = DomainEvent("order.paid", {})
+    deliveries = event_broker.deliver(subscriber, event, event, event)
+    assert [str(each.outcome) for each in deliveries] == ["handled"] * 6
+    assert sorted(names_of(alias)) == ["copies", "invoices"]
+    close_couriers()
+
+
+def test_failed_handler_leaves_nothing_behind(alias: str, event_broker: EventBroker) -> None:
+    """Its retry is handled, and so is its replayed dead letter."""
+    attempts: list[int] = []
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Any]) -> None:
+        place(f"{len(attempts)}", alias)
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise Retry(1) if len(attempts) == 1 else Unwanted
+
+    subscriber = Subscriber()
+    subscriber.register(handle, "invoices", ["order.paid"], max_retries=3)
+    deliveries = event_broker.deliver_all(subscriber, DomainEvent("order.paid", {}))
+    assert [str(each.outcome) for each in deliveries] == ["retry", "dead letter"]
+    assert names_of(alias) == []
+    domain_events.replay_all("invoices")
+    event_broker.deliver(subscriber)
+    assert names_of(alias) == ["2"]
+    assert [each.routing_key for each in event_broker.published].count("order.placed") == 1
+    close_couriers()
+
+
+@pytest.mark.parametrize("first_commits", [True, False])
+def test_concurrent_duplicate_waits_for_the_first(
+    alias: str, first_commits: bool, event_broker: EventBroker
+) -> None:
+    """And is skipped only if that was committed."""
+    entered, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Any]) -> None:
+        calls.append("called")
+        place(f"{len(calls)}", alias)
+        if len(calls) == 1:
+            entered.set()
+            assert go_on.wait(60)
+            if not first_commits:
+                raise Unwanted
+
+    event = DomainEvent("order.paid", {})
+
+    def run() -> None:
+        with contextlib.suppress(Unwanted):
+            handle(event)
+        connections.close_all()
+
+    first, second = threading.Thread(target=run), threading.Thread(target=run)
+    first.start()
+    assert entered.wait(60)
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    assert calls == ["called"]
+    go_on.set()
+    for thread in (first, second):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert names_of(alias) == (["1"] if first_commits else ["2"])
+    assert published(event_broker) == names_of(alias)
+    close_couriers()
+
+
+def test_follow_up_event_comes_once_though_the_process_dies(
+    alias: str, event_broker: EventBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the commit, before anything is sent; the outbox is used without being switched on."""
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Any]) -> None:
+        place("follow-up", alias)
+
+    event = DomainEvent("order.paid", {})
+    with monkeypatch.context() as dead:
+        dead.setattr(Courier, "take", lambda *_: None)
+        handle(event)
+    handle(event)
+    assert event_broker.published == []
+    OutboxEvent.objects.using(alias).update(leased_until=0)  # as after thirty seconds
+    assert relay("--once", f"--database={alias}") == [f"{alias}: 1 sent"]
+    assert published(event_broker) == ["follow-up"]
+
+
+def test_once_above_on_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function would be registered without it."""
+    from domain_events.django import handlers
+
+    monkeypatch.setattr(handlers, "_registrations", {})
+
+    def handle(event: DomainEvent[Any]) -> None: ...
+
+    assert on("a.b", name="x")(once(handle)).__name__ == "handle"
+    with pytest.raises(ConfigurationError, match=r"@once must be below @on.*\.handle: "):
+        once(on("a.b", name="y")(handle))
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -782,7 +1385,7 @@ def test_connections_that_the_database_closed_are_noticed_between_two_handlers(
             assert cut_connections() == (0 if max_age == 0 else workers)
     assert [each.outcome for each in handled] == ["handled"] * 3 * workers
     assert len(numbers) == 3 * workers
-    assert other_connections() == 0
+    wait_until(lambda: other_connections() == 0)
 
 
 def test_connections_of_workers_are_closed_with_their_threads(

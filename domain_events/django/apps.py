@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
-from django.core.checks import register
+from django.core.checks import Tags, register
 
-from domain_events.django import checks, configuration
+from domain_events.django import configuration
 
 
 class DomainEventsConfig(AppConfig):
@@ -18,5 +18,9 @@ class DomainEventsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        # Here, since models can only be imported by now.
+        from domain_events.django import checks  # noqa: PLC0415
+
         configuration.configure()
         register(checks.check_settings, "domain_events")
+        register(checks.check_tables, Tags.database, "domain_events")

@@ -1,25 +1,37 @@
-"""``manage.py check``: what was forgotten in the settings.
+"""``manage.py check``: what was forgotten in the settings, and, with ``--database``, the tables.
 
-What cannot work is not here: the app refuses to start with it.
+Settings that cannot work are not here: the app refuses to start with them. About the tables there
+are warnings only, since ``migrate`` runs these checks, too, before it makes what is missing; for
+``check --fail-level WARNING``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from django.apps import apps
 from django.conf import settings
-from django.core.checks import CheckMessage, Warning  # noqa: A004
+from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
+from django.db import DEFAULT_DB_ALIAS, connections, router
 
+from domain_events import outbox
 from domain_events.django import configuration
+from domain_events.django.database import executing
+from domain_events.django.models import InboxNote, OutboxEvent
+from domain_events.outbox.schema import FETCH_INDEX, HANDLED_INDEX, ORDER_INDEX
 from domain_events.settings import ENVIRONMENT, FALLBACK, resolve
+
+OUTBOX_INDEXES = (FETCH_INDEX, ORDER_INDEX)
+INBOX_INDEXES = (HANDLED_INDEX,)
+# Seconds that an event may wait: longer than a courier's lease, and a relay's.
+_LATE = 120.0
 
 
 def check_settings(**_: Any) -> list[CheckMessage]:
     """Registered when the app is ready."""
-    return [*_broker(), *_databases(), *_peers()]
+    return [*_broker(), *_databases(), *_outboxes(), *_peers()]
 
 
 def _broker() -> Iterator[CheckMessage]:
@@ -53,6 +65,69 @@ def _databases() -> Iterator[CheckMessage]:
                 hint="Set its CONN_HEALTH_CHECKS to True.",
                 id="domain_events.W003",
             )
+
+
+def _outboxes() -> Iterator[CheckMessage]:
+    given = configuration.given().get("OUTBOX", False)
+    # With True, others may be replicas, in which nothing is written.
+    for alias in [DEFAULT_DB_ALIAS] if given is True else given or ():
+        if not router.allow_migrate_model(alias, OutboxEvent):
+            yield Error(
+                f"Events are written to the outbox of the database {alias!r}, and a router of "
+                "DATABASE_ROUTERS does not allow its table there.",
+                hint="Let its allow_migrate() return True for the app domain_events_outbox, or "
+                "list the other databases as the OUTBOX of DOMAIN_EVENTS.",
+                id="domain_events.E001",
+            )
+
+
+def check_tables(databases: Iterable[str] | None = None, **_: Any) -> list[CheckMessage]:
+    """Whether the outbox and the inbox are as they should be, and are emptied."""
+    return [each for alias in databases or () for each in _tables(alias)]
+
+
+def _tables(alias: str) -> Iterator[CheckMessage]:
+    if not router.allow_migrate_model(alias, OutboxEvent):
+        return
+    connection = connections[alias]
+    wrong = []
+    with connection.cursor() as cursor:
+        tables = connection.introspection.table_names(cursor)
+        for model, indexes in ((OutboxEvent, OUTBOX_INDEXES), (InboxNote, INBOX_INDEXES)):
+            table = model._meta.db_table
+            if table not in tables:
+                wrong.append(f"there is no table {table}")
+                continue
+            described = connection.introspection.get_table_description(cursor, table)
+            missing = {each.column for each in model._meta.concrete_fields} - {None}
+            wrong += [f"{table} has no column {each}" for each in missing - _names(described)]
+            found = connection.introspection.get_constraints(cursor, table)
+            wrong += [f"{table} has no index {each}" for each in indexes if each not in found]
+    if wrong:
+        yield Warning(
+            f"In the database {alias!r} {'; '.join(sorted(wrong))}.",
+            hint=f"Run manage.py migrate domain_events_outbox --database {alias}.",
+            id="domain_events.W005",
+        )
+        return
+    found = outbox.status(executing(connection), connection.vendor)
+    if found.oldest > _LATE:
+        yield Warning(
+            f"In the database {alias!r} {found.waiting} events wait in the outbox, the oldest for "
+            f"{found.oldest:.0f} s.",
+            hint="Run manage.py relay_domain_events, and see its log.",
+            id="domain_events.W006",
+        )
+    if found.parked:
+        yield Warning(
+            f"In the database {alias!r} {found.parked} events of the outbox are parked.",
+            hint="See manage.py parked_domain_events.",
+            id="domain_events.W007",
+        )
+
+
+def _names(described: Iterable[Any]) -> set[str]:
+    return {each.name for each in described}
 
 
 def _peers() -> Iterator[CheckMessage]:

@@ -6,6 +6,7 @@
         'URL': 'amqp://user:password@host/vhost',   # or a list; None switches it off
         'APP_ID': 'shop',
         'MIDDLEWARE': ['domain_events.opentelemetry.Tracing'],
+        'OUTBOX': True,                             # or a list of aliases of databases
     }
 
 All of it is optional; without ``URL`` the environment decides, as everywhere.
@@ -24,7 +25,7 @@ from django.utils.module_loading import import_string
 import domain_events
 from domain_events import DEFAULT, ConfigurationError, Middleware
 
-_KEYS = {"URL", "APP_ID", "MIDDLEWARE"}
+_KEYS = {"URL", "APP_ID", "MIDDLEWARE", "OUTBOX"}
 # Those of `domain_events.configure`.
 _OF_PROCESS = {"URL", "APP_ID", "MIDDLEWARE"}
 
@@ -47,6 +48,13 @@ def given() -> dict[str, Any]:
             f"{', '.join(sorted(_KEYS))}."
         )
     values = dict(found)
+    outbox = values.get("OUTBOX", False)
+    aliases = outbox if isinstance(outbox, list | tuple | set) else ()
+    if not isinstance(outbox, bool | list | tuple | set) or set(aliases) - set(settings.DATABASES):
+        raise ImproperlyConfigured(
+            "The OUTBOX of DOMAIN_EVENTS must be True, False, or a list of aliases of DATABASES, "
+            f"not {outbox!r}."
+        )
     if hasattr(settings, "DOMAIN_EVENT_BROKER"):
         if "URL" in values:
             raise ImproperlyConfigured(
@@ -55,6 +63,12 @@ def given() -> dict[str, Any]:
             )
         values["URL"] = settings.DOMAIN_EVENT_BROKER
     return values
+
+
+def has_outbox(alias: str) -> bool:
+    """Whether transactions of this database write their events to its outbox."""
+    found = getattr(settings, "DOMAIN_EVENTS", {}).get("OUTBOX", False)
+    return alias in found if isinstance(found, list | tuple | set) else bool(found)
 
 
 def configure() -> None:

@@ -94,6 +94,11 @@ def make_subscriber(
     return subscriber
 
 
+def is_registered(handler: object) -> bool:
+    """Whether this very function was given to `on`."""
+    return any(each.handler is handler for each in _registrations.values())
+
+
 def _place(handler: object) -> str:
     """Where it is defined; the same after its module was loaded again."""
     module = getattr(handler, "__module__", "")

@@ -4,8 +4,12 @@ The event is prepared by the call: what is wrong with it is raised there, its da
 call whatever becomes of them, and it has its id. Django drops what a savepoint that is rolled back
 has registered, and nothing else.
 
-After the commit an outage must not look like a failure of what has been committed, so that no error
-is raised there: it is logged, with the event as ``record.exc_info[1].event``.
+**Without an outbox** it is published by the thread that commits. An outage then must not look like
+a failure of what has been committed, so that no error is raised: it is logged, with the event as
+``record.exc_info[1].event``.
+
+**With an outbox** it is written there in the same transaction. After the commit the process's
+courier sends it, on a thread of its own; a relay sends what that leaves behind.
 """
 
 from __future__ import annotations
@@ -14,21 +18,41 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from uuid import UUID
 
-from django.db import DEFAULT_DB_ALIAS, transaction
+from django.db import DEFAULT_DB_ALIAS, connections, transaction
 
-from domain_events import DEFAULT, DomainEvent, message, printable, publish_domain_event, settings
+from domain_events import (
+    DEFAULT,
+    ConfigurationError,
+    DomainEvent,
+    message,
+    printable,
+    publish_domain_event,
+    settings,
+)
+from domain_events import outbox as engine
 from domain_events.checks import flag, seconds
+from domain_events.django import configuration
+from domain_events.django.database import WithinTestCase, executing, outbox_database
 from domain_events.names import check_name
+from domain_events.outbox.couriers import LEASE
+from domain_events.outbox.sending import Sender
 from domain_events.settings import ConnectionSettings
 
 log = logging.getLogger("domain_events")
 
 # Seconds for an event whose transaction has used up its time.
 _LEAST = 0.1
+
+#: Aliases of databases whose outbox is used whatever the settings are; see `once`.
+with_outbox: ContextVar[frozenset[str]] = ContextVar(
+    "domain-events-with-outbox", default=frozenset()
+)
 
 
 def publish_on_commit(
@@ -40,6 +64,7 @@ def publish_on_commit(
     connection_settings: ConnectionSettings = DEFAULT,
     *,
     using: str | None = None,
+    outbox: bool | None = None,
     mandatory: bool = False,
     timeout: float = 10.0,
     exchange: str = "domain-events",
@@ -54,10 +79,16 @@ def publish_on_commit(
     published. Without a transaction it is published at once. Either way an error of the publish is
     not raised, since the change that the event is about has happened: it is logged.
 
+    With an outbox the event is written to it in the same transaction, and sent in the background
+    until the broker has it: it is published if, and only if, the transaction is committed.
+
     The arguments are those of `domain_events.publish_domain_event`, besides:
 
     :param using: the alias of the database whose transaction it is.
-    :param timeout: seconds until the deadline, for all events of the transaction together.
+    :param outbox: whether to use the outbox of that database; if left out, the ``OUTBOX`` of the
+        setting ``DOMAIN_EVENTS`` says so, and within `once` it is used.
+    :param timeout: seconds until the deadline, for all events of the transaction together; without
+        an outbox.
     :return: the event as it will be published, with its id.
     :raises InvalidEvent: it can never be sent.
     :raises ConfigurationError: settings that cannot work.
@@ -67,21 +98,29 @@ def publish_on_commit(
     settings.resolve(connection_settings)
     check_name(exchange, "exchange")
     flag(mandatory, "mandatory")
+    timeout = seconds(timeout)
     alias = using or DEFAULT_DB_ALIAS
-    event = _prepared(
-        DomainEvent(
-            routing_key,
-            data,
-            domain_object_id,
-            uuid_string,
-            timestamp,
-            headers=headers,
-            correlation_id=correlation_id,
-            cause=cause,
-            version=version,
-        ),
-        exchange,
+    event = DomainEvent(
+        routing_key,
+        data,
+        domain_object_id,
+        uuid_string,
+        timestamp,
+        headers=headers,
+        correlation_id=correlation_id,
+        cause=cause,
+        version=version,
     )
+    if outbox is None:
+        outbox = alias in with_outbox.get() or configuration.has_outbox(alias)
+    if outbox and connection_settings is not None:
+        if mandatory or connection_settings not in (DEFAULT, ""):
+            raise ConfigurationError(
+                "An event of an outbox goes to the process's default broker, and cannot be "
+                "mandatory; leave out connection_settings and mandatory, or give outbox=False."
+            )
+        return _write(alias, event, exchange)
+    event = _prepared(event, exchange)
     publish = partial(
         publish_domain_event,
         *(event.routing_key, event.data, event.domain_object_id),
@@ -93,42 +132,29 @@ def publish_on_commit(
         cause=event.cause,
         version=event.version,
     )
-    hook = Hook(event, publish, _of_transaction(alias), seconds(timeout))
-    # Robust, since the application's logging may raise.
-    transaction.on_commit(hook, using=alias, robust=True)
+    _on_commit(alias, partial(_publish_committed, event, publish, _of_transaction(alias), timeout))
     return event
 
 
 class Hook:
-    """Publishes an event whose transaction has been committed; once, however often it is called."""
+    """What is done after a commit; once, however often it is called."""
 
-    def __init__(
-        self,
-        event: DomainEvent[Any],
-        publish: Callable[..., object],
-        committed: _Transaction,
-        timeout: float,
-    ) -> None:
-        self._event = event
-        self._publish = publish
-        self._committed = committed
-        self._timeout = timeout
-        self._called = False
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action: Callable[[], object] | None = action
         self.__qualname__ = "publish_on_commit"  # for Django's log
 
     def __call__(self) -> None:
-        if self._called:
-            return
-        self._called = True
-        left = self._committed.time_left(self._timeout)
-        try:
-            self._publish(timeout=max(_LEAST, min(self._timeout, left)))
-        except Exception:
-            log.exception(
-                "%s %s was not published, and its transaction has been committed.",
-                printable(self._event.routing_key),
-                printable(self._event.uuid_string),
-            )
+        action, self._action = self._action, None
+        if action is not None:
+            action()
+
+
+def _on_commit(alias: str, action: Callable[[], object]) -> None:
+    # Robust, since the application's logging may raise.
+    transaction.on_commit(Hook(action), using=alias, robust=True)
+
+
+# --- without an outbox ---------------------------------------------------------------------------
 
 
 def _prepared(event: DomainEvent[Any], exchange: str) -> DomainEvent[Any]:
@@ -142,6 +168,23 @@ def _prepared(event: DomainEvent[Any], exchange: str) -> DomainEvent[Any]:
         cause=sent.cause,
         version=sent.version,
     )
+
+
+def _publish_committed(
+    event: DomainEvent[Any],
+    publish: Callable[..., object],
+    committed: _Transaction,
+    timeout: float,
+) -> None:
+    left = committed.time_left(timeout)
+    try:
+        publish(timeout=max(_LEAST, min(timeout, left)))
+    except Exception:
+        log.exception(
+            "%s %s was not published, and its transaction has been committed.",
+            printable(event.routing_key),
+            printable(event.uuid_string),
+        )
 
 
 class _Transaction:
@@ -173,3 +216,33 @@ _current = _Current()
 
 def _of_transaction(alias: str) -> _Transaction:
     return _current.by_alias.setdefault(alias, _Transaction(alias))
+
+
+# --- with an outbox ------------------------------------------------------------------------------
+
+
+def _write(alias: str, event: DomainEvent[Any], exchange: str) -> DomainEvent[Any]:
+    connection = connections[alias]
+    courier = engine.courier(outbox_database(alias))
+    # A block of ours within the caller's would roll that back, too, for an event that is invalid.
+    within = nullcontext() if connection.in_atomic_block else transaction.atomic(using=alias)
+    with within:
+        written = engine.write(
+            executing(connection), connection.vendor, event, exchange=exchange, courier=courier
+        )
+        if written.row is not None:
+            _on_commit(alias, partial(_send, alias, courier, written.row))
+    return written.event
+
+
+def _send(alias: str, courier: engine.Courier, row: engine.Row) -> None:
+    if not connections[alias].in_atomic_block:
+        courier.take([row])
+        return
+    # Called by a test, within the transaction of a TestCase: nobody else sees the row.
+    sender = Sender(WithinTestCase(alias), lease=LEASE, timeout=10.0)
+    try:
+        for error in sender.send(courier.token, [row]).failures.values():
+            log.error("%r cannot be sent from the outbox: %s", row, error)
+    finally:
+        sender.close()
