@@ -189,7 +189,8 @@ class Courier:
             return
         if any(row.object_key is not None for row in rows):
             with self._database.transaction() as execute:
-                found = table.in_order(execute, [(row.id, row.object_key) for row in rows])
+                keys = [(row.id, row.object_key) for row in rows]
+                found = table.in_order(execute, keys, self._sender.sent)
             ids = {number for number, _ in found}
         else:
             ids = {row.id for row in rows}

@@ -275,6 +275,7 @@ class Relay:
                 after=after,
                 only=only,
                 without=list(without),
+                sent=self._sender.sent,
             )
 
     def _any(self) -> bool:

@@ -8,7 +8,7 @@ row of each object. What is in one wave is pipelined.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,8 @@ log = Log("domain_events.outbox")
 # Seconds after which what was confirmed is deleted, and leases are renewed, while others are sent:
 # a process that is killed leaves duplicates of no more than this.
 _SETTLE_EVERY = 1.0
+# The most objects of which it is remembered what was sent.
+_MOST_OBJECTS = 10_000
 
 
 @dataclass
@@ -70,6 +72,8 @@ class Sender:
         self._settings = settings.masked(connection_settings)
         self._lease = lease
         self._timeout = timeout
+        #: By object: the id up to which its rows were sent.
+        self.sent: OrderedDict[str, int] = OrderedDict()
         self._outcomes = _Outcomes()
         self._middleware = (*middleware, self._outcomes)
         self._publishers: dict[tuple[tuple[str, ...] | None, str], Publisher] = {}
@@ -102,6 +106,12 @@ class Sender:
             self._send(rows, sent, open_, settle)
         finally:
             settle(finish=True)
+        for row in sent.confirmed:
+            if row.object_key is not None:
+                self.sent[row.object_key] = row.id
+                self.sent.move_to_end(row.object_key)
+        while len(self.sent) > _MOST_OBJECTS:
+            self.sent.popitem(last=False)
         for row, why in sent.parked:
             log.error(
                 "The event %s '%s' cannot be sent: row %d of the outbox in %s is parked%s. %s",
