@@ -949,6 +949,7 @@ def test_admin_shows_the_outbox_and_decides_about_parked_events(
     parked, waits = waiting()
     page = "/admin/domain_events_outbox/outboxevent/"
     shown = client.get(page).content.decode()
+    assert "delete_selected" not in shown
     assert "parked since" in shown
     assert "InvalidEvent" in shown
     assert str(parked.id) in client.get(f"{page}?state=parked").content.decode()
@@ -1409,6 +1410,28 @@ def test_connections_of_workers_are_closed_with_their_threads(
     wait_until(lambda: other_connections() == 0)
 
 
+def test_handlers_go_on_after_a_restart_of_the_database(
+    max_age: int | None, postgresql_server: Server, event_broker: EventBroker
+) -> None:
+    """The event after the one that came while it was away, whose handler has failed."""
+    subscriber = Subscriber(middleware=[DatabaseConnections()])
+    subscriber.register(
+        lambda _: Order.objects.using("postgresql").count(), "orders", ["order.counted"]
+    )
+
+    def outcome() -> str:
+        (delivered,) = event_broker.deliver(subscriber, DomainEvent("order.counted", {}))
+        return str(delivered.outcome)
+
+    assert outcome() == "handled"
+    postgresql_server.restart()
+    assert outcome() == "handled"
+    postgresql_server.kill()
+    assert outcome() == "dead letter"
+    postgresql_server.start()
+    assert outcome() == "handled"
+
+
 def test_queries_are_not_collected_under_debug(shop: None, event_broker: EventBroker) -> None:
     """They would fill the memory of a process that runs for weeks."""
     subscriber = make_subscriber()
@@ -1467,18 +1490,31 @@ class Shop:
         file.write_text(subscribers)
         return file
 
+    def consuming(self, *arguments: str) -> contextlib.AbstractContextManager[Program]:
+        return self.running("Consuming: ", "consume_domain_events", *arguments)
+
     @contextlib.contextmanager
-    def consuming(self, *arguments: str) -> Iterator[Program]:
-        """``consume_domain_events``, until SIGTERM, after which it ends well."""
-        program = Program(self, "consume_domain_events", *arguments)
+    def running(self, first: str, *arguments: str) -> Iterator[Program]:
+        """A command, until SIGTERM, after which it ends well."""
+        program = Program(self, *arguments)
         try:
-            program.wait_for("Consuming: ")
+            program.wait_for(first)
             yield program
             program.process.send_signal(signal.SIGTERM)
             assert program.process.wait(60) == 0, program.output()
         finally:
             program.process.kill()
             program.process.wait(60)
+
+    def execute(self, sql: str, *values: object) -> list[Any]:
+        """On its database."""
+        stored = sqlite3.connect(self.folder / "default.sqlite3", timeout=30)
+        with contextlib.closing(stored), stored:
+            return stored.execute(sql, values).fetchall()
+
+    def wait_for_invoice(self, name: str) -> None:
+        query = 'SELECT count(*) FROM django_shop_invoice WHERE "order" = ?'
+        wait_until(lambda: self.execute(query, name) == [(1,)])
 
     def publish(self, routing_key: str, data: object) -> None:
         with Publisher(self.url) as publisher:
@@ -1529,7 +1565,7 @@ together = threading.Barrier(WORKERS)
 @on(os.environ['SHOP_QUEUES'] + '.extra', name=os.environ['SHOP_QUEUES'] + '-extra')
 def handle(event):
     together.wait(30)
-    print('TEXT', event.data, flush=True)
+    os.write(1, f'TEXT {event.data}\\n'.encode())  # in one go, since several threads do it
 """
 
 
@@ -1543,10 +1579,7 @@ def test_command_handles_the_events_of_all_apps_until_sigterm(programs: Shop, un
         program.wait_for("TEXT 2")
         name = f"order of {unique}"
         programs.publish("order.placed", {"name": name})
-        stored = sqlite3.connect(programs.folder / "default.sqlite3")
-        with contextlib.closing(stored):
-            query = 'SELECT count(*) FROM django_shop_invoice WHERE "order" = ?'
-            wait_until(lambda: stored.execute(query, [name]).fetchone() == (1,))
+        programs.wait_for_invoice(name)
 
 
 def test_command_starts_again_when_a_source_file_is_changed(programs: Shop, unique: str) -> None:
@@ -1560,6 +1593,43 @@ def test_command_starts_again_when_a_source_file_is_changed(programs: Shop, uniq
         program.wait_for("Consuming: ", times=2)
         programs.publish(f"{unique}.extra", 2)
         program.wait_for("changed 2")
+
+
+DIES = """
+import os, signal
+import django_shop
+django_shop.setup()
+from django.db import transaction
+from django_shop.models import Order
+from domain_events.django import publish_on_commit
+with transaction.atomic():
+    transaction.on_commit(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    Order.objects.create(name=NAME)
+    publish_on_commit('order.placed', {'name': NAME})
+"""
+
+
+def test_event_of_a_process_that_dies_after_the_commit_is_relayed(
+    programs: Shop, unique: str
+) -> None:
+    """Its transaction is committed, and it is killed before it has sent anything."""
+    programs.environment["SHOP_OUTBOX"] = "1"
+    name = f"order of {unique}"
+    with programs.consuming(f"{unique}-invoices"):
+        died = subprocess.run(
+            [sys.executable, "-c", DIES.replace("NAME", repr(name))],
+            env=programs.environment,
+            timeout=120,
+            check=False,
+        )
+        assert died.returncode == -signal.SIGKILL
+        count = "SELECT count(*) FROM domain_events_outbox"
+        assert programs.execute(count) == [(1,)]
+        # As if the thirty seconds were over for which the process has leased it.
+        programs.execute("UPDATE domain_events_outbox SET leased_until = 0")
+        with programs.running("Relaying: default.", "relay_domain_events", "--idle=0.1"):
+            programs.wait_for_invoice(name)
+            wait_until(lambda: programs.execute(count) == [(0,)])
 
 
 def test_command_without_a_broker_fails_without_a_traceback(programs: Shop) -> None:

@@ -1,7 +1,7 @@
 """Its settings.
 
 In the environment: SHOP_FOLDER has the SQLite files, SHOP_DATABASES more databases as JSON,
-SHOP_APPS more apps, separated by spaces.
+SHOP_APPS more apps, separated by spaces; SHOP_OUTBOX switches the outbox on.
 """
 
 import atexit
@@ -49,6 +49,8 @@ TEMPLATES = [
         },
     }
 ]
+if os.environ.get("SHOP_OUTBOX"):
+    DOMAIN_EVENTS = {"OUTBOX": True}
 STATIC_URL = "static/"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 DATABASES = {
