@@ -1174,13 +1174,15 @@ def test_settings_that_cannot_work_stop_the_start(given: dict[str, Any], words: 
 
 def ids_of_checks(**given: Any) -> list[str]:
     with override_settings(**given):
-        return [each.id or "" for each in checks.run_checks(tags=["domain_events"])]
+        found = checks.run_checks(tags=["domain_events"], include_deployment_checks=True)
+        return [each.id or "" for each in found]
 
 
 @pytest.mark.usefixtures("configured")
 def test_checks_find_what_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in domain_events.settings.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
+    assert checks.run_checks(tags=["domain_events"]) == []  # nor in each run of the tests
     assert ids_of_checks() == ["domain_events.W002"]
     assert ids_of_checks(DEBUG=True) == []
     assert ids_of_checks(DOMAIN_EVENTS={"URL": "amqp://host"}) == []
@@ -1630,6 +1632,28 @@ def test_event_of_a_process_that_dies_after_the_commit_is_relayed(
         with programs.running("Relaying: default.", "relay_domain_events", "--idle=0.1"):
             programs.wait_for_invoice(name)
             wait_until(lambda: programs.execute(count) == [(0,)])
+
+
+def test_example_runs() -> None:
+    """The shop of the documentation, with its tests."""
+    examples = TESTS.parent / "docs/examples"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(examples), str(TESTS.parent)]),
+        "DJANGO_SETTINGS_MODULE": "bookshop.settings",
+    }
+    for command in (["check"], ["test", "bookshop"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "django", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "no issues" in done.stdout + done.stderr
+    assert "Ran 2 tests" in done.stderr
 
 
 def test_command_without_a_broker_fails_without_a_traceback(programs: Shop) -> None:

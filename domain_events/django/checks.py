@@ -30,8 +30,13 @@ _LATE = 120.0
 
 
 def check_settings(**_: Any) -> list[CheckMessage]:
-    """Registered when the app is ready."""
-    return [*_broker(), *_databases(), *_outboxes(), *_peers()]
+    """What is wrong anywhere."""
+    return [*_databases(), *_outboxes(), *_peers()]
+
+
+def check_deployment(**_: Any) -> list[CheckMessage]:
+    """With ``--deploy``: what may be on purpose where it is developed or tested."""
+    return list(_broker())
 
 
 def _broker() -> Iterator[CheckMessage]:

@@ -20,10 +20,10 @@ class EventBroker(testing.EventBroker):
     """`domain_events.testing.EventBroker`, which sees what waits for the commit of a ``TestCase``.
 
     Whenever it is looked at, and before and after deliveries, it publishes the events of
-    `publish_on_commit` whose ``atomic`` blocks have been left, in their order. Within such a block
-    they are not published yet, and those of a savepoint that was rolled back never are. Other
-    ``on_commit`` callbacks are not called; that is for ``captureOnCommitCallbacks(execute=True)``,
-    which works as well.
+    `~domain_events.django.publish_on_commit` whose ``atomic`` blocks have been left, in their
+    order. Within such a block they are not published yet, and those of a savepoint that was rolled
+    back never are. Other ``on_commit`` callbacks are not called; that is for
+    ``captureOnCommitCallbacks(execute=True)``, which works as well.
 
     With pytest it is the fixture ``event_broker``.
     """
