@@ -24,4 +24,4 @@ class DomainEventsConfig(AppConfig):
         configuration.configure()
         register(checks.check_settings, "domain_events")
         register(checks.check_deployment, "domain_events", deploy=True)
-        register(checks.check_tables, Tags.database, "domain_events")
+        register(checks.check_tables, Tags.database)
