@@ -100,7 +100,7 @@ def abouts(key: object, numbers: range) -> list[DomainEvent]:
 
 
 def take(courier: Courier, written: list[Written]) -> None:
-    courier.take(each.row for each in written if each.row is not None)
+    courier.take(each.row for each in written)
 
 
 def rows(database: DbApi) -> int:
@@ -339,13 +339,13 @@ def test_rows_that_another_relay_is_locking_are_not_overtaken(
 ) -> None:
     """With SKIP LOCKED alone the second relay would get row 11."""
     from domain_events.outbox import rows as table
-    from domain_events.outbox.database import begin, check_dialect
+    from domain_events.outbox.database import begin_fetch, check_dialect
 
     dialect = check_dialect(locking.dialect)
     write(locking, *abouts("a", range(20)), about("b", 1), DomainEvent("no.object"))
     with Relay(locking) as relay:
         with locking.application() as (connection, execute):
-            begin(execute, dialect)
+            begin_fetch(execute, dialect)
             page = table.fetch(execute, dialect, "t", 60.0, 10)  # and pauses, uncommitted
             assert len(page.rows) == 10
             assert relay.sweep() == 2
@@ -364,7 +364,7 @@ def test_relay_takes_over_from_one_that_is_paused_and_keeps_the_order(
     write(database, *abouts("a", range(10)))
     stops = Stops()
     with (
-        Relay(database, batch=5, lease=1.5, middleware=[stops]) as paused,
+        Relay(database, batch=5, lease=1.5, timeout=1, middleware=[stops]) as paused,
         Relay(database) as other,
     ):
         paused.start()
@@ -848,6 +848,30 @@ def test_what_was_sent_of_one_object_does_not_hide_rows_of_another(database: DbA
         assert fetched(sent) == [5, 7, 8]
 
 
+def test_lease_must_outlast_the_timeout(sqlite: DbApi) -> None:
+    """Otherwise another relay would send what is still waited for."""
+    with pytest.raises(ConfigurationError, match="lease must be longer than the timeout"):
+        Relay(sqlite, lease=10, timeout=10)
+
+
+def test_confirmed_rows_are_deleted_though_the_connection_breaks_meanwhile(
+    postgres: DbApi, broker: EventBroker
+) -> None:
+    """On a new one; otherwise they would be sent again."""
+
+    class Breaks(Middleware):
+        def publishing(self, outgoing: Outgoing) -> None:
+            postgres.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+    write(postgres, about("a", 1))
+    with Relay(postgres, middleware=[Breaks()]) as relay:
+        assert relay.sweep() == 1
+    assert rows(postgres) == 0
+
+
 def test_page_is_bounded_in_bytes(database: DbApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay that finds large events has few of them in memory; one is always sent."""
     from domain_events.outbox import rows as table
@@ -1025,3 +1049,43 @@ def test_every_statement_uses_an_index(database: DbApi, broker: EventBroker) -> 
         found = re.search(whole_table[database.dialect], "\n".join(lines))
         assert not found, f"{sql}\n{plan}"
         assert "MIN(" not in sql or ORDER_INDEX in plan, f"{sql}\n{plan}"
+
+
+@pytest.mark.slow
+def test_deleted_rows_that_postgresql_has_to_keep_cost_the_relay_nothing(
+    postgres: DbApi, broker: EventBroker
+) -> None:
+    """Those of a transaction that is open for long; they are passed now and then only."""
+    things, deleted = 50, 20_000
+    touched: list[int] = []
+
+    class Measured(DbApi):
+        def executing(self, connection: Any) -> Execute:
+            inner = super().executing(connection)
+
+            def execute(sql: str, parameters: Any = None, /) -> Any:
+                if sql.startswith("SELECT"):
+                    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
+                    ((plans,),) = inner(f"{explain} {sql}", parameters)
+                    plan = plans[0]["Plan"]
+                    touched.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+                return inner(sql, parameters)
+
+            return execute
+
+    def changed(number: int) -> list[DomainEvent]:
+        return [about(n % things, n) for n in range(number)]
+
+    write(postgres, *changed(things))
+    measured = Measured(postgres.name, "postgresql", postgres.connect)
+    with postgres.application() as (_, execute), Relay(measured, idle=30) as relay:
+        assert relay.sweep() == things
+        execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", {})
+        execute("SELECT 1 FROM pg_class LIMIT 1", {})
+        write(postgres, *changed(deleted))
+        assert relay.sweep() == deleted
+        write(postgres, *changed(things))
+        touched.clear()
+        relay.start()  # it has looked at everything a moment ago
+        wait_until(lambda: len(broker.published) == deleted + 2 * things)
+        assert 0 < sum(touched) < 2000
