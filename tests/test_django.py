@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import secrets
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -1007,6 +1010,27 @@ def test_duplicate_is_skipped(alias: str, event_broker: EventBroker) -> None:
     close_couriers()
 
 
+@dataclass
+class Paid:
+    """Typed data."""
+
+    amount: int
+
+
+def test_handler_of_typed_data_is_called_with_it(alias: str, event_broker: EventBroker) -> None:
+    """Its annotation is found behind the decorator."""
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Paid]) -> None:
+        place(f"{type(event.data).__name__} {event.data.amount}", alias)
+
+    subscriber = Subscriber()
+    subscriber.register(handle, "typed", ["order.paid"])
+    event_broker.deliver(subscriber, DomainEvent("order.paid", Paid(7)), raising=True)
+    assert names_of(alias) == ["Paid 7"]
+    close_couriers()
+
+
 def test_failed_handler_leaves_nothing_behind(alias: str, event_broker: EventBroker) -> None:
     """Its retry is handled, and so is its replayed dead letter."""
     attempts: list[int] = []
@@ -1560,6 +1584,14 @@ def programs(broker_url: str, names: Names, tmp_path: Path) -> Shop:
     return shop
 
 
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
 EXTRA = """
 import os, threading
 from domain_events.django import on
@@ -1573,10 +1605,16 @@ def handle(event):
 """
 
 
-def test_command_handles_the_events_of_all_apps_until_sigterm(programs: Shop, unique: str) -> None:
+def test_command_handles_the_events_of_all_apps_until_sigterm(
+    programs: Shop, unique: str, unused_port: int
+) -> None:
     """With so many at a time."""
     programs.add_app("extra", EXTRA.replace("WORKERS", "2"))
-    with programs.consuming("--workers=2") as program:
+    health = programs.folder / "health"
+    probes = (f"--health-port={unused_port}", f"--health-file={health}")
+    with programs.consuming("--workers=2", *probes) as program:
+        wait_until(lambda: is_ready(f"http://127.0.0.1:{unused_port}/ready"))
+        assert json.loads(health.read_text())["alive"]
         for number in (1, 2):
             programs.publish(f"{unique}.extra", number)
         program.wait_for("TEXT 1")

@@ -6,6 +6,8 @@ A ``TestCase`` runs each test in a transaction that is never committed, so that 
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.conf import settings
 from django.db import connections
 
@@ -42,7 +44,7 @@ class EventBroker(testing.EventBroker):
         return self.start()
 
     @property
-    def published(self) -> list[DomainEvent]:
+    def published(self) -> list[DomainEvent[Any]]:
         """The events that were published since it was switched on, or since `clear`."""
         self._publish_committed()
         return super().published
@@ -52,13 +54,16 @@ class EventBroker(testing.EventBroker):
         self._publish_committed()
         super().clear()
 
-    def deliver(self, to: Subscriber, *events: DomainEvent) -> list[Delivered]:
+    def deliver(
+        self, to: Subscriber, *events: DomainEvent[Any], raising: bool = False
+    ) -> list[Delivered]:
         """As of `domain_events.testing.EventBroker`."""
-        self.attach(to)
+        if not self._running().is_away:
+            self.attach(to)
         self._publish_committed()
-        deliveries = super().deliver(to, *events)
+        deliveries = super().deliver(to, *events, raising=raising)
         while self._publish_committed():
-            deliveries += super().deliver(to)
+            deliveries += super().deliver(to, raising=raising)
         return deliveries
 
     def _publish_committed(self) -> int:

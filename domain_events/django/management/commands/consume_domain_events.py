@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -11,6 +13,7 @@ from django.utils import autoreload
 
 from domain_events import DomainEventsError, Subscriber
 from domain_events.django.handlers import make_subscriber
+from domain_events.probes import HealthBeat, HealthServer
 
 # Seconds that the handlers that run have to finish, when a source file was changed.
 _PATIENCE = 5.0
@@ -43,6 +46,20 @@ class Command(BaseCommand):
             help="stop after about so many seconds; never, if left out",
         )
         parser.add_argument(
+            "--health-port",
+            type=int,
+            metavar="PORT",
+            help="answer probes over HTTP on this port: /live, /ready, /health",
+        )
+        parser.add_argument(
+            "--health-file",
+            metavar="FILE",
+            help="write the health to this file, for python -m domain_events.probes",
+        )
+        parser.add_argument(
+            "--systemd", action="store_true", help="notify systemd, and its watchdog"
+        )
+        parser.add_argument(
             "--reload",
             action="store_true",
             help="start again whenever a source file is changed, as runserver does",
@@ -70,11 +87,23 @@ class Command(BaseCommand):
             self.stdout.write(f"Consuming: {listed}.")
             self.stdout.flush()
         try:
-            subscriber.start_consuming(options["timeout"])
+            with _probes(subscriber, options):
+                subscriber.start_consuming(options["timeout"])
         except DomainEventsError as error:
             raise CommandError(f"{type(error).__name__}: {error}") from error
         finally:
             finished.set()
+
+
+@contextmanager
+def _probes(subscriber: Subscriber, options: dict[str, Any]) -> Iterator[None]:
+    port, file, systemd = options["health_port"], options["health_file"], options["systemd"]
+    with ExitStack() as started:
+        if port is not None:
+            started.enter_context(HealthServer(subscriber, port=port))
+        if file or systemd:
+            started.enter_context(HealthBeat(subscriber, file=file, systemd=systemd))
+        yield
 
 
 def _stop_before_reload(subscriber: Subscriber, finished: threading.Event) -> None:
