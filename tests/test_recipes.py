@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import django
+import django_shop
 import onlooker
 import pyamqp
 import pytest
 import sqlalchemy
 from databases import Server
-from django.conf import settings as django_settings
 from prometheus_client import CollectorRegistry
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.exc import IntegrityError
@@ -341,14 +340,8 @@ def assert_logged(caplog: pytest.LogCaptureFixture, *data: object) -> None:
 
 @pytest.fixture(scope="module")
 def person() -> Iterator[Any]:
-    """A model with a table, in an SQLite in memory."""
-    django_settings.configure(
-        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
-        DEFAULT_AUTO_FIELD="django.db.models.AutoField",
-        USE_TZ=True,
-        LOGGING_CONFIG=None,
-    )
-    django.setup()
+    """A model with a table, in an SQLite."""
+    django_shop.setup()
     from django.db import connection, models
 
     meta = type("Meta", (), {"app_label": "recipes"})
@@ -360,6 +353,8 @@ def person() -> Iterator[Any]:
     with connection.schema_editor() as editor:
         editor.create_model(person)
     yield person
+    with connection.schema_editor() as editor:
+        editor.delete_model(person)
     connection.close()
 
 
