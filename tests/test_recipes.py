@@ -121,7 +121,7 @@ def postgresql() -> Iterator[str]:
 
     try:
         command("initdb", "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8")
-        options = f"-k {folder} -c listen_addresses= -c fsync=off"
+        options = f"-k {folder} -c listen_addresses= -c fsync=off -c max_prepared_transactions=10"
         command("pg_ctl", "-w", "-o", options, "start")
         try:
             yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
