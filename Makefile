@@ -1,5 +1,6 @@
 # What a person or CI runs on a checkout. `make` alone lists the targets.
-# Needs Python >= 3.10; everything else is installed into .venv, RabbitMQ with apt-get.
+# Needs Python >= 3.10; everything else is installed into .venv, and with apt-get RabbitMQ,
+# PostgreSQL and MariaDB.
 
 BIN := .venv/bin
 # Four workers, also on two cores: tests wait for brokers more than they compute. PYTEST_ARGS= runs
@@ -20,7 +21,7 @@ FAULTS_ARGS ?=
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo check test matrix bench faults lint types docs build broker clean
+.PHONY: help demo check test matrix bench faults lint types docs build broker databases clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -29,14 +30,14 @@ help: ## list the targets
 demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an event
 	$(BIN)/python tools/rabbitmq_node.py run -- $(BIN)/python -m domain_events demo --broker
 
-test: broker lint types docs build ## everything that must pass: lint, types, docs, build, tests
+test: broker databases lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 check: lint types ## while you work, in a minute, without RabbitMQ: lint, types, the tests that need none
 	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q $(CHECK_ARGS) \
 		-m 'not rabbitmq and not slow'
 
-matrix: .venv/.ready ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
+matrix: databases ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
 
 bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3'
@@ -72,6 +73,10 @@ clean: ## delete what these targets made
 broker: .venv/.ready
 	@test -n "$$DOMAIN_EVENTS_TEST_URL" || \
 		$(BIN)/python tools/rabbitmq_node.py install $${DOMAIN_EVENTS_TEST_RELEASE:-host}
+
+# PostgreSQL and MariaDB, likewise, unless DOMAIN_EVENTS_TEST_DATABASES=none.
+databases: .venv/.ready
+	@$(BIN)/python tools/databases.py install
 
 .venv/.ready: pyproject.toml setup.py tools/venv.sh
 	sh tools/venv.sh .venv

@@ -30,6 +30,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(domain_events\.subscriber\.)?AnyHandler"),
     (r"py:.*", r"(domain_events\.(names|options)\.)?(ExchangeType|QueueType|RegisterOptions)"),
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
+    (r"py:.*", r"(opentelemetry\..*)?(TracerProvider|MeterProvider|TextMapPropagator)"),
 ]
 
 autodoc_member_order = "bysource"

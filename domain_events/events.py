@@ -49,6 +49,8 @@ class Details(NamedTuple):
     redelivered: bool = False
     replayed: bool = False
     subscriber: str | None = None
+    #: Of an event from an outbox, the program that wrote it.
+    app_id: str | None = None
 
 
 #: Of an event of which nothing is known besides its envelope.
@@ -155,6 +157,16 @@ class DomainEvent(Generic[Data]):
     def subscriber(self) -> str | None:
         """The name of the subscriber that it was delivered to; None if it was not."""
         return self.details.subscriber
+
+    def with_details(self, details: Details) -> DomainEvent[Data]:
+        """A copy with these.
+
+        :meta private:
+        """
+        event = type(self).__new__(type(self))
+        event.__dict__.update(self.__dict__, _details=details)
+        event.__dict__.pop("_derived", None)
+        return event
 
     @property
     def details(self) -> Details:

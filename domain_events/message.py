@@ -496,6 +496,8 @@ def _add_details(message: Message, details: Details) -> None:
     if not is_number or not 0 < version <= LARGEST_NUMBER:
         raise InvalidEvent(f"An event's version must be an int from 1, not {shown(version)}.")
     message.version = int.__int__(version)
+    if details.app_id is not None:
+        message.app_id = details.app_id
     if details.headers:
         headers = details.headers
         if details.subscriber is not None:

@@ -49,6 +49,10 @@ class Operation(str, Enum):
     HAND_BACK = "hand back"
     #: An operator returns a dead letter, or an undelivered retry, to its subscriber.
     REPLAY = "replay"
+    #: Written to an outbox, in a transaction that may still be rolled back: it is not sent yet.
+    OUTBOX = "outbox"
+    #: Sent from an outbox, with the headers that it was written with.
+    RELAY = "relay"
 
     def __str__(self) -> str:
         return self.value
@@ -62,7 +66,7 @@ class Outgoing:
     #: None for a dead letter that is not an event.
     event: DomainEvent[Any] | None
     #: Sent along with it. Those of a published event may be changed and added to; to those of a
-    #: retry, a dead letter or a replay, which keep what they had, may be added.
+    #: retry, a dead letter, a replay or a relayed event, which keep what they had, may be added.
     headers: dict[str, HeaderValue]
     #: Where it is published; None for what goes to one subscriber.
     exchange: str | None = None

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +23,7 @@ from domain_events.broker import (
     Publication,
     Publishing,
     confirm,
+    switched_off,
     why_unconfirmed,
 )
 from domain_events.checks import flag, seconds
@@ -33,7 +34,7 @@ from domain_events.errors import (
     EventRejected,
     InvalidEvent,
 )
-from domain_events.events import DomainEvent, HeaderValue
+from domain_events.events import Details, DomainEvent, HeaderValue
 from domain_events.message import Message
 from domain_events.middleware import (
     Done,
@@ -77,6 +78,7 @@ class Publisher(Owner):
     :param exchange_type: its type; ``topic`` is what subscribers expect.
     :param timeout: seconds after which an unconfirmed event is an error.
     :param middleware: within that of `configure`; the first is outermost.
+    :param operation: as which its events are announced to the middleware.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -88,6 +90,7 @@ class Publisher(Owner):
         *,
         timeout: float = 10.0,
         middleware: Iterable[Middleware] = (),
+        operation: Operation = Operation.PUBLISH,
     ) -> None:
         connection_settings = settings.masked(connection_settings)
         urls = settings.resolve(connection_settings)
@@ -95,6 +98,7 @@ class Publisher(Owner):
         exchange_type = check_exchange_type(exchange_type)
         self._timeout = seconds(timeout)
         self._middleware = check_middleware(middleware)
+        self._operation = operation
         self._closed = False
         declare = Exchange(self._exchange, exchange_type)
         self.connections = Connections(urls, "publisher", declare=declare)
@@ -228,15 +232,63 @@ class Publisher(Owner):
         message = messages.from_event(event, self._exchange, settings.app_id(), mandatory)
         if not chain or publishing is None:
             return message, _ignore
-        headers = dict(message.headers or {})
-        outgoing = Outgoing(Operation.PUBLISH, event, headers, self._exchange, batch=batch)
-        done = announce(chain, outgoing)
-        try:
-            message.headers = messages.checked_headers(outgoing.headers)
-        except BaseException as error:
-            done(error)
-            raise
-        return message, done
+        return message, _announce(chain, self._operation, event, message, self._exchange, batch)
+
+
+def _announce(
+    chain: tuple[Middleware, ...],
+    operation: Operation,
+    event: DomainEvent[Any],
+    message: Message,
+    exchange: str,
+    batch: bool = False,
+) -> Done:
+    """Announce an event to the middleware, which may add headers to its message."""
+    known = message.headers or {}
+    outgoing = Outgoing(operation, event, dict(known), exchange, batch=batch)
+    done = announce(chain, outgoing)
+    try:
+        message.headers = messages.checked_headers(outgoing.headers)
+        if operation is Operation.RELAY:  # a trace context, say, is that of the writing
+            message.headers = {**message.headers, **known}
+    except BaseException as error:
+        done(error)
+        raise
+    return done
+
+
+@contextlib.contextmanager
+def prepared(
+    event: DomainEvent[Any], exchange: str, middleware: Iterable[Middleware] = ()
+) -> Iterator[DomainEvent[Any]]:
+    """An event to be stored, and published later as it would be published now.
+
+    It has its correlation id, its cause, its headers and those that middleware adds, and the name
+    of this program. It is stored within this block, whose error the middleware is given.
+
+    :raises InvalidEvent: it can never be sent.
+    """
+    exchange = check_name(exchange, "exchange")
+    if not isinstance(event, DomainEvent):
+        raise TypeError(f"An outbox takes a DomainEvent, not a {type(event).__name__}.")
+    chain = chained(settings.middleware(), check_middleware(middleware))
+    message = messages.from_event(event, exchange, settings.app_id(), False)
+    done: Done = _ignore
+    if chain and not switched_off(settings.resolve()):
+        done = _announce(chain, Operation.OUTBOX, event, message, exchange)
+    details = Details(
+        dict(message.headers or {}),
+        message.correlation_id,
+        message.cause,
+        message.version,
+        app_id=message.app_id,
+    )
+    try:
+        yield event.with_details(details)
+    except BaseException as error:
+        done(error)
+        raise
+    done(None)
 
 
 class _Batch:

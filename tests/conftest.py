@@ -1,4 +1,4 @@
-"""The brokers that tests run against, and what keeps tests out of each other's way.
+"""The brokers and databases that tests run against, and what keeps tests out of each other's way.
 
 Every test run has one private RabbitMQ node, shared by its tests and by all workers of
 pytest-xdist: fixture `broker_url`. Tests that kill, stop or configure a broker take a node of their
@@ -7,10 +7,14 @@ the test), or `node_factory`. All of them stand on `rabbitmq_release`, which giv
 marker `rabbitmq`; a test that starts a node in some other way has it too, by
 `pytest.mark.usefixtures`.
 
+Each worker also has a PostgreSQL and a MariaDB of its own, from the first test that takes one
+(tools/databases.py). A test gets the address of a fresh database (`postgresql`, `mariadb`), and may
+kill and stop the server below it (`postgresql_server`, `mariadb_server`).
+
 Environment: DOMAIN_EVENTS_TEST_URL names a broker to use instead of the shared node;
 DOMAIN_EVENTS_TEST_RELEASE the RabbitMQ release of the nodes started here (tools/rabbitmq_node.py),
 or `none`: then a test that takes a RabbitMQ fails. `make check` sets that, and runs those without
-the marker.
+the marker. DOMAIN_EVENTS_TEST_DATABASES=none skips the tests that take a database server.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ import onlooker
 import pytest
 import rabbitmq_node
 from bench import Bench
+from databases import Address, MariaDB, PostgreSQL, Server, ServerError
 from faults.broker import HAND_ON
 from hypothesis import settings
 from rabbitmq_node import Node, NodeError
@@ -48,7 +54,13 @@ settings.register_profile("thorough", max_examples=300, deadline=None)
 # With pytest-xdist. Runs of the fault harness keep a core busy, and its verdict counts seconds: two
 # at a time would be in each other's way. Samples of the bench have the same queues. The others have
 # a server that takes seconds to start.
-ON_ONE_WORKER = ("test_fault_runs.py", "test_benchmarks.py", "test_recipes.py", "test_security.py")
+ON_ONE_WORKER = (
+    "test_fault_runs.py",
+    "test_benchmarks.py",
+    "test_databases.py",
+    "test_recipes.py",
+    "test_security.py",
+)
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}
 
 _shared: Node | None = None
@@ -258,6 +270,69 @@ def demo_alone(broker_url: str) -> Iterator[None]:
 def unused_port() -> int:
     """A port on which nobody listens."""
     return rabbitmq_node.free_port()
+
+
+# ------------------------------------------------------------------ databases
+
+
+def _new_server(kind: type[Server]) -> Server:
+    try:
+        return kind()
+    except ServerError as error:
+        pytest.skip(str(error))  # it is not installed, or may not be started
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """A PostgreSQL for the tests of this worker. A test that kills it also takes `postgresql`."""
+    with _new_server(PostgreSQL) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[Server]:
+    """A MariaDB for the tests of this worker. A test that kills it also takes `mariadb`."""
+    import pymysql
+
+    pymysql.install_as_MySQLdb()  # for Django
+    with _new_server(MariaDB) as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql(postgresql_server: Server, unique: str) -> Iterator[Address]:
+    """A database on `postgresql_server`, which runs at the start and the end of the test."""
+
+    import psycopg
+
+    def run(statement: str) -> None:
+        postgresql_server.start()
+        with psycopg.connect(postgresql_server.url, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    run(f'CREATE DATABASE "{unique}"')
+    yield postgresql_server.address.of(unique)
+    run(f'DROP DATABASE "{unique}" WITH (FORCE)')
+
+
+@pytest.fixture
+def mariadb(mariadb_server: Server, unique: str) -> Iterator[Address]:
+    """A database on `mariadb_server`, which runs at the start and the end of the test."""
+    import pymysql
+
+    def run(statement: str) -> None:
+        mariadb_server.start()
+        address = mariadb_server.address
+        with closing(
+            pymysql.connect(
+                host=address.host, port=address.port, user=address.user, password=address.password
+            )
+        ) as connection:
+            connection.query(statement)
+
+    run(f"CREATE DATABASE `{unique}`")
+    yield mariadb_server.address.of(unique)
+    run(f"DROP DATABASE `{unique}`")
 
 
 # ------------------------------------------------------------------ tests leave nothing behind

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import pwd
 import random
-import shutil
 import sqlite3
-import subprocess
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +17,7 @@ import onlooker
 import pyamqp
 import pytest
 import sqlalchemy
+from databases import Server
 from django.conf import settings as django_settings
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.exc import IntegrityError
@@ -94,44 +90,6 @@ class User(Base):
     email: Mapped[str] = mapped_column(unique=True)
 
 
-@contextlib.contextmanager
-def postgresql() -> Iterator[str]:
-    """The URL of a PostgreSQL of our own, which is gone afterwards."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder = Path(tempfile.mkdtemp(prefix="recipes-"))
-    # It refuses to run as root.
-    user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
-    shutil.chown(folder, user)
-
-    def command(program: str, *arguments: str) -> None:
-        log = (folder.parent / f"{folder.name}.log").open("ab")
-        with log:
-            subprocess.run(
-                [str(programs[-1].parent / program), "-D", str(folder / "data"), *arguments],
-                user=user,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                timeout=50,
-                check=True,
-            )
-
-    try:
-        command("initdb", "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8")
-        options = f"-k {folder} -c listen_addresses= -c fsync=off -c max_prepared_transactions=10"
-        command("pg_ctl", "-w", "-o", options, "start")
-        try:
-            yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
-        finally:
-            command("pg_ctl", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder)
-        (folder.parent / f"{folder.name}.log").unlink()
-
-
 def sqlite_engine() -> sqlalchemy.Engine:
     """With the set-up that SQLAlchemy documents for SAVEPOINTs."""
     engine = sqlalchemy.create_engine("sqlite://")
@@ -149,13 +107,13 @@ def sqlite_engine() -> sqlalchemy.Engine:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> Iterator[sqlalchemy.Engine]:
-    with contextlib.ExitStack() as stack:
-        if request.param == "sqlite":
-            engine = sqlite_engine()
-        else:
-            engine = sqlalchemy.create_engine(stack.enter_context(postgresql()))
-        stack.callback(engine.dispose)
-        yield engine
+    if request.param == "sqlite":
+        engine = sqlite_engine()
+    else:
+        server: Server = request.getfixturevalue("postgresql_server")
+        engine = sqlalchemy.create_engine(server.address.sqlalchemy_url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture

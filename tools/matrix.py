@@ -60,8 +60,8 @@ class DebianTesting:
     """The Pythons of Debian testing, run in a separate root, which has RabbitMQ 4.3 as well."""
 
     PYTHONS = ("3.14", "3.15")
-    # In addition: for pip, for the tests with TLS, for the README's recipes.
-    PACKAGES = ("rabbitmq-server", "ca-certificates", "openssl", "postgresql")
+    # In addition: for pip, for the tests with TLS.
+    PACKAGES = ("rabbitmq-server", "ca-certificates", "openssl")
     TOX = "/opt/tox"
 
     def tox(self, *arguments: str) -> list[str]:
@@ -81,14 +81,17 @@ class DebianTesting:
             env = ["/usr/bin/env", f"--chdir={PROJECT}", *unset, *environment]
             return rabbitmq_node.chrooted(root, *env, *command, shared=shared)
 
+        newest = f"python{self.PYTHONS[0]}"
+        # A root that is older than this command may lack them.
+        commands = [[newest, "tools/databases.py", "install"]]
         if not (root / self.TOX.lstrip("/") / "bin/tox").exists():
-            newest = f"python{self.PYTHONS[0]}"
-            for command in (
+            commands += [
                 [newest, "-m", "venv", "--clear", self.TOX],
                 [f"{self.TOX}/bin/python", "-m", "pip", "install", "--quiet", "tox>=4"],
-            ):
-                if subprocess.call(inside(*command), stdin=subprocess.DEVNULL) != 0:
-                    raise NodeError(f"failed in {root}: {shlex.join(command)}")
+            ]
+        for command in commands:
+            if subprocess.call(inside(*command), stdin=subprocess.DEVNULL) != 0:
+                raise NodeError(f"failed in {root}: {shlex.join(command)}")
         # Environments that tox created for the machine's own Pythons do not run in that root.
         workdir = f"{PROJECT}/.tox/{suite}"
         return inside(f"{self.TOX}/bin/tox", "run", "--workdir", workdir, *arguments)

@@ -42,7 +42,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -696,6 +696,9 @@ apt-get install -y --no-install-recommends "$@" || {
 """
 
 
+_OTHERWISE = ", or set DOMAIN_EVENTS_TEST_URL to the URL of a broker that tests may use"
+
+
 def install(releases: Sequence[str] = ("host",)) -> None:
     """Install the missing ones of `releases`, after a message. Raises NodeError if it cannot."""
     for release in releases:
@@ -703,27 +706,25 @@ def install(releases: Sequence[str] = ("host",)) -> None:
             continue
         if release == "host":
             _say("installing rabbitmq-server with apt-get; its service is not started")
-            _apt_install("rabbitmq-server", "openssl")
+            apt_install("rabbitmq-server", "openssl")
         else:
             unpack(SUITES[release], SUITES[release], f"RabbitMQ {release}", ["rabbitmq-server"])
         if find(release) is None:
             raise NodeError(f"RabbitMQ ({release}) was installed, but there is no /{_PROGRAMS}")
 
 
-def _apt_install(*packages: str) -> None:
+def apt_install(*packages: str, otherwise: str = _OTHERWISE) -> None:
+    """Install Debian packages, starting no service. Raises NodeError, which ends in `otherwise`."""
     command = ["sh", "-c", _APT, "sh", *packages]
     package = " ".join(packages)
     if shutil.which("apt-get") is None:
-        raise NodeError(f"no apt-get here: install {package} yourself{_OTHERWISE}")
+        raise NodeError(f"no apt-get here: install {package} yourself{otherwise}")
     if os.geteuid() != 0:
         if shutil.which("sudo") is None or subprocess.call(["sudo", "-n", "true"]) != 0:
-            raise NodeError(f"apt-get needs root: run `apt-get install {package}`{_OTHERWISE}")
+            raise NodeError(f"apt-get needs root: run `apt-get install {package}`{otherwise}")
         command = ["sudo", "-n", *command]
     if subprocess.call(command, stdin=subprocess.DEVNULL) != 0:
-        raise NodeError(f"apt-get could not install {package}: install it yourself{_OTHERWISE}")
-
-
-_OTHERWISE = ", or set DOMAIN_EVENTS_TEST_URL to the URL of a broker that tests may use"
+        raise NodeError(f"apt-get could not install {package}: install it yourself{otherwise}")
 
 
 def unpack(name: str, suite: str, content: str, packages: Sequence[str]) -> Path:
@@ -738,7 +739,7 @@ def unpack(name: str, suite: str, content: str, packages: Sequence[str]) -> Path
             return folder  # from an earlier run, or another process was faster
         if shutil.which("debootstrap") is None:
             _say("installing debootstrap with apt-get")
-            _apt_install("debootstrap")
+            apt_install("debootstrap")
         mirror = _mirror()
         _say(f"unpacking {content} (Debian {suite}, 400 MB and more) to {folder}")
         # A debootstrap older than the suite has no script for it; that of `sid` works for all.
@@ -774,30 +775,39 @@ def _locked(path: Path) -> Iterator[None]:
 def _run_with_node(release: str, command: Sequence[str]) -> int:
     """Run `command` with a node; returns its exit code, as a shell would."""
     install([release])
+    exit_on_signals()
+    _say(f"starting RabbitMQ ({release}); this takes some seconds")
+    with Node(release) as node:
+        arguments = [argument.replace("{url}", node.url) for argument in command]
+        return run_to_the_end(arguments, {**os.environ, "DOMAIN_EVENTS_URL": node.url})
+
+
+def exit_on_signals() -> None:
+    """From now on SIGTERM and SIGHUP raise SystemExit, so that what was started is stopped."""
 
     def on_signal(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGHUP, on_signal)
-    _say(f"starting RabbitMQ ({release}); this takes some seconds")
-    with Node(release) as node:
-        arguments = [argument.replace("{url}", node.url) for argument in command]
-        environment = {**os.environ, "DOMAIN_EVENTS_URL": node.url}
-        try:
-            child = subprocess.Popen(arguments, env=environment)
-        except OSError as error:
-            _say(f"{arguments[0]}: {error.strerror}")
-            return 127
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            # The terminal sent Ctrl-C to the command as well: let it end in its own way.
-            code = _end(child)
-        except SystemExit:
-            child.terminate()
-            _end(child)
-            raise
+
+
+def run_to_the_end(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command, which ends with us; returns its exit code, as a shell would."""
+    try:
+        child = subprocess.Popen(arguments, env=environment)
+    except OSError as error:
+        print(f"{arguments[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        # The terminal sent Ctrl-C to the command as well: let it end in its own way.
+        code = _end(child)
+    except SystemExit:
+        child.terminate()
+        _end(child)
+        raise
     return code if code >= 0 else 128 - code
 
 
@@ -813,7 +823,8 @@ def _say(text: str) -> None:
     print(f"rabbitmq_node: {text}", file=sys.stderr, flush=True)
 
 
-def _partition(words: list[str]) -> tuple[list[str], list[str]]:
+def partition(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what stands after it."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
@@ -823,7 +834,7 @@ def main() -> int:
         _watch(int(sys.argv[2]))
         return 0
     # Everything after the first `--` belongs to the command, whatever it looks like.
-    words, command = _partition(sys.argv[1:])
+    words, command = partition(sys.argv[1:])
     parser = argparse.ArgumentParser(
         prog="rabbitmq_node.py",
         description="Private RabbitMQ nodes: no root service, no Docker.",

@@ -321,6 +321,11 @@ def overridden(broker: Broker) -> Iterator[None]:
         _overrides.remove(broker)
 
 
+def switched_off(urls: tuple[str, ...] | None) -> bool:
+    """Whether owners with these settings have no broker."""
+    return urls is None and not _overrides
+
+
 class Connections:
     """The connections of one owner, each made when first used.
 

@@ -1,0 +1,71 @@
+"""The inbox: notes which subscriber has handled which event, in the handler's own transaction.
+
+The note is inserted before the handler's work, and committed with it. A second delivery of the
+event, at the same time, waits for the first one's transaction at the table's primary key: it is
+skipped if that was committed, and handled if it was rolled back. The subscriber is part of the key,
+since several of one service may handle the same event.
+"""
+
+from __future__ import annotations
+
+from domain_events.outbox.database import Execute, check_dialect, clock
+from domain_events.outbox.rows import key_of
+from domain_events.outbox.schema import INBOX
+
+#: Seconds for which notes are kept: longer than a retry may wait, which is 19 days.
+KEPT = 30 * 24 * 3600.0
+
+
+def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool:
+    """Note that a subscriber handles an event, in the transaction that its handler's work is in.
+
+    :return: False: it has handled the event before, and is to skip it.
+    """
+    dialect = check_dialect(dialect)
+    parameters = {
+        "subscriber": key_of(subscriber, dialect),
+        "event_id": key_of(event_id, dialect),
+    }
+    values = (
+        f"{INBOX} (subscriber, event_id, handled) VALUES (:subscriber, :event_id, {clock(dialect)})"
+    )
+    if dialect == "postgresql":
+        found = execute(f"INSERT INTO {values} ON CONFLICT DO NOTHING RETURNING 1", parameters)
+        return bool(found)
+    if dialect == "sqlite":
+        execute(f"INSERT INTO {values} ON CONFLICT DO NOTHING", parameters)
+        return _changed(execute, dialect) > 0
+    execute(f"INSERT IGNORE INTO {values}", parameters)
+    return _changed(execute, dialect) > 0
+
+
+def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = 1000) -> int:
+    """Delete old notes, a small batch of them; call it again while it has deleted ``most``.
+
+    :param older_than: seconds. An event that comes once more after that is handled again.
+    :return: how many were deleted.
+    """
+    dialect = check_dialect(dialect)
+    old = f"handled < {clock(dialect)} - :age ORDER BY handled LIMIT {int(most)}"
+    parameters = {"age": float(older_than)}
+    if dialect == "mysql":
+        execute(f"DELETE FROM {INBOX} WHERE {old}", parameters)
+        return _changed(execute, dialect)
+    if dialect == "sqlite":
+        execute(
+            f"DELETE FROM {INBOX} WHERE rowid IN (SELECT rowid FROM {INBOX} WHERE {old})",
+            parameters,
+        )
+        return _changed(execute, dialect)
+    found = execute(
+        f"DELETE FROM {INBOX} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {INBOX} WHERE {old} "
+        "FOR UPDATE SKIP LOCKED)) RETURNING 1",
+        parameters,
+    )
+    return len(found)
+
+
+def _changed(execute: Execute, dialect: str) -> int:
+    """How many rows the last statement has changed."""
+    number = "changes()" if dialect == "sqlite" else "ROW_COUNT()"
+    return int(execute(f"SELECT {number}", {})[0][0])

@@ -1,0 +1,250 @@
+"""Sending rows: what courier and relay have in common.
+
+Of one object, one event at a time is under way. More of them would be faster, and out of order as
+soon as the broker refuses one and accepts the next. So rows are sent in waves: in each, the oldest
+row of each object. What is in one wave is pipelined.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from domain_events import settings
+from domain_events.broker import switched_off
+from domain_events.errors import (
+    ConfigurationError,
+    DomainEventsError,
+    EventRejected,
+    InvalidEvent,
+)
+from domain_events.events import DomainEvent
+from domain_events.log import Log
+from domain_events.message import type_name
+from domain_events.middleware import Done, Middleware, Operation, Outgoing
+from domain_events.outbox import rows as table
+from domain_events.outbox.database import Database, check_dialect
+from domain_events.outbox.rows import Row
+from domain_events.publisher import Publisher
+from domain_events.settings import DEFAULT, ConnectionSettings
+
+log = Log("domain_events.outbox")
+
+# Seconds after which what was confirmed is deleted, and leases are renewed, while others are sent:
+# a process that is killed leaves duplicates of no more than this.
+_SETTLE_EVERY = 1.0
+
+
+@dataclass
+class Sent:
+    """What became of rows; those in none of these were not sent, or not confirmed."""
+
+    confirmed: list[Row] = field(default_factory=list)
+    #: With the reason.
+    parked: list[tuple[Row, str]] = field(default_factory=list)
+    #: By exchange: why nothing can be published there for now.
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+class Sender:
+    """Publishes rows, and deletes, parks or releases them accordingly. For one thread.
+
+    :param lease: seconds for which rows are leased.
+    :param timeout: seconds without any confirm that are an outage.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        connection_settings: ConnectionSettings = DEFAULT,
+        *,
+        lease: float,
+        timeout: float,
+        middleware: Iterable[Middleware] = (),
+    ) -> None:
+        self._database = database
+        self._dialect = check_dialect(database.dialect)
+        self._settings = settings.masked(connection_settings)
+        self._lease = lease
+        self._timeout = timeout
+        self._outcomes = _Outcomes()
+        self._middleware = (*middleware, self._outcomes)
+        self._publishers: dict[tuple[tuple[str, ...] | None, str], Publisher] = {}
+
+    def send(self, token: str, rows: Sequence[Row]) -> Sent:
+        """Send rows that are leased to ``token``, in their order, and settle them.
+
+        :raises Exception: of the database; then their leases run out.
+        """
+        sent = Sent()
+        settled = 0
+        open_ = {row.id for row in rows}
+
+        def settle(*, finish: bool) -> None:
+            nonlocal settled
+            confirmed, settled = sent.confirmed[settled:], len(sent.confirmed)
+            rest = open_ - {row.id for row in sent.confirmed} - {row.id for row, _ in sent.parked}
+            with self._database.transaction() as execute:
+                table.delete(execute, token, [row.id for row in confirmed])
+                if finish:
+                    for row, why in sent.parked:
+                        table.park(execute, self._dialect, token, row.id, why)
+                    table.release(execute, token, rest)
+                else:
+                    open_.difference_update(
+                        rest - table.renew(execute, self._dialect, token, rest, self._lease)
+                    )
+
+        try:
+            self._send(rows, sent, open_, settle)
+        finally:
+            settle(finish=True)
+        for row, why in sent.parked:
+            log.error(
+                "The event %s '%s' cannot be sent: row %d of the outbox in %s is parked%s. %s",
+                row.event_id,
+                row.routing_key,
+                row.id,
+                self._database.name,
+                "" if row.object_key is None else "; later events of its object wait for it",
+                why,
+            )
+        return sent
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Close the connections to the broker; the next row opens them again."""
+        while self._publishers:
+            _, publisher = self._publishers.popitem()
+            publisher.close(timeout)
+
+    def _send(
+        self,
+        rows: Sequence[Row],
+        sent: Sent,
+        open_: Collection[int],
+        settle: Callable[..., None],
+    ) -> None:
+        lanes: dict[object, deque[Row]] = {}
+        for row in rows:
+            # A row of no object is a lane of its own.
+            lanes.setdefault(row.id if row.object_key is None else row.object_key, deque()).append(
+                row
+            )
+        settle_at = min((row.leased_at for row in rows), default=0.0) + min(
+            _SETTLE_EVERY, self._lease / 3
+        )
+        while lanes:
+            if time.monotonic() > settle_at:
+                settle(finish=False)
+                settle_at = time.monotonic() + min(_SETTLE_EVERY, self._lease / 3)
+            wave: dict[str, list[Row]] = {}
+            for lane in lanes.values():
+                if lane[0].id in open_ and lane[0].exchange not in sent.failures:
+                    wave.setdefault(lane[0].exchange, []).append(lane[0])
+            going_on: set[int] = set()
+            for exchange, batch in wave.items():
+                going_on |= self._publish(exchange, batch, sent)
+            for key, lane in list(lanes.items()):
+                if lane.popleft().id not in going_on or not lane:
+                    del lanes[key]
+
+    def _publish(self, exchange: str, rows: list[Row], sent: Sent) -> set[int]:
+        """Publish at most one row of each object; returns the ids of the confirmed ones."""
+        before = len(sent.confirmed)
+        waiting: list[tuple[Row, DomainEvent[Any]]] = []
+        for row in rows:
+            try:
+                waiting.append((row, row.event()))
+            except InvalidEvent as error:
+                sent.parked.append((row, _reason(error)))
+        while waiting and exchange not in sent.failures:
+            outcomes = self._outcomes.begin()
+            try:
+                self._publisher(exchange).publish_many(event for _, event in waiting)
+            except Exception as error:  # noqa: BLE001 - also a middleware's
+                for event in getattr(error, "unconfirmed", ()):
+                    # Where middleware before ours has failed, it has no outcome.
+                    outcomes.setdefault(id(event), error)
+                if not outcomes:
+                    sent.failures[exchange] = error
+            finally:
+                waiting = self._sort(exchange, waiting, outcomes, sent)
+        return {row.id for row in sent.confirmed[before:]}
+
+    def _sort(
+        self,
+        exchange: str,
+        rows: list[tuple[Row, DomainEvent[Any]]],
+        outcomes: dict[int, BaseException | None],
+        sent: Sent,
+    ) -> list[tuple[Row, DomainEvent[Any]]]:
+        """Note what became of the rows; returns those that were not taken."""
+        rest = []
+        for row, event in rows:
+            if id(event) not in outcomes:
+                rest.append((row, event))
+                continue
+            error = outcomes[id(event)]
+            if error is None:
+                sent.confirmed.append(row)
+            elif _concerns_the_event(error):
+                sent.parked.append((row, _reason(error)))
+            elif isinstance(error, Exception):
+                sent.failures.setdefault(exchange, error)
+        if len(rest) == len(rows):
+            why = "What became of the events is not known: they were not announced."
+            sent.failures.setdefault(exchange, RuntimeError(why))
+        return rest
+
+    def _publisher(self, exchange: str) -> Publisher:
+        urls = settings.resolve(self._settings)
+        if switched_off(urls):
+            raise ConfigurationError(
+                "Publishing is switched off, since connection_settings is None, but there are "
+                "events in the outbox. They stay there; give an AMQP URL."
+            )
+        publisher = self._publishers.get((urls, exchange))
+        if publisher is None:
+            publisher = self._publishers[urls, exchange] = Publisher(
+                urls,
+                exchange,
+                timeout=self._timeout,
+                middleware=self._middleware,
+                operation=Operation.RELAY,
+            )
+        return publisher
+
+
+class _Outcomes(Middleware):
+    """Notes what became of each event of a `Publisher.publish_many`; its error is of the first."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[int, BaseException | None] = {}
+
+    def begin(self) -> dict[int, BaseException | None]:
+        """For the next events, by ``id()``: two may be equal."""
+        self._outcomes = {}
+        return self._outcomes
+
+    def publishing(self, outgoing: Outgoing) -> Done:
+        outcomes, number = self._outcomes, id(outgoing.event)
+
+        def done(error: BaseException | None) -> None:
+            outcomes[number] = error
+
+        return done
+
+
+def _concerns_the_event(error: BaseException) -> bool:
+    """Whether others may be sent all the same; otherwise there is an outage, which ends."""
+    if isinstance(error, DomainEventsError):
+        return isinstance(error, InvalidEvent | EventRejected)
+    # A middleware's. What it reads may be unavailable, too.
+    return isinstance(error, Exception) and not isinstance(error, OSError | MemoryError)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type_name(error)}: {error}"
