@@ -713,7 +713,9 @@ def test_publishing_may_be_switched_off(where: Where, caplog: pytest.LogCaptureF
 def test_asynchronous_session_is_an_error_that_says_what_to_give() -> None:
     """And so is anything else."""
     session: Any = AsyncSession()
-    with pytest.raises(TypeError, match=r"give its sync_session.*blocks the event loop"):
+    with pytest.raises(
+        TypeError, match=r"await session.run_sync.publish_on_commit.*blocks the event loop"
+    ):
         publish_on_commit(session, "x", {})
     other: Any = sessionmaker()
     with pytest.raises(TypeError, match="a Connection, not of type sessionmaker"):
