@@ -13,7 +13,7 @@ sys.path.insert(0, str(_TOOLS))
 
 from rabbitmq_node import RELEASES, Node, NodeError, install  # noqa: E402
 
-from benchmarks import pieces, plots, profiling, running, samples, scenarios, tables  # noqa: E402
+from benchmarks import layers, pieces, plots, profiling, running, samples, scenarios, tables  # noqa: E402
 from benchmarks.registry import BY_NAME, PEERS, Peer  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 
@@ -68,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--pieces", action="store_true", help="only show the cost of each step of an event"
     )
+    options.add_argument(
+        "--middleware", action="store_true", help="only show what middleware costs"
+    )
     return options
 
 
@@ -88,6 +91,11 @@ def main(words: Sequence[str] | None = None) -> int:
                 results.add(Results.load(path))
         elif options.pieces:
             pieces.show()
+            return 0
+        elif options.middleware:
+            with _Broker(options) as broker:
+                running.say("none, one, three, and the library's own, in turn")
+                print(layers.show(layers.measure(broker.url, options.rounds or 5)))
             return 0
         elif options.profile:
             with _Broker(options) as broker:

@@ -111,6 +111,9 @@ def pika_s_frames() -> list[Piece]:
 class _Consumer:
     """One that only counts."""
 
+    consuming_since = None
+    unsettled = 0
+
     def __init__(self) -> None:
         self.settled = 0
 

@@ -22,8 +22,10 @@ nitpicky = True
 # Types of the standard library, and names of ours that are explained where they are used. No
 # intersphinx: it would need the network at each build.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|types|typing|uuid)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|types|typing|uuid)\..*"),
+    (r"py:.*", r"(prometheus_client\.registry\.)?CollectorRegistry"),
     (r"py:obj", r"Delivery"),
+    (r"py:.*", r"(domain_events\.probes\.)?HasHealth"),
     (r"py:.*", r"(domain_events\.testing\.broker\.)?(Store|memory)"),
     (r"py:.*", r"(domain_events\.handling\.)?Handler"),
     (r"py:.*", r"(domain_events\.(events|middleware)\.)?(Data|Done|HeaderValue)"),

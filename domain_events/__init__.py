@@ -8,10 +8,11 @@
     subscriber.register(handle_user_event, 'print-user-event', ['user.*'])
     subscriber.start_consuming()
 
-To know every guarantee, read in this order: ``events``, ``retry``, ``errors``, ``message``,
-``broker`` (the protocol), ``publisher``, ``subscriber`` with ``options``, ``worker``, ``handling``
-and ``forwarding``, ``dead_letters`` with ``undelivered`` and ``walks``, ``broker.memory`` (a broker
-that keeps them all). ``broker.rabbitmq`` is how RabbitMQ keeps them. CONTRIBUTING.rst has the map.
+To know every guarantee, read in this order: ``events``, ``retry``, ``errors``, ``outcomes``,
+``middleware``, ``message``, ``broker`` (the protocol), ``publisher``, ``subscriber`` with
+``options`` and ``payloads``, ``worker``, ``handling`` and ``forwarding``, ``dead_letters`` with
+``undelivered`` and ``walks``, ``broker.memory`` (a broker that keeps them all). ``broker.rabbitmq``
+is how RabbitMQ keeps them. CONTRIBUTING.rst has the map.
 """
 
 from domain_events import safe_path  # isort: skip  # before anything else is imported
@@ -35,6 +36,7 @@ from domain_events.errors import (
     TopologyError,
 )
 from domain_events.events import DomainEvent
+from domain_events.health import PublisherHealth, SubscriberHealth
 from domain_events.middleware import (
     ConnectionChange,
     ConnectionState,
@@ -78,9 +80,11 @@ __all__ = [
     "Outcome",
     "Outgoing",
     "Publisher",
+    "PublisherHealth",
     "Reject",
     "Retry",
     "Subscriber",
+    "SubscriberHealth",
     "TopologyError",
     "Undelivered",
     "UndeliveredEvent",

@@ -139,6 +139,7 @@ class DeadLetters(Walks):
                 self.name,
                 printable(delivery.message_id),
                 printable(delivery.original_routing_key),
+                about=messages.about(delivery, self.name),
             )
         self._check_held(delivery)
         try:

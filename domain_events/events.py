@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date
+from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
@@ -24,6 +24,7 @@ from uuid import UUID, uuid5
 
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
+from domain_events.kinds import field_names, fields_of
 from domain_events.text import plain, printable
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Details(NamedTuple):
     redelivered: bool = False
     replayed: bool = False
     subscriber: str | None = None
+    exchange: str | None = None
     #: Of an event from an outbox, the program that wrote it.
     app_id: str | None = None
 
@@ -65,9 +67,10 @@ class DomainEvent(Generic[Data]):
     known besides and travels in the message's properties and headers.
 
     :param routing_key: ``<DOMAIN>.<EVENT_TYPE>``, such as ``user.registered``.
-    :param data: what happened: a dict or a dataclass of JSON values; datetime, date, time,
-        UUID, Decimal (all as text) and Enum (as its value) may be among them. A tuple, also a
-        named one, arrives as a list, and a key that is a number as text. None is an empty dict.
+    :param data: what happened: a dict of JSON values, or an object with fields: a dataclass, a
+        pydantic model, a msgspec struct, an attrs class. datetime, date, time, UUID, Decimal (all
+        as text) and Enum (as its value) may be among the values. A tuple, also a named one,
+        arrives as a list, and a key that is a number as text. None is an empty dict.
     :param domain_object_id: the id of the object it happened to; optional.
     :param uuid_string: the event's own id: the key by which a handler can recognize an
         event that it has seen before. A new one if left out.
@@ -169,6 +172,11 @@ class DomainEvent(Generic[Data]):
         return event
 
     @property
+    def exchange(self) -> str | None:
+        """The exchange on which that subscriber is."""
+        return self.details.exchange
+
+    @property
     def details(self) -> Details:
         """All of these.
 
@@ -249,7 +257,7 @@ class DomainEvent(Generic[Data]):
             data = self.__dict__.get("data")
             if isinstance(data, dict) and name in data:
                 error += f"; it is in the event's data: event.data[{name!r}]"
-            elif name in getattr(data, "__dataclass_fields__", ()):
+            elif name in field_names(type(data)):
                 error += f"; it is in the event's data: event.data.{name}"
             raise AttributeError(error, name=name, obj=self)
 
@@ -278,18 +286,22 @@ class DomainEvent(Generic[Data]):
                 f"{type(about).__name__}; give the object's id, such as str(user.id)."
             )
         try:
-            text = _encode(self.event_data)
+            envelope = self.event_data
+            content = data
+            if type(data) is not dict and not isinstance(data, _JSON_TYPES):
+                content = envelope["data"] = fields_of(data)
+            text = encode(envelope)
             # Most events need no walk: without a brace after the first character, the data has no
             # nested object, and join() checks that all its keys are str.
             if text.find("{", text.index('"data": ') + 9) > 0:
-                _refuse_clashing_keys(data)
-            elif isinstance(data, dict):
+                _refuse_clashing_keys(content)
+            elif isinstance(content, dict):
                 try:
-                    "".join(data)
+                    "".join(content)
                 except TypeError:
-                    _refuse_clashing_keys(data)
-            elif isinstance(data, Enum):  # whose value may be a dict
-                _refuse_clashing_keys(data)
+                    _refuse_clashing_keys(content)
+            elif not isinstance(content, _JSON_TYPES):  # an Enum, whose value may be a dict
+                _refuse_clashing_keys(content)
         except (TypeError, ValueError, RecursionError) as error:
             if isinstance(error, RecursionError):
                 why = "its data is nested too deeply, or contains itself"
@@ -369,6 +381,13 @@ def from_envelope(
     if details is not None:
         event.__dict__["_details"] = details
     return event
+
+
+def with_data(event: DomainEvent[Any], data: Any) -> DomainEvent[Any]:
+    """The same event, received with other data: as its handler takes them."""
+    copy = type(event).__new__(type(event))
+    copy.__dict__.update(event.__dict__, data=data)
+    return copy
 
 
 def read_envelope(json_data: bytes | str) -> Envelope:
@@ -482,12 +501,26 @@ def _default(value: object) -> object:
         return str(value)
     if isinstance(value, Enum):
         return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(
-        f"a value of type {type(value).__name__} is not JSON-serializable; convert it first, "
-        "for example to a dict, a list or a str"
-    )
+    fields = fields_of(value)
+    if fields is value:
+        raise TypeError(_unsuitable(value))
+    return fields
+
+
+def _unsuitable(value: object) -> str:
+    if isinstance(value, bytes | bytearray | memoryview):
+        advice = (
+            "give it as text, base64.b64encode(value).decode(), or store it and publish where it is"
+        )
+    elif isinstance(value, timedelta):
+        advice = "give its total_seconds()"
+    elif isinstance(value, set | frozenset):
+        advice = "give a list, such as sorted(value)"
+    elif isinstance(value, type):
+        advice = f"it is a class, so give an object of it, {value.__name__}(...)"
+    else:
+        advice = "convert it first, for example to a dict, a list or a str"
+    return f"a value of type {type(value).__name__} is not JSON-serializable; {advice}"
 
 
 def _refuse_clashing_keys(data: object) -> None:
@@ -514,13 +547,26 @@ def _refuse_clashing_keys(data: object) -> None:
 def _refuse_clash(keys: Iterable[object]) -> None:
     seen: dict[str, object] = {}
     for key in keys:
-        text = plain(key) if isinstance(key, str) else _encode(key)
+        text = key_text(key)
         if text in seen:
             raise ValueError(
                 f"the keys {seen[text]!r} and {key!r} are the same text in JSON, so that one of "
                 "their values would be lost; rename one of them"
             )
         seen[text] = key
+
+
+def key_text(key: object) -> str:
+    """The text of a dictionary's key in JSON."""
+    return plain(key) if isinstance(key, str) else encode(key)
+
+
+def simplified(value: object) -> object:
+    """A value as the type that it has in JSON, but nothing inside it.
+
+    :raises TypeError: it has none.
+    """
+    return value if isinstance(value, _JSON_TYPES) else _default(value)
 
 
 def _where(data: object) -> str:
@@ -543,21 +589,28 @@ def _parts(value: object) -> Iterable[tuple[str, object]]:
         return [(f"[{printable(repr(key), 60)}]", part) for key, part in value.items()]
     if isinstance(value, list | tuple):
         return [(f"[{at}]", part) for at, part in enumerate(value)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return [(f".{field.name}", getattr(value, field.name)) for field in fields]
-    return []
+    try:
+        fields = fields_of(value)
+    except (TypeError, ValueError, RecursionError):  # a serializer of the user's, for pydantic
+        return []
+    if fields is value:
+        return []
+    if not isinstance(fields, dict):
+        return [("", fields)]
+    return [(f".{printable(name, 60)}", part) for name, part in fields.items()]
 
 
 def _is_json(value: object) -> bool:
     try:
-        _encode(value)
+        encode(value)
         _refuse_clashing_keys(value)
     except (TypeError, ValueError, RecursionError):
         return False
     return True
 
 
+# What the JSON encoder supports by itself.
+_JSON_TYPES = (dict, str, int, float, list, tuple, type(None))
 _EXACT = frozenset({str, int, float, bool, type(None), UUID})
 _LONGEST_PATH = 200
 
@@ -576,5 +629,7 @@ def _encoder() -> Callable[[object], str]:
     return lambda value: "".join(chunks(value, 0))
 
 
-_encode = _encoder()
+#: The JSON of a value.
+#: The JSON of a value.
+encode = _encoder()
 _raw_decode = json.JSONDecoder().raw_decode

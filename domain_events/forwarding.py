@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from domain_events import message as messages
 from domain_events.broker import Consumer, Publication, Publishing, Settlement
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
@@ -194,9 +195,11 @@ class Forwarder:
             done(error)
         if error is not None:
             log.error(
-                "%s could not be forwarded to %s: %s %s",
+                "%s %s could not be forwarded to %s: %s %s",
                 printable(delivery.original_routing_key),
+                printable(delivery.message_id),
                 printable(message.destination),
                 printable(error, 1000),
                 "It is requeued." if self._ending else "Trying again.",
+                about=messages.about(delivery, getattr(message.destination, "name", None)),
             )

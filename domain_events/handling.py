@@ -27,7 +27,7 @@ from domain_events.broker import Consumer, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.events import DomainEvent
 from domain_events.forwarding import Forwarder
-from domain_events.log import Log
+from domain_events.log import About, Log, about
 from domain_events.message import Delivery, GivenUp, Later, Message, ToSubscriber
 from domain_events.middleware import (
     Done,
@@ -40,6 +40,7 @@ from domain_events.middleware import (
 )
 from domain_events.options import Options
 from domain_events.outcomes import Delivered, Outcome
+from domain_events.payloads import Payload
 from domain_events.retry import SHORTEST_DELAY, Reject, Retry, checked_delay, units_of
 from domain_events.text import printable
 from domain_events.unfinished import check_finished
@@ -76,11 +77,13 @@ class Subscription:
         options: Options,
         forwarder: Forwarder,
         middleware: Callable[[], tuple[Middleware, ...]] = tuple,
+        payload: Payload | None = None,
     ) -> None:
         self.options = options
         self.handler = handler
         self._forwarder = forwarder
         self._middleware = middleware
+        self._payload = payload
         # Whether an event with this routing key is listed.
         self._listed: dict[str, bool] = {}
         self._has_delays = options.queue.delays
@@ -110,10 +113,16 @@ class Subscription:
     def _settled(self, delivery: Delivery, consumer: Consumer) -> Delivered:
         name = self.options.name
         try:
-            event, claimed = messages.read_event(delivery, name)
+            exchange = self.options.queue.exchange.name
+            event, claimed = messages.read_event(delivery, name, exchange)
         except InvalidEvent as error:
             outcome = self._give_up(None, delivery, consumer, error)
-            log.error("%s got a message that is not an event. %s", name, printable(error))
+            log.error(
+                "%s got a message that is not an event. %s",
+                name,
+                printable(error),
+                about=messages.about(delivery, name),
+            )
             return Delivered(name, None, outcome, error)
         if claimed != event.routing_key:
             self._warn_of_claim(event, claimed)
@@ -126,8 +135,23 @@ class Subscription:
                 "or its connection ended before the handler returned, or the event was given back.",
             )
             outcome = self._give_up(event, delivery, consumer, limit)
-            log.error("%s gave up on %s. %s", name, _named(event), limit)
+            log.error("%s gave up on %s. %s", name, _named(event), limit, about=self._about(event))
             return Delivered(name, event, outcome, limit)
+        if self._payload is not None:
+            try:
+                event = self._payload.read(event)
+            except BaseException as error:  # noqa: BLE001 - as in `_call`
+                if ends_the_process(error):
+                    return self._exited(event, delivery, consumer, error)
+                outcome = self._give_up(event, delivery, consumer, error)
+                log.error(
+                    "%s gave up on %s. %s",
+                    name,
+                    _named(event),
+                    printable(error, 1000),
+                    about=self._about(event),
+                )
+                return Delivered(name, event, outcome, error)
         return self._call(event, delivery, consumer)
 
     def _call(self, event: DomainEvent[Any], delivery: Delivery, consumer: Consumer) -> Delivered:
@@ -148,7 +172,13 @@ class Subscription:
         except Reject as signal:
             reason = getattr(signal, "reason", signal)  # a subclass may have left it out
             outcome = self._give_up(event, delivery, consumer, signal)
-            log.warning("%s rejected %s: %s", name, _named(event), printable(reason))
+            log.warning(
+                "%s rejected %s: %s",
+                name,
+                _named(event),
+                printable(reason),
+                about=self._about(event),
+            )
             delivered = Delivered(name, event, outcome, signal)
         except self.options.retry_on as error:
             if ends_the_process(error):
@@ -161,7 +191,9 @@ class Subscription:
                 delivered = self._exited(event, delivery, consumer, error)
             else:
                 outcome = self._give_up(event, delivery, consumer, error)
-                log.error("%s failed on %s", name, _named(event), exc_info=error)
+                log.error(
+                    "%s failed on %s", name, _named(event), exc_info=error, about=self._about(event)
+                )
                 delivered = Delivered(name, event, outcome, error)
         else:
             consumer.settle(delivery)
@@ -189,7 +221,14 @@ class Subscription:
             why = f"after {event.retries} retries (max_retries={most})"
             if not most:
                 why = "at once: its handler raised Retry, and max_retries is 0"
-            log.error("%s gave up on %s %s", name, _named(event), why, exc_info=error)
+            log.error(
+                "%s gave up on %s %s",
+                name,
+                _named(event),
+                why,
+                exc_info=error,
+                about=self._about(event),
+            )
             return Delivered(name, event, outcome, error)
         try:
             # The user's code may have computed it, or changed any attribute.
@@ -197,7 +236,9 @@ class Subscription:
         except Exception as wrong:
             wrong.__cause__ = error
             outcome = self._give_up(event, delivery, consumer, wrong)
-            log.error("%s failed on %s", name, _named(event), exc_info=wrong)
+            log.error(
+                "%s failed on %s", name, _named(event), exc_info=wrong, about=self._about(event)
+            )
             return Delivered(name, event, outcome, wrong)
         reason = messages.reason_of(error)
         later = Later(options.queue.exchange.name, name, delay)
@@ -213,6 +254,7 @@ class Subscription:
             most,
             messages.type_name(reason),
             printable(reason),
+            about=self._about(event),
         )
         return Delivered(name, event, Outcome.RETRY, error, delay)
 
@@ -228,7 +270,13 @@ class Subscription:
         outcome = Outcome.GIVEN_BACK
         if last and options.queue.dead_letters:
             outcome = self._give_up(event, delivery, consumer, error)
-        log.error("%s: the handler ended the process on %s", name, _named(event), exc_info=error)
+        log.error(
+            "%s: the handler ended the process on %s",
+            name,
+            _named(event),
+            exc_info=error,
+            about=self._about(event),
+        )
         return Delivered(name, event, outcome, error)
 
     def _give_up(
@@ -249,6 +297,7 @@ class Subscription:
             self.options.name,
             printable(delivery.original_routing_key),
             printable(delivery.message_id),
+            about=self._about(event, delivery),
         )
         return Outcome.DROPPED
 
@@ -264,6 +313,7 @@ class Subscription:
                 options.name,
                 _named(event),
                 delivery.failures + 1,
+                about=self._about(event),
             )
         return options.queue.dead_letters
 
@@ -293,6 +343,7 @@ class Subscription:
                 self.options.name,
                 printable(message.message_id),
                 printable(message.destination),
+                about=self._about(event, delivery),
             )
         return done
 
@@ -305,7 +356,14 @@ class Subscription:
                 self.options.name,
                 _named(event),
                 printable(claimed),
+                about=self._about(event),
             )
+
+    def _about(self, event: DomainEvent | None, delivery: Delivery | None = None) -> About:
+        if event is None:
+            assert delivery is not None
+            return messages.about(delivery, self.options.name)
+        return about(self.options.name, event.routing_key, event.uuid_string)
 
     # --- events that are not listed --------------------------------------------------------------
 
@@ -318,13 +376,18 @@ class Subscription:
                 self._listed.clear()
             self._listed[key] = listed
             if not listed:
-                self._warn_of_unlisted(key)
+                self._warn_of_unlisted(event)
         return listed
 
-    def _warn_of_unlisted(self, key: str) -> None:
-        name = self.options.name
+    def _warn_of_unlisted(self, event: DomainEvent) -> None:
+        name, key = self.options.name, event.routing_key
         if self.options.has_retired(key):
-            log.warning("%s has retired %s: such events are acked unhandled.", name, printable(key))
+            log.warning(
+                "%s has retired %s: such events are acked unhandled.",
+                name,
+                printable(key),
+                about=self._about(event),
+            )
             return
         log.warning(
             "%s gets events with the routing key %s, which matches none of the binding keys of "
@@ -337,6 +400,7 @@ class Subscription:
             ", ".join(map(printable, self.options.queue.binding_keys[:10])),
             round(sum(_HAND_BACK_DELAYS) / 60),
             printable(key),
+            about=self._about(event),
         )
 
     def _pass_on(
@@ -356,7 +420,13 @@ class Subscription:
                 f"minutes. This one lists: {', '.join(map(printable, keys))}.",
             )
             outcome = self._give_up(event, delivery, consumer, unlisted)
-            log.error("%s gave up on %s. %s", options.name, _named(event), unlisted)
+            log.error(
+                "%s gave up on %s. %s",
+                options.name,
+                _named(event),
+                unlisted,
+                about=self._about(event),
+            )
             return Delivered(options.name, event, outcome, unlisted)
         delay = _HAND_BACK_DELAYS[min(often, len(_HAND_BACK_DELAYS) - 1)]
         self._hand_back(event, delivery, consumer, delay)

@@ -10,6 +10,10 @@ connection or of a delivery. Therefore:
 - Within `in_background`, which a connection's I/O thread never leaves, lines are handed to a thread
   that does nothing else, so that however long they take, heartbeats and confirms go on.
 
+A line about an event has the attributes of `about` on its ``LogRecord``, so that formatters that
+write JSON get them. Their names are this library's own: another one would clash with what an
+application's record factory sets, and ``logging`` refuses that.
+
 Threads. ``_Writer`` owns the queue; its thread starts with the first line, and ends soon after the
 last. At the program's end the remaining lines get a second.
 """
@@ -24,6 +28,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -46,44 +51,68 @@ ExcInfo: TypeAlias = (
 )
 
 
+#: The attributes of `about`.
+About: TypeAlias = Mapping[str, str | None]
+
+
+def about(subscriber: object, routing_key: object, event_id: object) -> About:
+    """The attributes of a line about an event: text on one line, or None if it is not known."""
+    return {
+        "domain_event_subscriber": None if subscriber is None else printable(subscriber),
+        "domain_event_routing_key": None if routing_key is None else printable(routing_key),
+        "domain_event_id": None if event_id is None else printable(event_id),
+    }
+
+
 class _Line(NamedTuple):
     logger: logging.Logger
     level: int
     message: str
     arguments: tuple[object, ...]
     exc_info: ExcInfo
+    about: About | None = None
 
 
 class Log:
-    """A logger with methods of ``logging.Logger`` that never raise."""
+    """A logger with methods of ``logging.Logger`` that never raise.
+
+    Each takes what the line is about, if it is about an event.
+    """
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
-    def debug(self, message: str, *arguments: object) -> None:
-        self._log(logging.DEBUG, message, arguments)
+    def debug(self, message: str, *arguments: object, about: About | None = None) -> None:
+        self._log(logging.DEBUG, message, arguments, about)
 
-    def info(self, message: str, *arguments: object) -> None:
-        self._log(logging.INFO, message, arguments)
+    def info(self, message: str, *arguments: object, about: About | None = None) -> None:
+        self._log(logging.INFO, message, arguments, about)
 
-    def warning(self, message: str, *arguments: object) -> None:
-        self._log(logging.WARNING, message, arguments)
+    def warning(self, message: str, *arguments: object, about: About | None = None) -> None:
+        self._log(logging.WARNING, message, arguments, about)
 
-    def error(self, message: str, *arguments: object, exc_info: ExcInfo = None) -> None:
-        self._log(logging.ERROR, message, arguments, exc_info)
+    def error(
+        self,
+        message: str,
+        *arguments: object,
+        exc_info: ExcInfo = None,
+        about: About | None = None,
+    ) -> None:
+        self._log(logging.ERROR, message, arguments, about, exc_info)
 
-    def exception(self, message: str, *arguments: object) -> None:
+    def exception(self, message: str, *arguments: object, about: About | None = None) -> None:
         """An error, with the traceback of the exception that is being handled."""
-        self._log(logging.ERROR, message, arguments, sys.exc_info())
+        self._log(logging.ERROR, message, arguments, about, sys.exc_info())
 
     def _log(
         self,
         level: int,
         message: str,
         arguments: tuple[object, ...],
+        about: About | None,
         exc_info: ExcInfo = None,
     ) -> None:
-        line = _Line(self._logger, level, message, arguments, exc_info)
+        line = _Line(self._logger, level, message, arguments, exc_info, about)
         if getattr(_local, "depth", 0):
             _writer.put(line)
         else:
@@ -202,20 +231,20 @@ class _Writer:
 
 
 def _write(line: _Line, stacklevel: int = 1) -> None:
-    logger, level, message, arguments, exc_info = line
+    logger, level, message, arguments, exc_info, about = line
     try:
         if not logger.isEnabledFor(level):
             return
         error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
         if error is None:
-            logger.log(level, message, *arguments, stacklevel=stacklevel)
+            logger.log(level, message, *arguments, stacklevel=stacklevel, extra=about)
             return
         # Before Python 3.11, findCaller() itself skips two frames of logging.
         own = 0 if sys.version_info >= (3, 11) else 2
         file, number, function, _ = logger.findCaller(False, max(1, stacklevel - own))
         exception = (type(error), error, error.__traceback__)
         record = logger.makeRecord(
-            logger.name, level, file, number, message, arguments, exception, function
+            logger.name, level, file, number, message, arguments, exception, function, about
         )
         # Formatters use it as it is; an exception's message may contain text of other programs.
         record.exc_text = _printable_traceback(error)

@@ -29,7 +29,8 @@ from domain_events.events import (
     is_timestamp,
     read_envelope,
 )
-from domain_events.log import Log
+from domain_events.log import About, Log
+from domain_events.log import about as log_about
 from domain_events.names import LONGEST_NAME, fits, has_wildcards, oddity
 from domain_events.retry import Retry
 from domain_events.text import plain, printable, truncate
@@ -342,7 +343,9 @@ def to_event(delivery: Delivery) -> DomainEvent[Any]:
     return event
 
 
-def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[DomainEvent[Any], str]:
+def read_event(
+    delivery: Delivery, subscriber: str | None = None, exchange: str | None = None
+) -> tuple[DomainEvent[Any], str]:
     """The event in a delivery, and the routing key that its envelope claims.
 
     The event's own is `Delivery.published_routing_key`, if that is known: a publisher who may only
@@ -358,8 +361,16 @@ def read_event(delivery: Delivery, subscriber: str | None = None) -> tuple[Domai
         envelope["uuid_string"] = message_id
     claimed: str = envelope["routing_key"]
     envelope["routing_key"] = delivery.published_routing_key or claimed
-    details = partial(_details, delivery, subscriber)
+    details = partial(_details, delivery, subscriber, exchange)
     return from_envelope(envelope, delivery.retries, details=details), claimed
+
+
+def about(delivery: Delivery, subscriber: str | None) -> About:
+    """The attributes of a log line about this delivery, which may not be an event."""
+    routing_key = event_id = None
+    with contextlib.suppress(Exception):  # a line must not fail over what it is about
+        routing_key, event_id = delivery.original_routing_key, delivery.message_id
+    return log_about(subscriber, routing_key, event_id)
 
 
 def routing_key_in(body: bytes) -> str | None:
@@ -469,7 +480,7 @@ def type_name(error: BaseException) -> str:
 # --- inside --------------------------------------------------------------------------------------
 
 
-def _details(delivery: Delivery, subscriber: str | None) -> Details:
+def _details(delivery: Delivery, subscriber: str | None, exchange: str | None) -> Details:
     """What is known of a received event besides its envelope."""
     return Details(
         delivery.foreign_headers,
@@ -479,6 +490,7 @@ def _details(delivery: Delivery, subscriber: str | None) -> Details:
         delivery.redelivered,
         delivery.replays > 0,
         subscriber,
+        exchange,
     )
 
 
@@ -607,6 +619,7 @@ def _warn_of_mistyped(key: str) -> None:
             "The routing key %s %s; binding keys match word by word, so perhaps none matches it.",
             shown(key),
             why,
+            about=log_about(None, key, None),
         )
 
 

@@ -19,7 +19,6 @@ the dead letter that comes of it, and in `Middleware.delivered`; never with the 
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -30,7 +29,7 @@ from typing import Any, TypeAlias
 from domain_events.checks import refusal
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent, HeaderValue
-from domain_events.log import Log
+from domain_events.log import About, Log, about
 from domain_events.outcomes import Delivered
 
 log = Log("domain_events")
@@ -108,6 +107,8 @@ class ConnectionChange:
     #: The broker's address, without the password.
     address: str
     reason: str | None = None
+    #: Which connection of this process: a number that it has until it is closed by its owner.
+    connection: int = 0
 
 
 class Middleware:
@@ -178,7 +179,7 @@ def _check_methods(middleware: Middleware) -> None:
     for name in ("publishing", "handling", "delivered", "connection"):
         method = getattr(middleware, name)
         kind = type(middleware).__name__
-        if asyncio.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
             raise ConfigurationError(
                 f"middleware: {kind}.{name} is async, and this library is synchronous; make it a "
                 "plain method."
@@ -210,7 +211,11 @@ def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
             try:
                 callback(error)
             except Exception:
-                log.exception("%s failed after an event was sent.", _name(middleware))
+                log.exception(
+                    "%s failed after an event was sent.",
+                    _name(middleware),
+                    about=_about(outgoing.event, outgoing.subscriber),
+                )
 
     try:
         for middleware in chain:
@@ -263,7 +268,11 @@ def report(chain: tuple[Middleware, ...], delivered: Delivered) -> None:
         try:
             middleware.delivered(delivered)
         except Exception:
-            log.exception("%s failed after a delivery was settled.", _name(middleware))
+            log.exception(
+                "%s failed after a delivery was settled.",
+                _name(middleware),
+                about=_about(delivered.event, delivered.subscriber),
+            )
 
 
 def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -> None:
@@ -273,6 +282,12 @@ def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -
             middleware.connection(change)
         except Exception:
             log.exception("%s failed about a connection.", _name(middleware))
+
+
+def _about(event: DomainEvent[Any] | None, subscriber: str | None) -> About:
+    if event is None:
+        return about(subscriber, None, None)
+    return about(subscriber, event.routing_key, event.uuid_string)
 
 
 def _name(middleware: Middleware) -> str:

@@ -122,8 +122,6 @@ class OpenTelemetry(Middleware):
     :param template: makes a name of low cardinality out of a routing key, for routing keys that
         contain ids: ``lambda key: re.sub(r'[0-9]+', '{id}', key)``. It is then in the names of
         spans and among the attributes of metrics, too; without it, metrics have no routing key.
-    :param exchange: the exchange that the process's subscribers are on, for the name of the
-        destination that they consume from.
     :param settle_spans: whether there is a span for each ack. The library acks many events at
         once, so it shows when that was decided, and takes no time.
     :param tracer_provider: instead of the global one; likewise ``meter_provider``, and
@@ -137,7 +135,6 @@ class OpenTelemetry(Middleware):
         parent: bool = False,
         parent_within: float = 3600.0,
         template: Callable[[str], str] | None = None,
-        exchange: str = "domain-events",
         settle_spans: bool = True,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
@@ -148,7 +145,6 @@ class OpenTelemetry(Middleware):
         self._parent = flag(parent, "parent")
         self._parent_within = seconds(parent_within, "parent_within")
         self._template = template
-        self._exchange = exchange
         self._settle_spans = flag(settle_spans, "settle_spans")
         self._given_propagator = propagator
         self._tracer = trace.get_tracer("domain_events", __version__, tracer_provider, _SCHEMA)
@@ -332,7 +328,7 @@ class OpenTelemetry(Middleware):
             shown = attributes[_DESTINATION] = str(subscriber)
         else:
             shown = self._name_destination(
-                attributes, self._exchange, event.routing_key, subscriber
+                attributes, event.exchange, event.routing_key, subscriber
             )
             self._describe(attributes, event)
         if subscriber is not None:

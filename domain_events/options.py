@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from domain_events.broker import Exchange, Queue
-from domain_events.checks import flag, refusal, shown, whole_number
+from domain_events.checks import flag, refusal, seconds, shown, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.names import check_binding_key, check_name, matches
+from domain_events.payloads import signature
 from domain_events.retry import Backoff
 
 _MOST_RETRIES = 2**31 - 1
@@ -34,6 +35,9 @@ class RegisterOptions(TypedDict, total=False):
     prefetch_count: int | None
     ordered: bool
     retired_keys: Sequence[str]
+    payload: Any
+    upcast: Mapping[int, Callable[[Any], Any]] | None
+    handler_limit: float | None
 
 
 # The default of prefetch_count, and the least for each worker.
@@ -51,6 +55,8 @@ class Options:
     backoff: Backoff
     prefetch_count: int | None
     ordered: bool
+    #: Seconds after which a handler that still runs is considered hung.
+    handler_limit: float | None = None
 
     @property
     def name(self) -> str:
@@ -95,6 +101,7 @@ def make_options(
     queue_type: str,
     prefetch_count: int | None,
     ordered: bool,
+    handler_limit: float | None = None,
 ) -> Options:
     """The options as a user gives them, checked and with their defaults.
 
@@ -149,6 +156,7 @@ def make_options(
         backoff or Backoff(),
         prefetch_count,
         flag(ordered, f"{name}: ordered"),
+        None if handler_limit is None else seconds(handler_limit, f"{name}: handler_limit"),
     )
 
 
@@ -205,7 +213,7 @@ def check_handler(handler: Any, name: object) -> None:
                 "nothing. Give a function without yield, or one that runs through the generator."
             )
     try:
-        inspect.signature(handler).bind(object())
+        signature(handler).bind(object())
     except ValueError:
         pass  # one that is written in C has no signature
     except TypeError as error:

@@ -35,6 +35,7 @@ from domain_events.errors import (
     InvalidEvent,
 )
 from domain_events.events import Details, DomainEvent, HeaderValue
+from domain_events.health import PublisherHealth
 from domain_events.message import Message
 from domain_events.middleware import (
     Done,
@@ -97,11 +98,12 @@ class Publisher(Owner):
         self._exchange = check_name(exchange, "exchange")
         exchange_type = check_exchange_type(exchange_type)
         self._timeout = seconds(timeout)
-        self._middleware = check_middleware(middleware)
         self._operation = operation
         self._closed = False
         declare = Exchange(self._exchange, exchange_type)
-        self.connections = Connections(urls, "publisher", declare=declare)
+        self.connections = Connections(
+            urls, "publisher", declare=declare, middleware=check_middleware(middleware)
+        )
 
     def publish(
         self, event: DomainEvent, *, mandatory: bool = False, timeout: float | None = None
@@ -195,6 +197,21 @@ class Publisher(Owner):
             raise
         return batch.result()
 
+    def health(self) -> PublisherHealth:
+        """Whether it is alive and ready, and why not, as data for probes and metrics.
+
+        From any thread, at any time; it waits for nothing, and takes no lock.
+        """
+        last_error, last_error_at = self.connections.last_error()
+        return PublisherHealth(
+            at=time.time(),
+            switched_off=self.connections.are_switched_off,
+            connections=self.connections.health(),
+            last_error=last_error,
+            last_error_at=last_error_at,
+            closed=self._closed,
+        )
+
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
         """Wait for events under way in other threads, then close the connection, for good.
 
@@ -228,7 +245,7 @@ class Publisher(Owner):
                 f"publish() takes a DomainEvent, not a {type(event).__name__}; "
                 "publish_domain_event() takes a routing key and data."
             )
-        chain = chained(settings.middleware(), self._middleware)
+        chain = self.connections.middleware()
         message = messages.from_event(event, self._exchange, settings.app_id(), mandatory)
         if not chain or publishing is None:
             return message, _ignore

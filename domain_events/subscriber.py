@@ -6,25 +6,31 @@ handlers.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from domain_events import settings
-from domain_events.broker import Connections, Exchange, Owner
+from domain_events.broker import Connections, Consumer, Exchange, Owner, weakly
 from domain_events.checks import seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
+from domain_events.health import SubscriberHealth, SubscriptionHealth
 from domain_events.log import Log
-from domain_events.middleware import Middleware, chained, check_middleware
+from domain_events.middleware import Middleware, check_middleware
 from domain_events.names import ExchangeType, check_exchange_type, check_name, has_wildcards
 from domain_events.options import QueueType, check_handler, make_options
+from domain_events.payloads import make_payload
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 from domain_events.settings import DEFAULT, ConnectionSettings
+from domain_events.text import printable
 from domain_events.worker import Worker, signals
 
 if TYPE_CHECKING:
@@ -35,9 +41,11 @@ if TYPE_CHECKING:
 log = Log("domain_events")
 
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
-Result = TypeVar("Result")
 
 _CLOSE_TIMEOUT = 10.0
+
+# Why a run has stopped, for the log.
+_STOP_CONSUMING = "stop_consuming()"
 
 # Each is a thread of its own.
 _MOST_WORKERS = 1000
@@ -77,17 +85,20 @@ class Subscriber(Owner):
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
         self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
-        self._middleware = check_middleware(middleware)
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
-            urls, "subscriber", on_failure=_weakly(self._on_failure)
+            urls,
+            "subscriber",
+            on_failure=weakly(self._on_failure),
+            middleware=check_middleware(middleware),
         )
-        self.forwarder: Forwarder = Forwarder(_weakly(self.connections.publishing))
+        self.forwarder: Forwarder = Forwarder(weakly(self.connections.publishing))
         # The testing kit delivers to them.
         self.subscriptions: list[Subscription] = []
         self._lock = threading.RLock()
         self._worker: Worker | None = None
         self._stop_at_start = False
+        self._ended_by: str | None = None  # the error that ended the last run
         _subscribers.add(self)
 
     def register(
@@ -107,6 +118,9 @@ class Subscriber(Owner):
         prefetch_count: int | None = None,
         ordered: bool = False,
         retired_keys: Sequence[str] = (),
+        payload: Any = None,
+        upcast: Mapping[int, Callable[[Any], Any]] | None = None,
+        handler_limit: float | None = None,
     ) -> None:
         """Call ``handler`` with every event that one of the binding keys matches.
 
@@ -141,6 +155,18 @@ class Subscriber(Owner):
             are unbound, and events that still arrive by them are acked unhandled. A key that is
             merely no longer listed stays bound, since other releases of this subscriber may need
             it: its events are handed back, for a process that lists it.
+        :param payload: what ``event.data`` is to be: a dataclass, a TypedDict, an attrs class or a
+            struct (by msgspec), or a model of pydantic's. If left out, what the handler's
+            annotation names, as in ``event: DomainEvent[UserRegistered]``; without one, JSON
+            values. Fields that it does not know are ignored. An event whose data does not fit is
+            given up at once, whatever ``retry_on`` is.
+        :param upcast: functions that turn the data of one version into that of the next one, by
+            the version that each begins with: ``{1: v1_to_v2, 2: v2_to_v3}``. They get JSON
+            values, before ``payload``. An event that a step fails on, or that is older than the
+            first one, is given up at once; one that is newer is handled as it is.
+        :param handler_limit: seconds that the handler takes at most when all is well. One that runs
+            for longer is left to run; `health` then reports that this process is not alive, and
+            logs a warning.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
         :raises TopologyError: the queue exists with other arguments, or is another connection's.
@@ -161,16 +187,20 @@ class Subscriber(Owner):
             queue_type=queue_type,
             prefetch_count=prefetch_count,
             ordered=ordered,
+            handler_limit=handler_limit,
         )
         if any(each.options.name == options.name for each in self.subscriptions):
             raise ConfigurationError(
                 f"{options.name} is registered already, with this Subscriber: two handlers on one "
                 "queue would each get only some of the events. Give each a name of its own."
             )
+        reader = make_payload(handler, options.name, payload, upcast)
         consuming = self.connections.consuming()
         if consuming is not None:
             consuming.declare(options.queue, self._timeout)
-        subscription = Subscription(handler, options, self.forwarder, self._chain)
+        subscription = Subscription(
+            handler, options, self.forwarder, self.connections.middleware, reader
+        )
         self._warn_of_sharing(subscription)
         binding_keys = options.queue.binding_keys
         if self.exchange_type == "direct" and any(map(has_wildcards, binding_keys)):
@@ -251,7 +281,18 @@ class Subscriber(Owner):
             )
         worker = Worker(consuming, self.forwarder, self._workers, timeout)
         with self.running(worker) as subscriptions:
-            worker.work(subscriptions)
+            names = ", ".join(each.options.name for each in subscriptions)
+            started = time.monotonic()
+            self._log_start(subscriptions)
+            try:
+                worker.work(subscriptions)
+            finally:
+                log.info(
+                    "%s: stopped after %.1f s; events handled: %d.",
+                    names,
+                    time.monotonic() - started,
+                    worker.handled,
+                )
 
     @contextmanager
     def running(self, worker: Worker) -> Iterator[list[Subscription]]:
@@ -269,13 +310,17 @@ class Subscriber(Owner):
                     "Subscriber(workers=...)."
                 )
             self._worker = worker
+            self._ended_by = None
             subscriptions = list(self.subscriptions)
         # Until all is closed: a second SIGTERM must not interrupt an orderly stop.
         with signals(worker), self.connections.pinned():
             try:
                 if self._stop_at_start:
-                    worker.stop()
+                    worker.stop(_STOP_CONSUMING)
                 yield subscriptions
+            except BaseException as error:
+                self._ended_by = printable(f"{type(error).__name__}: {error}", 1000)
+                raise
             finally:
                 self._worker = None
                 self.close()
@@ -289,9 +334,36 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop(_STOP_CONSUMING)
         elif self.subscriptions:
             self._stop_at_start = True
+
+    def health(self) -> SubscriberHealth:
+        """Whether it is alive and ready, and why not, as data for probes and metrics.
+
+        From any thread, at any time; it waits for nothing, and takes no lock that a handler may
+        hold. It logs a warning for each event whose handler has run for longer than its
+        ``handler_limit``, once.
+        """
+        check_fork()
+        worker = self._worker
+        consumers = {} if worker is None else worker.consumers()
+        last_error, last_error_at = self.connections.last_error()
+        return SubscriberHealth(
+            at=time.time(),
+            switched_off=self.connections.are_switched_off,
+            connections=self.connections.health(),
+            last_error=last_error,
+            last_error_at=last_error_at,
+            running=worker is not None,
+            stopping=worker is not None and worker.stopping,
+            ended_by=self._ended_by,
+            subscriptions=tuple(
+                _subscription_health(each.options.name, consumers, worker)
+                for each in self.subscriptions.copy()
+            ),
+            handlers=() if worker is None else worker.handlers(),
+        )
 
     def close(self) -> None:
         """Close the connections. Handlers stay registered, and consuming may be started again.
@@ -301,9 +373,23 @@ class Subscriber(Owner):
         check_fork()
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("close()")
         else:
             self.connections.close(_CLOSE_TIMEOUT)
+
+    def _log_start(self, subscriptions: Sequence[Subscription]) -> None:
+        log.info(
+            "%s: consuming from %s; workers: %d; %s, process %d on %s.",
+            ", ".join(
+                f"{each.options.name} (prefetch_count {each.options.prefetch(self._workers)})"
+                for each in subscriptions
+            ),
+            self.connections.shown,
+            self._workers,
+            printable(settings.app_id()),
+            os.getpid(),
+            socket.gethostname(),
+        )
 
     def _warn_of_sharing(self, new: Subscription) -> None:
         """Warn if another Subscriber of this process has the name, but not the same handler."""
@@ -322,24 +408,22 @@ class Subscriber(Owner):
                     name,
                 )
 
-    def _chain(self) -> tuple[Middleware, ...]:
-        return chained(settings.middleware(), self._middleware)
-
     def _on_failure(self) -> None:
         worker = self._worker
         if worker is not None:
-            worker.stop()
+            worker.stop("the failure of its connection")
 
 
-def _weakly(method: Callable[[], Result]) -> Callable[[], Result | None]:
-    """The method, without keeping its object alive; None when that is gone."""
-    weak = weakref.WeakMethod(method)
-
-    def call() -> Result | None:
-        alive = weak()
-        return None if alive is None else alive()
-
-    return call
+def _subscription_health(
+    name: str, consumers: Mapping[str, Consumer], worker: Worker | None
+) -> SubscriptionHealth:
+    consumer = consumers.get(name)
+    return SubscriptionHealth(
+        name,
+        None if consumer is None else consumer.consuming_since,
+        0 if consumer is None else consumer.unsettled,
+        None if worker is None else worker.last_event_at(name),
+    )
 
 
 def _is_same(one: Subscription, other: Subscription) -> bool:
@@ -359,6 +443,7 @@ def _after_fork() -> None:
         subscriber._lock = threading.RLock()
         subscriber._worker = None
         subscriber._stop_at_start = False
+        subscriber._ended_by = None
 
 
 on_fork(_after_fork)

@@ -133,7 +133,14 @@ class Undelivered(Walks):
                 self._hand_back(entry)
                 number += 1
             except (InvalidEvent, EventRejected, TopologyError) as error:
-                log.warning("Left among %s: %s", self._place, printable(error, 500))
+                log.warning(
+                    "Left among %s: %s %s: %s",
+                    self._place,
+                    printable(entry.routing_key),
+                    printable(delivery.message_id),
+                    printable(error, 500),
+                    about=messages.about(delivery, entry.subscriber),
+                )
         return number
 
     def _entry(self, delivery: Delivery) -> UndeliveredEvent:

@@ -2,7 +2,9 @@
 
 Threads. The broker's I/O thread puts deliveries into the inbox; workers take them out, and handle
 and settle them. With one worker, that is the thread that called ``start_consuming``, to which
-all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set.
+all other state of a `Worker` belongs; ``_stopping`` is a flag that any thread may set. Each worker
+writes what it does into ``_running``, ``_last_event`` and ``_handled``, each entry as a whole. Any
+thread reads them for `Subscriber.health`, without a lock that a worker may hold.
 
 A signal handler must not take a lock or call pika; it sets the flag and puts a wake-up into the
 inbox, which is a `SimpleQueue` for that reason.
@@ -27,9 +29,11 @@ from domain_events.broker import Consumer, Consuming, Settlement
 from domain_events.errors import InvalidEvent
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Subscription, ends_the_process
-from domain_events.log import Log
+from domain_events.health import RunningHandler
+from domain_events.log import Log, about, in_background
 from domain_events.message import Delivery
 from domain_events.outcomes import Delivered
+from domain_events.text import printable
 
 log = Log("domain_events")
 
@@ -38,6 +42,9 @@ _PAUSE_AFTER_INTERNAL_ERROR = 5.0
 # How long the broker may take to cancel the consumers, and to confirm what was forwarded.
 _CANCEL_TIMEOUT = 5.0
 _FORWARD_TIMEOUT = 10.0
+
+# Why it has stopped, for the log.
+_TIMEOUT = "the timeout"
 
 
 class Work(NamedTuple):
@@ -64,11 +71,22 @@ class Worker:
         self._threads = threads
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._stopping = False
+        # Why, and since when; logged by `_log_stop`.
+        self._reason, self._stopped_at = "", 0.0
         # None is a wake-up: check the flag.
         self._inbox: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._keyed = KeyedQueues(self._inbox)
-        self._consumers: list[Consumer] = []
+        self._consumers: dict[str, Consumer] = {}  # by the subscriber's name
+        # By thread: what is being handled there, and since when on the monotonic clock.
+        self._running: dict[int, tuple[Work, float]] = {}
+        # By the subscriber's name: when a handler was last called.
+        self._last_event: dict[str, float] = {}
+        # By thread: since when that handler runs over whose limit a warning was logged.
+        self._warned: dict[int, float] = {}
+        # By thread: how many were handled.
+        self._handled: dict[int, int] = {}
+        self._warning = threading.Lock()
         # When more wait in the inbox, some are stale: their connection is gone.
         self._most_waiting = 0
         self._interruption: BaseException | None = None
@@ -78,8 +96,13 @@ class Worker:
         """Whether it takes no more events."""
         return self._stopping
 
-    def stop(self) -> None:
-        """Any thread, a handler, a signal handler: take no more events, then end."""
+    def stop(self, reason: str) -> None:
+        """Any thread, a handler, a signal handler: take no more events, then end.
+
+        :param reason: for the log; that of the first call counts.
+        """
+        if not self._stopping:
+            self._reason, self._stopped_at = reason, time.monotonic()
         self._stopping = True
         for _ in range(self._threads):
             self._inbox.put(None)
@@ -90,8 +113,8 @@ class Worker:
         prefetch_count = subscription.options.prefetch(self._threads)
         self._most_waiting += 2 * prefetch_count
         deliver = partial(self._deliver, subscription)
-        self._consumers.append(
-            self._consuming.consume(subscription.options.queue, prefetch_count, deliver)
+        self._consumers[subscription.options.name] = self._consuming.consume(
+            subscription.options.queue, prefetch_count, deliver
         )
 
     def work(self, subscriptions: Sequence[Subscription]) -> None:
@@ -114,10 +137,16 @@ class Worker:
 
     def receive(self) -> None:
         """Handle deliveries as they come, until stopped."""
-        if self._threads == 1:
-            self._work(self._deadline)
-        else:
+        if self._threads > 1:
             self._work_in_threads()
+            return
+        try:
+            self._work(self._deadline)
+        except BaseException as error:
+            self.stop(type(error).__name__)
+            raise
+        finally:
+            self._log_stop()
 
     def next_waiting(self) -> Work | None:
         """The next delivery that has arrived; None if none waits."""
@@ -146,9 +175,12 @@ class Worker:
             while not self._stopping:
                 self._ended.get(timeout=_left(self._deadline))
         except queue.Empty:
-            pass  # the time is over
+            self.stop(_TIMEOUT)
+        except BaseException as error:
+            self.stop(type(error).__name__)
+            raise
         finally:
-            self.stop()
+            self._log_stop()
         for thread in threads:
             thread.join()
         if self._interruption is not None:
@@ -158,12 +190,12 @@ class Worker:
         """Stop receiving, and requeue deliveries that were not begun."""
         self._stopping = True
         deadline = time.monotonic() + _CANCEL_TIMEOUT
-        for consumer in self._consumers:
+        for consumer in self.consumers().values():
             consumer.stop(max(0.0, deadline - time.monotonic()))
         for work in self._left_over():
             if work.consumer.is_current(work.delivery):
                 work.subscription.give_back(work.delivery, work.consumer)
-        for consumer in self._consumers:
+        for consumer in self.consumers().values():
             consumer.flush()
 
     def _left_over(self) -> Iterator[Work]:
@@ -201,8 +233,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             # sys.exit() in a handler, for example: it ends the run, as it would with one worker.
             self._interruption = error
-        finally:
-            self.stop()
+            self.stop(type(error).__name__)
 
     def _work(self, deadline: float | None) -> None:
         inbox = self._inbox
@@ -212,6 +243,7 @@ class Worker:
                 try:
                     work = inbox.get(timeout=_left(deadline))
                 except queue.Empty:
+                    self.stop(_TIMEOUT)
                     return
                 if self._stopping:
                     if work is not None:
@@ -226,29 +258,105 @@ class Worker:
                 if inbox.empty():
                     last.flush()
                 if deadline is not None and time.monotonic() >= deadline:
+                    self.stop(_TIMEOUT)
                     return
         finally:
             if last is not None:
                 last.flush()
 
+    def _log_stop(self) -> None:
+        # Here and not in `stop`: a signal handler must not take the locks of logging.
+        ago = time.monotonic() - self._stopped_at
+        log.info(
+            "%s: stopping on %s%s; handlers still running: %d.",
+            ", ".join(self._consumers),
+            self._reason,
+            f", {ago:.1f} s ago" if ago >= 0.1 else "",
+            len(self._running),
+        )
+
     def handle(self, work: Work) -> Delivered | None:
         """Have a delivery handled; None if it is not current any more."""
         delivered: Delivered | None = None
+        me = threading.get_ident()
         try:
             if _is_current(work):
+                now = time.monotonic()
+                self._running[me] = work, now
+                self._last_event[work.subscription.options.name] = now
                 delivered = work.subscription.handle(work.delivery, work.consumer)
+                self._handled[me] = self._handled.get(me, 0) + 1
         except Exception:
             # A bug of this library, since errors of the handler are handled. One such message must
             # not stop the subscriber, nor be lost, nor be redelivered without a pause.
             work.consumer.repair(_PAUSE_AFTER_INTERNAL_ERROR, partial(_fail, work))
-            log.exception("Internal error while handling a delivery; it is requeued.")
+            named = messages.about(work.delivery, work.subscription.options.name)
+            log.exception(
+                "Internal error in %s, while handling %s %s; it is requeued.",
+                *named.values(),
+                about=named,
+            )
         finally:
+            self._running.pop(me, None)
             if work.key is not None:
                 self._keyed.done(work.key)
         error = None if delivered is None else delivered.error
         if error is not None and ends_the_process(error):
             raise error
         return delivered
+
+    # --- health, for any thread ------------------------------------------------------------------
+
+    @property
+    def handled(self) -> int:
+        """How many deliveries were handled, whatever became of them."""
+        return sum(self._handled.copy().values())
+
+    def consumers(self) -> dict[str, Consumer]:
+        """The consumers, by the subscribers' names."""
+        return self._consumers.copy()
+
+    def last_event_at(self, name: str) -> float | None:
+        """When a handler of this subscriber was last called, in Unix seconds."""
+        at = self._last_event.get(name)
+        return None if at is None else time.time() - (time.monotonic() - at)
+
+    def handlers(self) -> tuple[RunningHandler, ...]:
+        """The handlers that run, the oldest first; warns once of each that is over its limit."""
+        running = sorted(self._running.copy().items(), key=lambda each: each[1][1])
+        now = time.monotonic()
+        handlers = []
+        for thread, (work, since) in running:
+            handler = _running_handler(work, now - since)
+            handlers.append(handler)
+            if handler.is_over_limit:
+                self._warn_once(thread, since, handler)
+        return tuple(handlers)
+
+    def _warn_once(self, thread: int, since: float, handler: RunningHandler) -> None:
+        if not self._warning.acquire(blocking=False):
+            return  # another thread is about to warn
+        try:
+            if self._warned.get(thread) == since:
+                return
+            self._warned[thread] = since
+        finally:
+            self._warning.release()
+        with in_background():  # the handler may hang in the application's logging
+            log.warning(
+                "%s. It goes on; this process is not alive until it returns.",
+                handler,
+                about=about(handler.subscriber, handler.routing_key, handler.event_id),
+            )
+
+
+def _running_handler(work: Work, seconds: float) -> RunningHandler:
+    options = work.subscription.options
+    name, routing_key, event_id = messages.about(work.delivery, options.name).values()
+    if event_id is None:  # of domain-event-broker, which only writes it into the envelope
+        with suppress(InvalidEvent, RecursionError):
+            event_id = printable(messages.to_event(work.delivery).uuid_string)
+    return RunningHandler(name or "", routing_key or "", event_id, seconds, options.handler_limit)
 
 
 class KeyedQueues:
@@ -328,7 +436,7 @@ def signals(worker: Worker) -> Iterator[None]:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and worker.stopping:
             raise KeyboardInterrupt
-        worker.stop()
+        worker.stop(signal.Signals(number).name)
 
     before: dict[int, Any] = {}
     for number in (int(signal.SIGTERM), int(signal.SIGINT)):

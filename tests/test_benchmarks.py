@@ -12,14 +12,14 @@ import pytest
 # At the end: a domain_events that is installed is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import pieces, plots, running, samples, scenarios, tables, targets
+from benchmarks import layers, pieces, plots, running, samples, scenarios, tables, targets
 from benchmarks.__main__ import parser
 from benchmarks.brokerside import Letter, event_template
 from benchmarks.peers import driver
 from benchmarks.registry import BY_NAME, OURS, PEERS
 from benchmarks.results import Results, Sample
 from benchmarks.summary import Summary, short
-from domain_events import DomainEvent
+from domain_events import DomainEvent, configure
 
 
 def results(*taken: Sample) -> Results:
@@ -263,6 +263,18 @@ def test_pieces_are_what_an_event_costs(monkeypatch: pytest.MonkeyPatch) -> None
     for steps in (pieces.publishing(), pieces.consuming(), pieces.pika_s_frames()):
         assert any(name.startswith("three frames") for name, _ in steps)
         assert 1 < sum(microseconds for _, microseconds in steps) < 10_000
+
+
+def test_what_middleware_costs_is_shown_beside_none() -> None:
+    try:
+        figures = [layers.sample("memory://layers", kind, 2500) for kind in ("none", "three")]
+    finally:
+        configure()
+    assert all(0 < value < 10_000 for each in figures for value in each.values())
+    table = layers.show({"none": figures[:1], "three": [dict.fromkeys(figures[0], 1.0)]})
+    header, none, _three = table.splitlines()
+    assert header.count("publish") == header.count("handle") == 2
+    assert none.count("(1.00x)") == 4
 
 
 # --- targets -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pika.connection
 import pytest
@@ -501,7 +502,7 @@ def test_message_that_is_not_an_event_is_traced(bench: Bench, telemetry: Telemet
     """To the dead letters, and back."""
     import onlooker
 
-    middleware = telemetry.middleware(exchange=bench.exchange)
+    middleware = telemetry.middleware()
     configure(bench.url, middleware=[middleware])
     subscriber = bench.subscriber()
     name = bench.names.queue()
@@ -599,7 +600,7 @@ def test_handler_knows_the_queue_once_if_it_is_the_routing_key(
     telemetry: Telemetry, event_broker: EventBroker
 ) -> None:
     """By the conventions for RabbitMQ."""
-    telemetry.use(exchange="shop")
+    telemetry.use()
     subscriber = Subscriber(exchange="shop")
     subscriber.register(print, "mail.wanted", ["mail.wanted"])
     event_broker.deliver(subscriber, DomainEvent("mail.wanted"))
@@ -969,6 +970,30 @@ def test_address_is_added_if_it_connects_meanwhile(telemetry: Telemetry) -> None
     )
     done(None)
     assert described(telemetry.span("publish"))["server.address"] == "rabbit"
+
+
+def test_spans_name_the_broker(bench: Bench, telemetry: Telemetry) -> None:
+    """Also the first event of a program, which is what connects."""
+    configure(bench.url, middleware=[telemetry.middleware()])
+    subscriber = bench.subscriber()
+    name = bench.names.queue()
+
+    def handle(event: DomainEvent) -> None:
+        if not event.replayed:
+            raise ValueError
+
+    subscriber.register(handle, name, ["#"])
+    with Publisher(bench.url, bench.exchange) as publisher, running(subscriber):
+        publisher.publish(DomainEvent("a.b"))
+        wait_until(lambda: telemetry.spans("process"))
+        wait_until(lambda: telemetry.spans("ack"))
+        with DeadLetters(name, bench.url) as dead_letters:
+            assert dead_letters.replay_all() == 1
+        wait_until(lambda: len(telemetry.spans("ack")) == 2)
+    url = urlsplit(bench.url)
+    for span in telemetry.spans():
+        assert described(span)["server.address"] == url.hostname
+        assert described(span)["server.port"] == url.port
 
 
 @contextmanager

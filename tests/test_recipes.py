@@ -19,6 +19,7 @@ import pytest
 import sqlalchemy
 from databases import Server
 from django.conf import settings as django_settings
+from prometheus_client import CollectorRegistry
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -26,6 +27,7 @@ from support import Names
 
 import domain_events
 from domain_events import BrokerUnavailable, DomainEvent, InvalidEvent, Subscriber
+from domain_events.prometheus import Prometheus
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
@@ -544,3 +546,25 @@ def test_middleware_recipes_do_what_they_show(caplog: pytest.LogCaptureFixture) 
         shipped = [each.uuid_string for each in broker.published if "shipped" in each.routing_key]
         assert len(shipped) == 4
         assert len(set(shipped)) == 2
+
+
+def test_readme_shows_how_to_see_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces, metrics and probes as the README has them, on ports that are free."""
+    (block,) = code_blocks("README.rst", "Seeing what happens")
+    # The registry of prometheus_client is the process's; another test may have used it.
+    monkeypatch.setattr(Prometheus.__init__, "__defaults__", (CollectorRegistry(),))
+    answers: list[int] = []
+
+    class Probed(Subscriber):
+        def start_consuming(self, timeout: float | None = None) -> None:
+            answers.append(len(self.subscriptions))
+
+    code = block.replace("9000", "0").replace("8080", "0").replace("= Subscriber(", "= Probed(")
+    assert code != block
+    with EventBroker():
+        try:
+            recipe = run(code, send_welcome_mail=print, Probed=Probed)
+        finally:
+            domain_events.configure()
+    assert answers == [1]
+    assert recipe["subscriber"].subscriptions[0].options.handler_limit == 60

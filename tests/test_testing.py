@@ -7,17 +7,28 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 from uuid import uuid4
 
+import pydantic
 import pytest
+from bench import running
+from kinds_of_data import AS_JSON, FIELDS, KINDS, Plan, make
+from support import sooner_than, wait_until
 
 import domain_events
 from domain_events import (
     Backoff,
+    BrokerUnavailable,
     DeadLetters,
     DomainEvent,
+    InvalidEvent,
     Publisher,
     Reject,
     Retry,
@@ -25,13 +36,15 @@ from domain_events import (
     publish_domain_event,
     settings,
 )
-from domain_events.broker import Publication, connect
+from domain_events.broker import Publication, connect, memory
 from domain_events.message import Message, ToSubscriber
 from domain_events.publisher import publish_domain_event as imported_elsewhere
 from domain_events.testing import EventBroker, Outcome
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 NOWHERE = "amqp://guest:guest@localhost:1/%2F"
+
+pytest_plugins = ["pytester"]
 
 
 @pytest.fixture(autouse=True)
@@ -425,12 +438,19 @@ def test_snippets_work_on_the_embedded_broker() -> None:
     assert seen == [{"user_id": 42}]
 
 
+PYTEST = ["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"]
+
+
 @pytest.mark.parametrize(
-    "command", [["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"], ["unittest"]]
+    ("command", "tests", "passed"),
+    [
+        (PYTEST, "test_shop.py", "7 passed"),
+        (["unittest"], "test_shop_unittest", "Ran 2 tests"),
+        (PYTEST, "test_accounts.py", "5 passed"),
+    ],
 )
-def test_examples_of_the_documentation_pass(command: list[str]) -> None:
+def test_examples_of_the_documentation_pass(command: list[str], tests: str, passed: str) -> None:
     """As a user runs them: pytest finds the fixture by itself."""
-    tests = {"pytest": "test_shop.py", "unittest": "test_shop_unittest"}[command[0]]
     ran = subprocess.run(
         [sys.executable, "-m", *command, tests],
         cwd=EXAMPLES,
@@ -440,7 +460,7 @@ def test_examples_of_the_documentation_pass(command: list[str]) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "7 passed" in ran.stdout or "Ran 2 tests" in ran.stderr
+    assert passed in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])
@@ -592,3 +612,331 @@ def test_subscribers_of_two_tests_are_not_two_of_one_process(
             subscriber.register(handler, "same-name", ["#"])
             kept.append(subscriber)
     assert "two Subscribers" not in caplog.text
+
+
+# ------------------------------------------------------------------ typed data
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_was_published_is_compared_as_json(event_broker: EventBroker, kind: Any) -> None:
+    """Objects of any kind, whichever kind was published, and plain data as well."""
+    publish_domain_event("user.registered", make(kind, FIELDS))
+    for expected in KINDS.values():
+        event_broker.assert_published("user.*", make(expected, FIELDS), times=1)
+    event_broker.assert_published("user.*", AS_JSON)
+    event_broker.assert_published("user.*", {"balance": Decimal("1.10"), "plan": Plan.PAID})
+    event_broker.assert_published("user.*", {"visits": {7: date(2026, 11, 26)}})
+    event_broker.assert_published("user.*", {"name": ANY, "token": ANY})
+    event_broker.assert_not_published("user.*", make(kind, {**FIELDS, "user_id": 43}))
+
+
+@dataclass
+class Address:
+    city: str
+    since: date
+
+
+@dataclass
+class Moved:
+    user_id: int
+    to: Address
+
+
+def test_difference_from_an_object_is_shown(event_broker: EventBroker) -> None:
+    """The field, and what it is; an object is compared with all its fields."""
+    moved = Moved(1, Address("Berlin", date(2026, 1, 1)))
+    published: list[Any] = [
+        {"user_id": 1, "to": {"city": "Bonn", "since": "2026-01-01"}},
+        {"user_id": 1, "to": {"city": "Berlin", "since": "2026-01-02"}},
+        {"user_id": 1, "to": {"city": "Berlin", "since": "2026-01-01", "street": "x"}},
+        {"user_id": 1, "to": {"city": "Berlin"}},
+        {"user_id": "1", "to": {}},
+        [],
+    ]
+    for data in published:
+        publish_domain_event("user.moved", data)
+    with pytest.raises(AssertionError) as caught:
+        event_broker.assert_published("user.*", moved)
+    error = str(caught.value)
+    for part in (
+        "Expected an event 'user.*' with Moved(user_id=1, to=Address(city='Berlin'",
+        "<- data['to']['city'] is 'Bonn'",
+        "<- data['to']['since'] is '2026-01-02'",
+        "<- data['to']['street'] is not expected",
+        "<- data['to']['since'] is missing",
+        "<- data['user_id'] is '1'",
+        "<- data is []",
+    ):
+        assert part in error
+    # Inside a dictionary, the entries of the dictionary that matter.
+    publish_domain_event("user.moved", {"moved": moved, "by": "Ada"})
+    event_broker.assert_published("user.moved", {"moved": moved}, times=1)
+    event_broker.assert_published("user.moved", {"moved": {"to": {"city": "Berlin"}}}, times=1)
+
+
+class Unserializable(pydantic.BaseModel):
+    user_id: int
+
+    @pydantic.field_serializer("user_id")
+    def _fail(self, value: int) -> int:
+        raise ValueError("no such user")
+
+
+@pytest.mark.parametrize("expected", [Unserializable(user_id=1), {1, 2}, b"x", object()])
+def test_what_could_not_be_published_is_a_difference(
+    event_broker: EventBroker, expected: object
+) -> None:
+    """And no other error."""
+    publish_domain_event("user.moved", {"x": 1})
+    for data in (expected, {"x": expected}, {"x": [expected]}):
+        with pytest.raises(AssertionError):
+            event_broker.assert_published("user.moved", data)
+
+
+def test_headers_are_checked(event_broker: EventBroker) -> None:
+    """Those that matter; and the events keep what they were published with."""
+    publish_domain_event("user.moved", {}, headers={"tenant": "x", "n": 1}, version=3)
+    publish_domain_event("user.moved", {}, correlation_id="c")
+    event = event_broker.assert_published("user.*", headers={"tenant": "x"}, times=1)
+    assert (event.headers, event.version) == ({"tenant": "x", "n": 1}, 3)
+    event_broker.assert_published("user.*", {}, headers={"n": 1, "tenant": ANY})
+    event_broker.assert_published("user.*", headers={}, times=2)
+    event_broker.assert_not_published("user.*", headers={"tenant": "y"})
+    with pytest.raises(AssertionError, match=r"Not expected: .* and the headers {'n': 1}"):
+        event_broker.assert_not_published(headers={"n": 1})
+    with pytest.raises(AssertionError) as caught:
+        event_broker.assert_published("user.*", headers={"tenant": "y"})
+    assert "<- headers['tenant'] is 'x'" in str(caught.value)
+    assert "<- headers['tenant'] is missing" in str(caught.value)
+    assert event_broker.published[1].correlation_id == "c"
+
+
+def test_payloads_and_versions_work_in_the_kit(event_broker: EventBroker) -> None:
+    """As on RabbitMQ: a test of an upcast needs no more than an event."""
+    got = []
+    subscriber = Subscriber()
+
+    @subscriber.on("user.moved", name="moves", upcast={1: lambda data: {**data, "user_id": 1}})
+    def handle(event: DomainEvent[Moved]) -> None:
+        got.append(event.data)
+
+    to = {"city": "Berlin", "since": "2026-01-01"}
+    event_broker.deliver(subscriber, DomainEvent("user.moved", {"to": to}), raising=True)
+    event_broker.deliver(subscriber, DomainEvent("user.moved", {"to": to}, version=2))
+    assert got == [Moved(1, Address("Berlin", date(2026, 1, 1)))]
+    (letter,) = event_broker.dead_letters("moves")
+    assert letter.error_type == "payload"
+
+
+# ------------------------------------------------------------------ outages
+
+
+def test_outage_fails_what_needs_the_broker_at_once(event_broker: EventBroker) -> None:
+    """Nothing is sent and nothing waits; afterwards all works again, and nothing was lost."""
+    subscriber = Subscriber()
+    got: list[DomainEvent] = []
+    subscriber.register(got.append, "s", ["#"], max_retries=1)
+    kept = publish_domain_event("a.b", {"kept": True})
+    publisher = Publisher()
+    publisher.publish(kept)
+    with event_broker.outage(), sooner_than(60):
+        with pytest.raises(BrokerUnavailable, match="simulates an outage") as caught:
+            publish_domain_event("a.b", {}, timeout=60)
+        assert caught.value.event is not None
+        with pytest.raises(BrokerUnavailable):
+            publisher.publish(kept, timeout=60)
+        with pytest.raises(BrokerUnavailable) as many:
+            publisher.publish_many([DomainEvent("a.b", n) for n in range(9)], timeout=60)
+        assert (many.value.published, len(many.value.perhaps)) == (0, 0)
+        with pytest.raises(BrokerUnavailable):
+            Subscriber(timeout=60).register(got.append, "t", ["#"])
+        with pytest.raises(BrokerUnavailable):
+            event_broker.dead_letters("s")
+        with pytest.raises(BrokerUnavailable):
+            event_broker.deliver(subscriber, DomainEvent("a.b", {}))
+        assert event_broker.deliver(subscriber) == []
+        assert event_broker.deliver_all(subscriber) == []
+        assert got == []
+    event_broker.assert_published("a.b", times=2)
+    after = publish_domain_event("a.b", {"after": True})
+    assert event_broker.deliver(subscriber) != []
+    assert got == [kept, kept, after]
+
+
+def test_outage_ends_with_an_error_too(event_broker: EventBroker) -> None:
+    """It lasts as long as its block."""
+    with pytest.raises(ZeroDivisionError), event_broker.outage():
+        _ = 1 / 0
+    publish_domain_event("a.b", {})
+
+
+def test_retry_that_comes_due_in_an_outage_is_delivered_afterwards(
+    event_broker: EventBroker,
+) -> None:
+    """The broker keeps it."""
+    subscriber, got = Subscriber(), []
+
+    @subscriber.on("#", name="s", max_retries=1)
+    def handle(event: DomainEvent) -> None:
+        got.append(event.retries)
+        if not event.retries:
+            raise Retry(delay=60)
+
+    event_broker.deliver(subscriber, DomainEvent("a.b", {}))
+    with event_broker.outage():
+        event_broker.advance(600)
+        assert event_broker.deliver(subscriber) == []
+    event_broker.deliver(subscriber)
+    assert got == [0, 1]
+
+
+def test_handler_in_an_outage_gets_its_event_again() -> None:
+    """As after a lost connection: what it had not settled is redelivered; the program goes on."""
+    got: list[bool] = []
+    begun, go_on = threading.Event(), threading.Event()
+    with EventBroker(virtual_time=False) as broker:
+        subscriber = Subscriber()
+
+        @subscriber.on("#", name="s")
+        def handle(event: DomainEvent) -> None:
+            got.append(event.redelivered)
+            begun.set()
+            assert go_on.wait(60)
+
+        with running(subscriber):
+            publish_domain_event("a.b", {})
+            assert begun.wait(60)
+            with broker.outage():
+                go_on.set()
+                wait_until(lambda: got == [False])
+            wait_until(lambda: got == [False, True])
+            publish_domain_event("a.b", {})
+            wait_until(lambda: got == [False, True, False])
+
+
+def test_subscriber_that_consumes_in_an_outage_gets_its_events_afterwards() -> None:
+    """None meanwhile; and it need not be started again."""
+    with EventBroker(virtual_time=False) as broker, ExitStack() as consuming:
+        subscriber = Subscriber()
+        got: list[DomainEvent] = []
+        subscriber.register(got.append, "s", ["#"])
+        publish_domain_event("a.b", {})
+        with broker.outage():
+            subscriber.start_consuming(timeout=0.3)  # would take no time to be handled
+            assert got == []
+            consuming.enter_context(running(subscriber))
+            wait_until(lambda: memory_consumers(broker) == 1)
+        wait_until(lambda: len(got) == 1)
+
+
+def memory_consumers(broker: EventBroker) -> int:
+    """How many consume."""
+    store = memory.store(broker.url.removeprefix("memory://"))
+    return len(store.queue(ToSubscriber("s"), None).consumers)
+
+
+# ------------------------------------------------------------------ raising
+
+
+def test_error_of_a_handler_is_raised(event_broker: EventBroker) -> None:
+    """Itself, with its traceback; the event is settled, and those after it wait."""
+    subscriber, got = Subscriber(), []
+
+    @subscriber.on("#", name="s", max_retries=3, retry_on=OSError)
+    def handle(event: DomainEvent) -> None:
+        got.append(event.data)
+        if event.data == "broken":
+            raise ZeroDivisionError("the handler's own")
+        if event.data == "down" and not event.retries:
+            raise ConnectionError("of retry_on")
+        if event.data == "rejected":
+            raise Reject("no such user")
+
+    events = [DomainEvent("a.b", data) for data in ("fine", "broken", "down", "rejected")]
+    with pytest.raises(ZeroDivisionError, match="the handler's own") as caught:
+        event_broker.deliver(subscriber, *events, raising=True)
+    assert caught.traceback[-1].name == "handle"
+    assert got == ["fine", "broken"]
+    assert [each.error_type for each in event_broker.dead_letters("s")] == ["ZeroDivisionError"]
+    with pytest.raises(ConnectionError):
+        event_broker.deliver(subscriber, raising=True)
+    with pytest.raises(Reject):
+        event_broker.deliver(subscriber, raising=True)
+    assert event_broker.deliver(subscriber, raising=True) == []
+    event_broker.advance(600)
+    (retried,) = event_broker.deliver(subscriber, raising=True)
+    assert (retried.outcome, got[-1]) == ("handled", "down")
+    assert len(event_broker.dead_letters("s")) == 2
+
+
+def test_retry_that_leads_to_one_is_not_raised(event_broker: EventBroker) -> None:
+    """The one that gives up is."""
+    subscriber = Subscriber()
+
+    @subscriber.on("#", name="s", max_retries=2)
+    def handle(event: DomainEvent) -> None:
+        raise Retry
+
+    (delivery,) = event_broker.deliver(subscriber, DomainEvent("a.b", {}), raising=True)
+    assert delivery.outcome == "retry"
+    with pytest.raises(Retry):
+        event_broker.deliver_all(subscriber, raising=True)
+    assert len(event_broker.dead_letters("s")) == 1
+
+
+def test_data_that_does_not_fit_is_raised(event_broker: EventBroker) -> None:
+    """As an `InvalidEvent`, since no handler was called."""
+    subscriber = Subscriber()
+    subscriber.register(ignore, "s", ["#"], payload=Moved)
+    with pytest.raises(InvalidEvent, match=r"event\.data\.user_id"):
+        event_broker.deliver(subscriber, DomainEvent("a.b", {}), raising=True)
+    assert len(event_broker.dead_letters("s")) == 1
+
+
+# ------------------------------------------------------------------ autouse
+
+PUBLISHING_TESTS = """
+import unittest
+import pytest
+from domain_events import BrokerUnavailable, publish_domain_event
+
+NOWHERE = "amqp://guest:guest@localhost:1/%2F"
+
+def publish():
+    publish_domain_event("a.b", {}, connection_settings=NOWHERE, timeout=0.1)
+
+def test_function():
+    publish()
+
+def test_with_the_fixture(event_broker):
+    publish()
+    event_broker.assert_published("a.b", times=1)
+
+def test_with_a_real_broker(event_broker):
+    event_broker.stop()
+    with pytest.raises(BrokerUnavailable, match="localhost"):
+        publish()
+
+class TestOfUnittest(unittest.TestCase):
+    def test_method(self):
+        publish()
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "option", "passed"),
+    [
+        ("tox.ini", "[pytest]\ndomain_events_autouse = true", 4),
+        ("pyproject.toml", "[tool.pytest.ini_options]\ndomain_events_autouse = true", 4),
+        ("tox.ini", "[pytest]\ndomain_events_autouse = false", 2),
+        ("tox.ini", "[pytest]", 2),
+    ],
+)
+def test_every_test_may_have_the_fixture(
+    pytester: pytest.Pytester, file: str, option: str, passed: int
+) -> None:
+    """By an option of pytest's, off by default."""
+    (pytester.path / file).write_text(option)
+    pytester.makepyfile(PUBLISHING_TESTS)
+    result = pytester.runpytest_subprocess("--strict-config")
+    result.assert_outcomes(passed=passed, failed=4 - passed)

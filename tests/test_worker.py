@@ -29,6 +29,9 @@ EVENTLET = Path(__file__).parent / "programs" / "eventlet_subscriber.py"
 class Consumer:
     """One whose connection may be lost: then none of its deliveries is current."""
 
+    consuming_since = None
+    unsettled = 0
+
     def __init__(self) -> None:
         self.lost = False
         self.settled: list[Settlement] = []

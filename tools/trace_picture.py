@@ -42,7 +42,7 @@ def life_of_an_event(
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing = OpenTelemetry(parent=parent, exchange=exchange, tracer_provider=provider)
+    tracing = OpenTelemetry(parent=parent, tracer_provider=provider)
     configure(url, middleware=[tracing])
     subscriber = Subscriber(exchange=exchange)
     publisher = Publisher(exchange=exchange)

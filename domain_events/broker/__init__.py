@@ -12,16 +12,19 @@ After a fork the child starts with fresh connections; operations under way belon
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from domain_events import settings
 from domain_events.address import shown
@@ -31,8 +34,18 @@ from domain_events.errors import (
     DomainEventsError,
     EventNotConfirmed,
 )
+from domain_events.health import ConnectionHealth
 from domain_events.message import Delivery, Message, Place
+from domain_events.middleware import (
+    ConnectionChange,
+    ConnectionState,
+    Middleware,
+    chained,
+    report_connection,
+)
 from domain_events.process import check_fork, on_fork
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -127,12 +140,27 @@ def _ignore(_publication: Publication) -> None:
     """The callback of a publication for which no caller waits."""
 
 
+#: Called with what has happened to a connection, the broker's address (without the password), and
+#: the reason if there is one; see `ConnectionState`. It must be short, and must not raise.
+OnChange: TypeAlias = Callable[[ConnectionState, str, str | None], None]
+
+
+def ignore_change(_state: ConnectionState, _address: str, _reason: str | None) -> None:
+    """For a connection that nobody watches."""
+
+
 class Publishing(Protocol):
     """A connection that publishes with confirms."""
 
     @property
     def trouble(self) -> str:
         """Why nothing is confirmed at the moment, for errors; empty if there is no known reason."""
+
+    def silence(self) -> float:
+        """For how many seconds its thread has not responded; 0 if it does, or has none.
+
+        Never waits: each call requests a response, which the next one looks for.
+        """
 
     def submit(self, publication: Publication) -> None:
         """Send this after all others, as soon as there is a connection with room in its window.
@@ -164,6 +192,14 @@ class Settlement(Enum):
 
 class Consumer(Protocol):
     """Consumes a subscriber's queue, across reconnects and other failures."""
+
+    @property
+    def consuming_since(self) -> float | None:
+        """Since when, in Unix seconds, the broker has accepted it; None while it has not."""
+
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries it holds."""
 
     def is_current(self, delivery: Delivery) -> bool:
         """Whether the delivery can still be settled; otherwise it was requeued."""
@@ -259,6 +295,9 @@ class Consuming(Protocol):
     def is_browsed(self, place: Place, timeout: float) -> bool:
         """Whether another connection browses it; False if this user may not check."""
 
+    def silence(self) -> float:
+        """As `Publishing.silence`."""
+
     def failure(self) -> DomainEventsError | None:
         """Why this connection has given up for good, if it has."""
 
@@ -272,10 +311,14 @@ class Consuming(Protocol):
 class Broker(Protocol):
     """Takes domain events and delivers them to subscribers."""
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> Publishing:
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> Publishing:
         """A connection to publish on. ``declare``: an exchange to declare, if this user may."""
 
-    def consuming(self, name: str, on_failure: Callable[[], None]) -> Consuming:
+    def consuming(
+        self, name: str, on_failure: Callable[[], None], on_change: OnChange = ignore_change
+    ) -> Consuming:
         """A connection to consume on. ``on_failure`` is called when it has given up for good."""
 
 
@@ -326,6 +369,62 @@ def switched_off(urls: tuple[str, ...] | None) -> bool:
     return urls is None and not _overrides
 
 
+class Watch:
+    """What has happened to one connection: kept for `Connections.health`, passed to middleware.
+
+    Threads. The connection's own thread calls `changed`, and replaces the state as a whole; any
+    thread reads it. Nothing here takes a lock, nor refers to the owner. In the child of a fork it
+    starts anew, since the connection does.
+    """
+
+    def __init__(
+        self, owner: str, purpose: str, middleware: Callable[[], tuple[Middleware, ...] | None]
+    ) -> None:
+        self._owner = owner
+        self._number = next(_numbers)
+        self._middleware = middleware
+        self._unused = ConnectionHealth(purpose)
+        # The process, and how often it has connected.
+        self._state = os.getpid(), self._unused, 0
+
+    @property
+    def health(self) -> ConnectionHealth:
+        """The current state; see `Connections.health` for its ``silence``."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[ConnectionHealth, int]:
+        pid, health, times = self._state
+        return (health, times) if pid == os.getpid() else (self._unused, 0)
+
+    def changed(self, state: ConnectionState, address: str, reason: str | None = None) -> None:
+        """The connection's thread: this has happened."""
+        (before, times), now = self._current(), time.time()
+        connected = state in _CONNECTED
+        times += state is ConnectionState.CONNECTED
+        after = replace(
+            before,
+            address=address,
+            connected=connected,
+            since=before.since if before.since and connected == before.connected else now,
+            reconnects=max(0, times - 1),
+            blocked=reason if state is ConnectionState.BLOCKED else None,
+        )
+        if state in _FAILED:
+            after = replace(after, last_error=reason, last_error_at=now)
+        self._state = os.getpid(), after, times
+        chain = self._middleware()
+        if chain is None:  # the owner is gone
+            chain = settings.middleware()
+        change = ConnectionChange(state, self._owner, before.purpose, address, reason, self._number)
+        report_connection(chain, change)
+
+
+_numbers = itertools.count(1)
+
+_CONNECTED = (ConnectionState.CONNECTED, ConnectionState.BLOCKED, ConnectionState.UNBLOCKED)
+_FAILED = (ConnectionState.LOST, ConnectionState.UNREACHABLE)
+
+
 class Connections:
     """The connections of one owner, each made when first used.
 
@@ -336,6 +435,7 @@ class Connections:
     :param name: the owner's, for the broker's list of connections.
     :param declare: the exchange to publish to.
     :param on_failure: called when the consuming connection has given up for good.
+    :param middleware: the owner's own.
     """
 
     def __init__(
@@ -345,19 +445,35 @@ class Connections:
         *,
         declare: Exchange | None = None,
         on_failure: Callable[[], None] = lambda: None,
+        middleware: tuple[Middleware, ...] = (),
     ) -> None:
         self._urls = urls
         self._name = name
         self._declare = declare
         self._on_failure = on_failure
+        self._middleware = middleware
         self._own_broker = self._broker = None if urls is None else connect(urls)
         self._made: dict[str, Any] = {}
+        # Of those in `_made`, and of those before them that have not been replaced yet.
+        self._watches: dict[str, Watch] = {}
         self._pinned = False
 
     @property
     def address(self) -> object:
         """Identifies the broker in use; equal for two owners with the same broker."""
         return self._urls if self._broker is self._own_broker else self._broker
+
+    @property
+    def shown(self) -> str:
+        """The broker's address, or several, without the password."""
+        if _overrides or self._urls is None:
+            return "the broker of a test" if _overrides else "nowhere"
+        return ", ".join(map(shown, self._urls))
+
+    @property
+    def are_switched_off(self) -> bool:
+        """Whether there is no broker."""
+        return not _overrides and self._own_broker is None
 
     @property
     def are_open(self) -> bool:
@@ -371,7 +487,7 @@ class Connections:
             return None
         made: Publishing | None = self._made.get("publishing")
         return made or self._make(
-            "publishing", lambda: broker.publishing(self._name, self._declare)
+            "publishing", lambda watch: broker.publishing(self._name, self._declare, watch.changed)
         )
 
     def consuming(self) -> Consuming | None:
@@ -381,16 +497,42 @@ class Connections:
             return None
         made: Consuming | None = self._made.get("consuming")
         return made or self._make(
-            "consuming", lambda: broker.consuming(self._name, self._on_failure)
+            "consuming", lambda watch: broker.consuming(self._name, self._on_failure, watch.changed)
         )
 
-    def _make(self, kind: str, make: Callable[[], Any]) -> Any:
+    def _make(self, kind: str, make: Callable[[Watch], Any]) -> Any:
         while True:
             made = self._made
-            connection = made.setdefault(kind, make())
+            # The I/O thread must not keep the middleware alive, which may refer to the owner.
+            watch = Watch(self._name, kind, weakly(self.middleware))
+            new = make(watch)
+            connection = made.setdefault(kind, new)
             if made is self._made:
+                if connection is new:
+                    self._watches[kind] = watch
                 return connection
             connection.close_soon()  # another thread has closed them meanwhile
+
+    def health(self) -> tuple[ConnectionHealth, ...]:
+        """The state of those that are open. Takes no lock, and never waits."""
+        check_fork()
+        open_ones = list(self._made.items())
+        watches = self._watches.copy()
+        return tuple(
+            replace(watches[kind].health, silence=connection.silence())
+            for kind, connection in open_ones
+            if kind in watches
+        )
+
+    def last_error(self) -> tuple[str | None, float | None]:
+        """The last error of any of them, also of those that were closed since, and its time."""
+        states = [watch.health for watch in self._watches.copy().values()]
+        last = max(states, key=lambda state: state.last_error_at or 0.0, default=None)
+        return (last.last_error, last.last_error_at) if last else (None, None)
+
+    def middleware(self) -> tuple[Middleware, ...]:
+        """That of the process, and the owner's own within it."""
+        return chained(settings.middleware(), self._middleware)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -436,6 +578,17 @@ class Connections:
 def _close_soon(made: dict[str, Any]) -> bool:
     were_open = [each.close_soon() for each in list(made.values())]
     return any(were_open)
+
+
+def weakly(method: Callable[[], Result]) -> Callable[[], Result | None]:
+    """The method, without keeping its object alive; None when that is gone."""
+    weak = weakref.WeakMethod(method)
+
+    def call() -> Result | None:
+        alive = weak()
+        return None if alive is None else alive()
+
+    return call
 
 
 class Owner:

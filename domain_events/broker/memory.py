@@ -32,15 +32,27 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
+import os
 import re
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from domain_events.broker import Consumer, Exchange, Publication, Publishing, Queue, Settlement
+from domain_events.broker import (
+    Consumer,
+    Exchange,
+    OnChange,
+    Publication,
+    Publishing,
+    Queue,
+    Settlement,
+    ignore_change,
+)
 from domain_events.broker.clock import SECOND, Clock, RealTime, VirtualTime
 from domain_events.errors import (
     BrokerUnavailable,
@@ -64,6 +76,7 @@ from domain_events.message import (
     UndeliveredOf,
     routing_key_in,
 )
+from domain_events.middleware import ConnectionState
 from domain_events.names import matches
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
@@ -91,6 +104,8 @@ _ALONE, _LONGEST_ALONE = 3.0, 3600.0
 _BACKOFF = Backoff(first=0.1, maximum=10.0, jitter=0.5)
 
 
+_OUTAGE = "the test simulates an outage"
+
 # The settings of queues that are not a subscriber's.
 _NO_SETTINGS = Queue("", Exchange(""), classic=True)
 
@@ -106,11 +121,53 @@ class Memory:
             )
         self._store = store(found["name"])
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> MemoryPublishing:
-        return MemoryPublishing(self._store, declare)
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> MemoryPublishing:
+        return MemoryPublishing(self._store, declare, on_change)
 
-    def consuming(self, name: str, on_failure: Callable[[], None]) -> MemoryConsuming:
-        return MemoryConsuming(self._store)
+    def consuming(
+        self, name: str, on_failure: Callable[[], None], on_change: OnChange = ignore_change
+    ) -> MemoryConsuming:
+        return MemoryConsuming(self._store, on_change)
+
+
+class _Uses:
+    """Reports the first use of a connection in this process, its end, and simulated outages.
+
+    In the thread of whoever does that.
+    """
+
+    def __init__(self, store: Store, on_change: OnChange) -> None:
+        self._store = store
+        self._on_change = on_change
+        self._processes: dict[int, object] = {}
+
+    def begin(self) -> None:
+        """Called with each use."""
+        if os.getpid() in self._processes:
+            return
+        if self._store.is_away:
+            self._report(ConnectionState.UNREACHABLE, _OUTAGE)
+            return
+        me = object()
+        if self._processes.setdefault(os.getpid(), me) is me:
+            self._store.uses.add(self)
+            self._report(ConnectionState.CONNECTED)
+
+    def lose(self) -> None:
+        self._report(ConnectionState.LOST, _OUTAGE)
+
+    def come_back(self) -> None:
+        self._report(ConnectionState.CONNECTED)
+
+    def end(self) -> None:
+        if self._processes.pop(os.getpid(), None) is not None:
+            self._store.uses.discard(self)
+            self._report(ConnectionState.CLOSED)
+
+    def _report(self, state: ConnectionState, reason: str | None = None) -> None:
+        self._on_change(state, f"memory://{self._store.name}", reason)
 
 
 class MemoryPublishing:
@@ -118,12 +175,20 @@ class MemoryPublishing:
 
     trouble = ""
 
-    def __init__(self, store: Store, declare: Exchange | None) -> None:
+    def __init__(
+        self, store: Store, declare: Exchange | None, on_change: OnChange = ignore_change
+    ) -> None:
         self._store = store
+        self._uses = _Uses(store, on_change)
         self._declare = declare
         self._is_closed = False
 
+    def silence(self) -> float:
+        return 0.0  # it has no thread
+
     def submit(self, publication: Publication) -> None:
+        if not self._is_closed:
+            self._uses.begin()
         if publication.awaited and self._store.is_in_operation():
             # By a finalizer or a signal handler, which would wait for the interrupted operation.
             publication.error = _interrupted_error(" The event was not sent.")
@@ -137,6 +202,7 @@ class MemoryPublishing:
         try:
             if publication.error is None:
                 _check_open(self._is_closed)
+                self._store.check_presence(" The event was not sent.")
                 if self._declare is not None:
                     self._store.declare_exchange(self._declare)
                 publication.sent = True
@@ -153,23 +219,27 @@ class MemoryPublishing:
 
     def close(self, timeout: float) -> None:
         self._is_closed = True
+        self._uses.end()
 
     def close_soon(self) -> bool:
-        self._is_closed = True
+        self.close(0)
         return False
 
 
 class MemoryConsuming:
     """See `domain_events.broker.Consuming`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, on_change: OnChange = ignore_change) -> None:
         self._store = store
+        self._uses = _Uses(store, on_change)
         self._holders: list[_Holder] = []
         self.is_closed = False
 
     def call(self, operation: Callable[[], _Result]) -> _Result:
         """Perform it, if this connection is open."""
         _check_open(self.is_closed)
+        self._uses.begin()
+        self._store.check_presence()
         return self._store.call(operation)
 
     def declare(self, queue: Queue, timeout: float) -> None:
@@ -192,6 +262,7 @@ class MemoryConsuming:
         self, queue: Queue, prefetch_count: int, deliver: Callable[[Delivery, Consumer], None]
     ) -> MemoryConsumer:
         _check_open(self.is_closed)
+        self._uses.begin()
         consumer = MemoryConsumer(self._store, self, queue, prefetch_count, deliver)
         self._holders.append(consumer)
         self._store.call_soon(consumer.open)
@@ -208,12 +279,16 @@ class MemoryConsuming:
     def is_browsed(self, place: Place, timeout: float) -> bool:
         return self.call(lambda: self._store.is_browsed(place, self))
 
+    def silence(self) -> float:
+        return 0.0  # it has no thread
+
     def failure(self) -> DomainEventsError | None:
         return None  # it never gives up
 
     def close(self, timeout: float) -> None:
         self.is_closed = True
         self._store.call_soon(self._close)
+        self._uses.end()
 
     def close_soon(self) -> bool:
         self.close(0)
@@ -326,8 +401,18 @@ class MemoryConsumer(_Holder):
     bypassed: set[object] = field(default_factory=set)
     attempts: int = 0
     is_stopped: bool = False
+    #: Since when it consumes, but for outages.
+    since: float | None = None
 
     # --- any thread ----------------------------------------------------------------------------
+
+    @property
+    def consuming_since(self) -> float | None:
+        return None if self.store.is_away else self.since
+
+    @property
+    def unsettled(self) -> int:
+        return len(self.held)
 
     def settle(self, delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
         self.store.call_soon(lambda: self._settle(delivery, how))
@@ -358,6 +443,7 @@ class MemoryConsumer(_Holder):
             self._open_later()
             return
         self.attempts = 0
+        self.since = time.time()
         self.is_careful = self.settings.counts_failures
         self.queue.consumers.append(self)
         self.store.feed(self.queue)
@@ -375,6 +461,8 @@ class MemoryConsumer(_Holder):
 
     def has_room(self) -> bool:
         """Whether it takes one more."""
+        if self.store.is_away:
+            return False
         room = self.prefetch_count
         if self.is_careful:
             room = min(room, 1 + len(self.bypassed & self.held.keys()))
@@ -404,12 +492,14 @@ class MemoryConsumer(_Holder):
 
     def cancelled(self) -> None:
         """The queue was deleted, with the held messages."""
+        self.since = None
         self.held.clear()
         log.warning("%s: the queue was deleted; it is declared again.", self.settings.name)
         self._open_later()
 
     def end(self) -> None:
         self.is_stopped = True
+        self.since = None
         queue = self.queue
         if queue is not None and self.store.exists(queue) and self in queue.consumers:
             queue.consumers.remove(self)
@@ -513,6 +603,10 @@ class Store:
         self._exchanges: dict[str, _Exchange] = {}
         self._queues: dict[Place, _Queue] = {}
         self.browsers: set[MemoryBrowser] = set()
+        #: Whether an outage is simulated.
+        self.is_away = False
+        #: The connections in use.
+        self.uses: weakref.WeakSet[_Uses] = weakref.WeakSet()
 
     # --- any thread ----------------------------------------------------------------------------
 
@@ -719,6 +813,31 @@ class Store:
 
         if _kind(queue.settings) == "temporary":
             self.later(_EXPIRES / SECOND, expire)
+
+    # --- outages ---------------------------------------------------------------------------------
+
+    def go_away(self) -> None:
+        """As for connections that are lost: requeue what consumers hold, and deliver no more."""
+        self.is_away = True
+        for queue in list(self._queues.values()):
+            for consumer in queue.consumers:
+                consumer.give_back(True)
+        for use in list(self.uses):
+            use.lose()
+
+    def come_back(self) -> None:
+        self.is_away = False
+        for queue in list(self._queues.values()):
+            for consumer in queue.consumers:
+                consumer.since = time.time()
+            self.feed(queue)
+        for use in list(self.uses):
+            use.come_back()
+
+    def check_presence(self, what: str = "") -> None:
+        """Raise `BrokerUnavailable` if it is away."""
+        if self.is_away:
+            raise BrokerUnavailable(f"No broker: {_OUTAGE}.{what}")
 
     # --- messages --------------------------------------------------------------------------------
 

@@ -16,13 +16,24 @@ from domain_events.outbox.inbox import KEPT, note, prune
 from domain_events.outbox.parking import Parked, discard, parked, retry
 from domain_events.outbox.relay import Relay, Status, Waiting, status
 from domain_events.outbox.rows import Row
-from domain_events.outbox.schema import INBOX, OUTBOX, create, tuning
+from domain_events.outbox.schema import (
+    FETCH_INDEX,
+    HANDLED_INDEX,
+    INBOX,
+    ORDER_INDEX,
+    OUTBOX,
+    create,
+    tuning,
+)
 from domain_events.outbox.writing import Written, write
 
 __all__ = [
     "DIALECTS",
+    "FETCH_INDEX",
+    "HANDLED_INDEX",
     "INBOX",
     "KEPT",
+    "ORDER_INDEX",
     "OUTBOX",
     "Courier",
     "Database",

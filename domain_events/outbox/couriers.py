@@ -88,12 +88,15 @@ class Courier:
         self._pause = 0.0
         self._paused_until = 0.0
 
-    def take(self, rows: Iterable[Row]) -> None:
-        """Take rows whose transaction has been committed; never blocks, never raises."""
+    def take(self, rows: Iterable[Row | None]) -> None:
+        """Take rows whose transaction has been committed; never blocks, never raises.
+
+        :param rows: those of `Written`; None is passed over.
+        """
         if os.getpid() != self._pid:  # a fork: its thread and its lock are the parent's
             return
         with self._changed:
-            for row in rows:
+            for row in filter(None, rows):
                 if self._closing or len(self._rows) >= _MOST_ROWS or self._bytes >= _MOST_BYTES:
                     if not self._overflowed and not self._closing:
                         self._overflowed = True
@@ -189,7 +192,8 @@ class Courier:
             return
         if any(row.object_key is not None for row in rows):
             with self._database.transaction() as execute:
-                found = table.in_order(execute, [(row.id, row.object_key) for row in rows])
+                keys = [(row.id, row.object_key) for row in rows]
+                found = table.in_order(execute, keys, self._sender.sent)
             ids = {number for number, _ in found}
         else:
             ids = {row.id for row in rows}

@@ -90,6 +90,25 @@ def begin(execute: Execute, dialect: str) -> None:
     """The first statement of a transaction: its later ones see what was committed before them."""
     if dialect != "sqlite":
         execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", {})
+
+
+def begin_fetch(execute: Execute, dialect: str) -> None:
+    """As `begin`, for a transaction that looks for rows and locks them."""
+    begin(execute, dialect)
     if dialect == "postgresql":
+        execute(f"SELECT {_FETCH_SETTINGS}", {})
+
+
+# For the transaction only.
+_FETCH_SETTINGS = ", ".join(
+    f"set_config('{name}', '{value}', true)"
+    for name, value in (
         # A process that is paused within the transaction does not hold its locks for ever.
-        execute("SET LOCAL idle_in_transaction_session_timeout = '30s'", {})
+        ("idle_in_transaction_session_timeout", "30s"),
+        # There is an index for each statement, in its order. The planner cannot know: statistics
+        # are of a time when the table was empty, or full.
+        ("enable_seqscan", "off"),
+        ("enable_bitmapscan", "off"),
+        ("enable_sort", "off"),
+    )
+)

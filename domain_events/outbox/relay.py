@@ -25,11 +25,17 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import NamedTuple
 
-from domain_events.checks import seconds, whole_number
+from domain_events.checks import refusal, seconds, whole_number
 from domain_events.log import Log
 from domain_events.middleware import Middleware
 from domain_events.outbox import rows as table
-from domain_events.outbox.database import Database, Execute, begin, check_dialect, clock
+from domain_events.outbox.database import (
+    Database,
+    Execute,
+    begin_fetch,
+    check_dialect,
+    clock,
+)
 from domain_events.outbox.rows import Page
 from domain_events.outbox.schema import OUTBOX
 from domain_events.outbox.sending import Sender, Sent
@@ -98,6 +104,8 @@ class Relay:
         self._dialect = check_dialect(database.dialect)
         self._batch = whole_number(batch, "batch", 1, 10_000)
         self._lease = seconds(lease, "lease")
+        if self._lease <= seconds(timeout):
+            raise refusal(lease, "lease", f"longer than the timeout, which is {timeout:g} s")
         self._idle = seconds(idle, "idle")
         self._sender = Sender(
             database,
@@ -125,9 +133,10 @@ class Relay:
         while not self._stopping.is_set():
             try:
                 done = self._in_context(whole=False)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - adapters have errors of their own
+                log_it = log.warning if pause else log.exception  # one traceback is enough
                 pause = min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, pause * 2))
-                log.exception(
+                log_it(
                     "The outbox in %s cannot be used (%s); the relay tries again in %.1f s.",
                     self._database.name,
                     type(error).__name__,
@@ -265,7 +274,7 @@ class Relay:
         if self._dialect == "sqlite" and not self._any():
             return Page([], None, False)
         with self._database.transaction() as execute:
-            begin(execute, self._dialect)
+            begin_fetch(execute, self._dialect)
             return table.fetch(
                 execute,
                 self._dialect,
@@ -275,6 +284,7 @@ class Relay:
                 after=after,
                 only=only,
                 without=list(without),
+                sent=self._sender.sent,
             )
 
     def _any(self) -> bool:

@@ -18,7 +18,8 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from domain_events.checks import shown
@@ -36,6 +37,8 @@ _ORDER_TIMEOUT = 5.0
 _LONGEST_ERROR = 2000
 # Of the bodies in one page; a larger body is a page of its own.
 _MOST_BYTES = 32 * 2**20
+# Ids that the search for older rows may pass for what it knows to be sent.
+_RECENT = 10_000
 
 
 class Row(NamedTuple):
@@ -202,6 +205,7 @@ def fetch(
     after: int = 0,
     only: str | None = None,
     without: Collection[str] = (),
+    sent: Mapping[str, int] = MappingProxyType({}),
 ) -> Page:
     """Lease the oldest rows that may be sent: not parked, leased to nobody, next in their order.
 
@@ -209,6 +213,7 @@ def fetch(
         passes it has to look at all of them again.
     :param only: at this exchange only.
     :param without: not at these exchanges.
+    :param sent: as `in_order` takes it.
     """
     leased_at = time.monotonic()
     parameters: dict[str, Any] = {f"x{n}": name for n, name in enumerate(without)}
@@ -236,7 +241,7 @@ def fetch(
     looked_at = [(int(number), key) for number, key, _ in found[:within]]
     if not looked_at:
         return Page([], None, False)
-    ids = [number for number, _ in in_order(execute, looked_at)]
+    ids = [number for number, _ in in_order(execute, looked_at, sent)]
     page = Page(
         _lease(execute, dialect, token, lease, ids) if ids else [],
         looked_at[-1][0],
@@ -263,24 +268,51 @@ def _lease(
 
 
 def in_order(
-    execute: Execute, rows: Iterable[tuple[int, str | None]]
+    execute: Execute,
+    rows: Iterable[tuple[int, str | None]],
+    sent: Mapping[str, int] = MappingProxyType({}),
 ) -> list[tuple[int, str | None]]:
-    """Those of the rows (id, object key) of whose objects no older row exists besides them."""
+    """Those of the rows (id, object key) of whose objects no older row exists besides them.
+
+    :param sent: of objects, the id up to which their rows are known to be sent. Without it, the
+        search passes every row of the object that PostgreSQL still keeps, though it is deleted.
+    """
     rows = list(rows)
-    keyed = [number for number, key in rows if key is not None]
+    keyed = [(number, key) for number, key in rows if key is not None]
     if not keyed:
         return rows
-    ids = _listed(keyed)
-    found = execute(
-        f"SELECT o.object_key, MIN(o.id) FROM {OUTBOX} o WHERE o.object_key IN "
-        f"(SELECT k.object_key FROM {OUTBOX} k WHERE k.id IN ({ids})) "
-        f"AND o.id < {max(keyed)} AND o.id NOT IN ({ids}) GROUP BY o.object_key",
-        {},
-    )
-    first = {key: int(number) for key, number in found}
+    lowest = keyed[0][0]
+    recent = [
+        (number, key)
+        for number, key in keyed
+        if key in sent and lowest - _RECENT < sent[key] < number
+    ]
+    first: dict[str, int] = {}
+    if recent:
+        first.update(_oldest_besides(execute, keyed, recent, min(sent[key] for _, key in recent)))
+    if len(recent) < len(keyed):
+        known = set(recent)
+        others = [each for each in keyed if each not in known]
+        first.update(_oldest_besides(execute, keyed, others, 0))
     return [
         (number, key) for number, key in rows if key is None or number < first.get(key, number + 1)
     ]
+
+
+def _oldest_besides(
+    execute: Execute, rows: list[tuple[int, str]], of: list[tuple[int, str]], after: int
+) -> dict[str, int]:
+    """Of the objects of some rows, the oldest row besides the rows, if there is one."""
+    # The addition keeps PostgreSQL from looking for the minimum in the order of the primary key.
+    found = execute(
+        f"SELECT k.object_key, (SELECT MIN(o.id + 0) FROM {OUTBOX} o "
+        f"WHERE o.object_key = k.object_key AND o.id > {int(after)} AND o.id < {rows[-1][0]} "
+        f"AND o.id NOT IN ({_listed(number for number, _ in rows)})) FROM "
+        f"(SELECT DISTINCT object_key FROM {OUTBOX} "
+        f"WHERE {_among(number for number, _ in of)}) k",
+        {},
+    )
+    return {key: int(number) for key, number in found if number is not None}
 
 
 def renew(

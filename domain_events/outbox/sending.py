@@ -7,8 +7,9 @@ row of each object. What is in one wave is pipelined.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from domain_events.log import Log
 from domain_events.message import type_name
 from domain_events.middleware import Done, Middleware, Operation, Outgoing
 from domain_events.outbox import rows as table
-from domain_events.outbox.database import Database, check_dialect
+from domain_events.outbox.database import Database, begin, check_dialect
 from domain_events.outbox.rows import Row
 from domain_events.publisher import Publisher
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -36,6 +37,8 @@ log = Log("domain_events.outbox")
 # Seconds after which what was confirmed is deleted, and leases are renewed, while others are sent:
 # a process that is killed leaves duplicates of no more than this.
 _SETTLE_EVERY = 1.0
+# The most objects of which it is remembered what was sent.
+_MOST_OBJECTS = 10_000
 
 
 @dataclass
@@ -70,6 +73,8 @@ class Sender:
         self._settings = settings.masked(connection_settings)
         self._lease = lease
         self._timeout = timeout
+        #: By object: the id up to which its rows were sent.
+        self.sent: OrderedDict[str, int] = OrderedDict()
         self._outcomes = _Outcomes()
         self._middleware = (*middleware, self._outcomes)
         self._publishers: dict[tuple[tuple[str, ...] | None, str], Publisher] = {}
@@ -85,23 +90,22 @@ class Sender:
 
         def settle(*, finish: bool) -> None:
             nonlocal settled
-            confirmed, settled = sent.confirmed[settled:], len(sent.confirmed)
+            confirmed = sent.confirmed[settled:]
             rest = open_ - {row.id for row in sent.confirmed} - {row.id for row, _ in sent.parked}
-            with self._database.transaction() as execute:
-                table.delete(execute, token, [row.id for row in confirmed])
-                if finish:
-                    for row, why in sent.parked:
-                        table.park(execute, self._dialect, token, row.id, why)
-                    table.release(execute, token, rest)
-                else:
-                    open_.difference_update(
-                        rest - table.renew(execute, self._dialect, token, rest, self._lease)
-                    )
+            mine = self._settle(token, confirmed, sent.parked, rest, finish=finish)
+            open_.difference_update(rest - mine)
+            settled += len(confirmed)
 
         try:
             self._send(rows, sent, open_, settle)
         finally:
             settle(finish=True)
+        for row in sent.confirmed:
+            if row.object_key is not None:
+                self.sent[row.object_key] = row.id
+                self.sent.move_to_end(row.object_key)
+        while len(self.sent) > _MOST_OBJECTS:
+            self.sent.popitem(last=False)
         for row, why in sent.parked:
             log.error(
                 "The event %s '%s' cannot be sent: row %d of the outbox in %s is parked%s. %s",
@@ -113,6 +117,39 @@ class Sender:
                 why,
             )
         return sent
+
+    def _settle(
+        self,
+        token: str,
+        confirmed: list[Row],
+        parked: list[tuple[Row, str]],
+        rest: set[int],
+        *,
+        finish: bool,
+    ) -> set[int]:
+        """Delete what was confirmed; at the end, park and release, before that, renew the leases.
+
+        :return: what is still leased to the token.
+        """
+
+        def settle() -> set[int]:
+            with self._database.transaction() as execute:
+                begin(execute, self._dialect)
+                table.delete(execute, token, [row.id for row in confirmed])
+                if not finish:
+                    return table.renew(execute, self._dialect, token, rest, self._lease)
+                for row, why in parked:
+                    table.park(execute, self._dialect, token, row.id, why)
+                table.release(execute, token, rest)
+                return set()
+
+        try:
+            return settle()
+        except Exception:  # noqa: BLE001 - adapters have errors of their own
+            # Once more, on a new connection: otherwise what was confirmed is sent twice.
+            with contextlib.suppress(Exception):
+                self._database.close()
+            return settle()
 
     def close(self, timeout: float = 10.0) -> None:
         """Close the connections to the broker; the next row opens them again."""
@@ -208,6 +245,8 @@ class Sender:
             )
         publisher = self._publishers.get((urls, exchange))
         if publisher is None:
+            for key in [key for key in self._publishers if key[0] != urls]:
+                self._publishers.pop(key).close(0.0)  # configure() was called meanwhile
             publisher = self._publishers[urls, exchange] = Publisher(
                 urls,
                 exchange,

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import Any
 
 from domain_events.broker import (
     Consuming,
     Exchange,
+    OnChange,
     Publication,
     Publishing,
+    ignore_change,
     memory,
     overridden,
 )
 from domain_events.broker.clock import SECOND, VirtualTime
 from domain_events.dead_letters import DeadLetter, DeadLetters
-from domain_events.events import DomainEvent
+from domain_events.events import Details, DomainEvent, from_envelope, read_envelope
 from domain_events.forwarding import Forwarder
 from domain_events.message import ToExchange
-from domain_events.outcomes import Delivered
+from domain_events.outcomes import Delivered, Outcome
 from domain_events.publisher import Publisher
+from domain_events.retry import Retry
 from domain_events.subscriber import Subscriber
-from domain_events.testing.matching import ANYTHING, difference, expectation, listing
+from domain_events.testing.matching import ANYTHING, Expectation
 from domain_events.worker import Worker
 
 # Two handlers that publish events for each other would never end.
@@ -103,24 +107,27 @@ class EventBroker:
         data: object = ANYTHING,
         *,
         domain_object_id: object = ANYTHING,
+        headers: Mapping[str, object] | None = None,
         times: int | None = None,
-    ) -> DomainEvent:
+    ) -> DomainEvent[Any]:
         """Assert that such an event was published.
 
         :param binding_key: its routing key; ``*`` stands for a word, ``#`` for any number.
-        :param data: its data; of a dictionary, those entries that matter.
+        :param data: its data, of any kind that can be published, compared as JSON. Of a dictionary,
+            give the entries that matter; an object is compared with all its fields.
         :param domain_object_id: what it is about.
+        :param headers: those of its headers that matter.
         :param times: exactly how many there are; at least one, if left out.
         :return: the first one of them.
         :raises AssertionError: with what was published instead.
         """
         if times is not None and times < 1:
             raise ValueError("For times=0 there is assert_not_published().")
-        found = self._found(binding_key, data, domain_object_id)
+        expected = Expectation(binding_key, data, domain_object_id, headers)
+        found = self._found(expected)
         if not found or (times is not None and len(found) != times):
-            expected = expectation(binding_key, data, domain_object_id)
             number = f", {times} times" if times is not None else ""
-            instead = self._what_was_published(binding_key, data, domain_object_id)
+            instead = self._what_was_published(expected)
             raise AssertionError(f"Expected {expected}{number}; {instead}")
         return found[0]
 
@@ -130,12 +137,30 @@ class EventBroker:
         data: object = ANYTHING,
         *,
         domain_object_id: object = ANYTHING,
+        headers: Mapping[str, object] | None = None,
     ) -> None:
         """Assert that no such event was published; without arguments, none at all."""
-        if self._found(binding_key, data, domain_object_id):
-            expected = expectation(binding_key, data, domain_object_id)
-            instead = self._what_was_published(binding_key, data, domain_object_id)
+        expected = Expectation(binding_key, data, domain_object_id, headers)
+        if self._found(expected):
+            instead = self._what_was_published(expected)
             raise AssertionError(f"Not expected: {expected}; {instead}")
+
+    # --- outages ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Inside this, the broker is away.
+
+        Publishing raises `domain_events.BrokerUnavailable` at once, whatever its ``timeout``, and
+        so does all else that needs the broker. Subscribers get nothing, and what they had not
+        settled comes again afterwards, as after a lost connection. Queues and events are kept.
+        """
+        store = self._running()
+        store.call(store.go_away)
+        try:
+            yield
+        finally:
+            store.call(store.come_back)
 
     # --- deliveries ------------------------------------------------------------------------------
 
@@ -151,33 +176,43 @@ class EventBroker:
             for each in subscriber.subscriptions:
                 consuming.declare(each.options.queue, _TIMEOUT)
 
-    def deliver(self, to: Subscriber, *events: DomainEvent) -> list[Delivered]:
+    def deliver(
+        self, to: Subscriber, *events: DomainEvent[Any], raising: bool = False
+    ) -> list[Delivered]:
         """Call a subscriber's handlers, in this thread, with all the events that wait for them.
 
         What handlers publish meanwhile for the same subscriber is delivered too. A retry is not,
         until it is due: see `advance` and `deliver_all`.
 
         :param events: events to publish before.
+        :param raising: raise the error of the first event that was not handled: what its handler
+            raised, or why it was not called, such as data that does not fit its payload. That event
+            has been settled by then, as it always is, and those after it wait for the next call. A
+            `domain_events.Retry` that leads to a retry is not raised.
         :return: the outcome of each event, in the order in which they were handled.
         :raises AssertionError: it never ends; two handlers may publish for each other.
         """
+        if self._running().is_away:
+            self._publish(to, events)
+            return []
         self.attach(to)
-        with Publisher(exchange=to.exchange, exchange_type=to.exchange_type) as of_events:
-            of_events.publish_many(events)
+        self._publish(to, events)
         consuming = to.connections.consuming()
         assert consuming is not None
-        worker = _InThisThread(consuming, to.forwarder)
+        worker = _InThisThread(consuming, to.forwarder, raising)
         with to.running(worker) as subscriptions:
             worker.work(subscriptions)
         return worker.deliveries
 
-    def deliver_all(self, to: Subscriber, *events: DomainEvent) -> list[Delivered]:
+    def deliver_all(
+        self, to: Subscriber, *events: DomainEvent[Any], raising: bool = False
+    ) -> list[Delivered]:
         """As `deliver`, and move the time forward over every retry, until nothing is left."""
-        deliveries = self.deliver(to, *events)
+        deliveries = self.deliver(to, *events, raising=raising)
         # The next one due may be a retry of another subscriber.
         while (seconds := self._until_next()) is not None:
             self.advance(seconds)
-            deliveries += self.deliver(to)
+            deliveries += self.deliver(to, raising=raising)
         return deliveries
 
     def advance(self, seconds: float) -> None:
@@ -200,17 +235,25 @@ class EventBroker:
         """Under the embedded broker's lock: a message was published."""
         message = publication.message
         if isinstance(message.destination, ToExchange) and publication.error is None:
-            self._published.append(DomainEvent.from_json(message.body))
+            details = Details(
+                message.headers or {}, message.correlation_id, message.cause, message.version
+            )
+            envelope = read_envelope(message.body)
+            self._published.append(from_envelope(envelope, details=lambda: details))
 
-    def _found(self, binding_key: str, data: object, about: object) -> list[DomainEvent]:
-        return [each for each in self.published if not difference(each, binding_key, data, about)]
+    def _publish(self, to: Subscriber, events: Iterable[DomainEvent[Any]]) -> None:
+        with Publisher(exchange=to.exchange, exchange_type=to.exchange_type) as publisher:
+            publisher.publish_many(events)
 
-    def _what_was_published(self, binding_key: str, data: object, about: object) -> str:
+    def _found(self, expected: Expectation) -> list[DomainEvent[Any]]:
+        return [each for each in self.published if not expected.difference(each)]
+
+    def _what_was_published(self, expected: Expectation) -> str:
         events = self.published
         if not events:
             return "nothing was published."
         were = "1 event was" if len(events) == 1 else f"{len(events)} events were"
-        return f"{were} published:\n{listing(events, binding_key, data, about)}"
+        return f"{were} published:\n{expected.listing(events)}"
 
     def _until_next(self) -> float | None:
         store = self._running()
@@ -226,8 +269,9 @@ class EventBroker:
 class _InThisThread(Worker):
     """Handles what waits, and what comes of it, whatever the number of the subscriber's workers."""
 
-    def __init__(self, consuming: Consuming, forwarder: Forwarder) -> None:
+    def __init__(self, consuming: Consuming, forwarder: Forwarder, raising: bool) -> None:
         super().__init__(consuming, forwarder, 1, None)
+        self._raising = raising
         self.deliveries: list[Delivered] = []
 
     def receive(self) -> None:
@@ -235,10 +279,16 @@ class _InThisThread(Worker):
             delivered = self.handle(work)
             if delivered is not None:
                 self.deliveries.append(delivered)
+                if self._raising and delivered.error is not None and not _is_retried(delivered):
+                    raise delivered.error
             if len(self.deliveries) >= _MOST_DELIVERIES:
                 raise AssertionError(
                     f"{_MOST_DELIVERIES:,} deliveries and no end; the last one is {delivered}."
                 )
+
+
+def _is_retried(delivered: Delivered) -> bool:
+    return delivered.outcome is Outcome.RETRY and isinstance(delivered.error, Retry)
 
 
 class _Recorder:
@@ -249,8 +299,11 @@ class _Recorder:
         self._broker = broker
         self.consuming = broker.consuming
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> Publishing:
-        return _RecordingPublishing(self._broker.publishing(name, declare), self._record)
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> Publishing:
+        publishing = self._broker.publishing(name, declare, on_change)
+        return _RecordingPublishing(publishing, self._record)
 
 
 class _RecordingPublishing:
@@ -260,6 +313,7 @@ class _RecordingPublishing:
         self._publishing = publishing
         self._record = record
         self.trouble = ""
+        self.silence = publishing.silence
         self.withdraw = publishing.withdraw
         self.close = publishing.close
         self.close_soon = publishing.close_soon

@@ -232,6 +232,7 @@ def test_what_an_event_knows_besides_its_envelope(bench: Bench) -> None:
     first, second = seen
     assert first == sent
     assert (first.subscriber, sent.subscriber) == (queue, None)
+    assert (first.exchange, sent.exchange) == (bench.exchange, None)
     assert (first.correlation_id, first.cause, first.version) == ("order-7", "click", 2)
     assert (second.correlation_id, second.cause, second.version) == (
         "order-7",

@@ -3,13 +3,19 @@
 Where the library leaves a type unknown, the line that meets it here is an error. It is not run.
 """
 
+# A line that is wrong on purpose must be an error to both: mypy warns of ignores without one, too.
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TypedDict
 from uuid import UUID
+
+from typing_extensions import assert_type
 
 import domain_events
 from domain_events import (
@@ -218,6 +224,56 @@ def subscribe() -> None:
     subscriber.stop_consuming()
 
 
+# --- typed data ----------------------------------------------------------------------------------
+
+
+@dataclass
+class UserRegistered:
+    """A payload."""
+
+    user_id: int
+
+
+def greet(event: DomainEvent[UserRegistered]) -> int:
+    """``event.data`` is one: its fields are known, and others are errors."""
+    user_id: int = event.data.user_id
+    assert_type(event.data, UserRegistered)
+    del event.data.name  # type: ignore[attr-defined]
+    text: str = event.data.user_id  # type: ignore[assignment]
+    print(text, event.version, event.headers)
+    return user_id
+
+
+class Greeter:
+    """With a typed handler."""
+
+    def greet(self, event: DomainEvent[UserRegistered]) -> None:
+        """As a method."""
+
+
+def v1_to_v2(data: dict[str, object]) -> dict[str, object]:
+    """A step between versions."""
+    return {"user_id": data["id"]}
+
+
+def subscribe_typed() -> None:
+    """By the annotation, and by the option; as a call and as a decorator."""
+    subscriber = Subscriber()
+    subscriber.register(greet, "greet", ["user.registered"], upcast={1: v1_to_v2})
+    subscriber.register(Greeter().greet, "greeter", ["user.registered"], payload=UserRegistered)
+    subscriber.register(send_mail, "either", ["#"], payload=UserRegistered | User)
+
+    @subscriber.on("user.registered", name="on", payload=UserRegistered, upcast={1: v1_to_v2})
+    def handle(event: DomainEvent[UserRegistered]) -> int:
+        return event.data.user_id
+
+    same: Callable[[DomainEvent[UserRegistered]], int] = handle
+    event = DomainEvent[UserRegistered]("user.registered", UserRegistered(42), version=2)
+    publish_domain_event("user.registered", UserRegistered(42))
+    print(same(event), greet(event))
+    greet(DomainEvent[User]("user.registered", {"user_id": 42}))  # type: ignore[arg-type]
+
+
 # --- dead letters --------------------------------------------------------------------------------
 
 
@@ -285,7 +341,12 @@ def test_mail(event_broker: EventBroker) -> None:
     event: DomainEvent = event_broker.assert_published(
         "user.*", {"user_id": 42}, domain_object_id="42", times=1
     )
-    event_broker.assert_not_published("order.#", {}, domain_object_id=None)
+    event_broker.assert_not_published("order.#", {}, domain_object_id=None, headers={"tenant": "x"})
+    event_broker.assert_published("user.*", UserRegistered(42), headers={"tenant": "x"})
+    deliveries += event_broker.deliver(subscriber, event, raising=True)
+    deliveries += event_broker.deliver_all(subscriber, event, raising=True)
+    with event_broker.outage():
+        print(event_broker.published)
     event_broker.advance(600)
     letters: list[DeadLetter] = event_broker.dead_letters("mail")
     print(event, letters, event_broker.published, event_broker.url)

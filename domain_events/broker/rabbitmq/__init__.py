@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 
 from domain_events import log
-from domain_events.broker import Exchange
+from domain_events.broker import Exchange, OnChange, ignore_change
 from domain_events.broker.rabbitmq.consuming import RabbitConsuming
 from domain_events.broker.rabbitmq.nodes import Nodes, check
 from domain_events.broker.rabbitmq.publishing import RabbitPublishing
@@ -37,8 +37,12 @@ class RabbitMQ:
         check(urls)  # at once, before any connection is made
         self._urls = urls
 
-    def publishing(self, name: str, declare: Exchange | None = None) -> RabbitPublishing:
-        return RabbitPublishing(Nodes(self._urls), declare, name)
+    def publishing(
+        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
+    ) -> RabbitPublishing:
+        return RabbitPublishing(Nodes(self._urls), declare, name, on_change)
 
-    def consuming(self, name: str, on_failure: Callable[[], None]) -> RabbitConsuming:
-        return RabbitConsuming(Nodes(self._urls), name, on_failure)
+    def consuming(
+        self, name: str, on_failure: Callable[[], None], on_change: OnChange = ignore_change
+    ) -> RabbitConsuming:
+        return RabbitConsuming(Nodes(self._urls), name, on_failure, on_change)

@@ -38,7 +38,7 @@ from domain_events.broker.rabbitmq.channel import Channels, ChannelSetup
 from domain_events.broker.rabbitmq.doorbell import Doorbell
 from domain_events.broker.rabbitmq.envelope import Properties, RabbitDelivery
 from domain_events.broker.rabbitmq.errors import close_code, explain
-from domain_events.broker.rabbitmq.link import is_io_thread
+from domain_events.broker.rabbitmq.link import REMINDER, is_io_thread
 from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
@@ -107,6 +107,10 @@ class Tags:
 
     def unsettled(self) -> set[int]:
         return set(range(self._floor, self._last + 1)) - self._settled_above
+
+    def count(self) -> int:
+        """How many are unsettled; also for other threads, which may read it a moment too early."""
+        return self._last + 1 - self._floor - len(self._settled_above)
 
     def all_settled(self) -> bool:
         return self._floor > self._last
@@ -186,7 +190,7 @@ class CarefulStart:
 
 
 class Trouble:
-    """Why a queue is not being consumed; a refusal that repeats is logged once.
+    """Why a queue is not being consumed; a refusal that repeats is logged every few minutes.
 
     :ivar reason: in words for the log; empty while all is well.
     :ivar failures: how often it has failed since it last consumed.
@@ -198,7 +202,7 @@ class Trouble:
         self.reason = ""
         self.failures = 0
         self.not_before = 0.0
-        self._refusal = ""
+        self._refusal, self._logged_at = "", 0.0
 
     def pause(self) -> float:
         """Seconds until the next attempt."""
@@ -214,8 +218,9 @@ class Trouble:
 
     def refused(self, error: DomainEventsError) -> None:
         self.reason = "the broker had refused it"
-        if self._refusal != str(error):
-            self._refusal = str(error)
+        now = time.monotonic()
+        if self._refusal != str(error) or now - self._logged_at >= REMINDER:
+            self._refusal, self._logged_at = str(error), now
             log.error("%s cannot consume; trying again. %s", self._queue, error)
 
     def over(self) -> None:
@@ -252,6 +257,7 @@ class RabbitConsumer:
         # The I/O thread.
         self._setup: ChannelSetup | None = None
         self._consumer_tags: dict[str, bool] = {}  # whether each is being cancelled
+        self._consuming_since: float | None = None  # any thread reads it
         self._stopping = False
         self._stopped = threading.Event()
         self._trouble = Trouble(queue.name)
@@ -260,11 +266,21 @@ class RabbitConsumer:
 
     def _begin_channel(self, channel: Channel | None, epoch: int) -> None:
         self._channel = channel
+        self._consuming_since = None
         self._consumer_tags.clear()
         self._start = CarefulStart(self._prefetch_count, careful=self._starts_carefully)
         self._tags = Tags(epoch)  # other threads read its epoch
 
     # --- any thread ----------------------------------------------------------------------------
+
+    @property
+    def consuming_since(self) -> float | None:
+        return self._consuming_since
+
+    @property
+    def unsettled(self) -> int:
+        # Without the settlements that are about to be sent.
+        return max(0, self._tags.count() - len(self._settled))
 
     def is_current(self, delivery: Delivery) -> bool:
         """Whether the delivery can still be settled."""
@@ -301,6 +317,7 @@ class RabbitConsumer:
             if self._stopping:
                 return  # pika ignores a second basic_cancel, and does not call back
             self._stopping = True
+            self._consuming_since = None
             if self._channel is None or not self._channel.is_open:
                 self._stopped.set()
                 return
@@ -373,6 +390,9 @@ class RabbitConsumer:
     def _consumes(self, _frame: object) -> None:
         if self._setup is not None:
             self._setup.usable()
+        # Not the time of each consumer of a careful start: to the user they are one.
+        if self._consuming_since is None and not self._stopping:
+            self._consuming_since = time.time()
         self._trouble.over()
 
     def _cancel_all(self, channel: Channel) -> None:
@@ -392,6 +412,7 @@ class RabbitConsumer:
         # (https://www.rabbitmq.com/docs/consumer-cancel). If the queue exists, the broker has
         # requeued its unsettled deliveries.
         self._trouble.reason = "the broker had cancelled the consumer"
+        self._consuming_since = None
         self._send_settled()
         if self._setup is not None and self._channel is not None and self._channel.is_open:
             self._setup.close(self._channel)

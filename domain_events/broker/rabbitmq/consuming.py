@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from pika.channel import Channel
 
-from domain_events.broker import Consumer, Publishing, Queue
+from domain_events.broker import Consumer, OnChange, Publishing, Queue, ignore_change
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.channel import Answer, Channels
@@ -58,10 +58,16 @@ _Request: TypeAlias = Callable[[Answer], None]
 class RabbitConsuming:
     """See `domain_events.broker.Consuming`."""
 
-    def __init__(self, nodes: Nodes, name: str, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        name: str,
+        on_failure: Callable[[], None],
+        on_change: OnChange = ignore_change,
+    ) -> None:
         self._on_failure = on_failure
         self._consumers: list[RabbitConsumer] = []
-        self._link = Link(nodes, f"{name} consuming", self)
+        self._link = Link(nodes, f"{name} consuming", self, on_change)
         self.forget()
 
     def forget(self) -> None:
@@ -77,6 +83,9 @@ class RabbitConsuming:
         self._last_error = ""  # of `_repair`
 
     # --- any thread ----------------------------------------------------------------------------
+
+    def silence(self) -> float:
+        return self._link.silence()
 
     def failure(self) -> DomainEventsError | None:
         return self._failure

@@ -6,8 +6,9 @@ link's owner and call `wake`.
 
 Whatever goes wrong on the I/O thread - an exception in one of our callbacks, one that escapes from
 pika, one that another thread or a tracer injects - ends the current loop; everything that belonged
-to it is disposed of, the owner is notified as for any lost connection, and another loop begins. The
-application's code never runs here: log lines are written by another thread (`log.in_background`).
+to it is disposed of, the owner is notified as for any lost connection, and another loop begins. Of
+the application's code, only middleware that was given for it runs here, with what happens to the
+connection (`report`); log lines are written by another thread (`log.in_background`).
 
 A fork copies no thread. In the child a link drops everything without touching it: to close or to
 unregister would affect the parent's sockets. A closed link stays closed.
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from domain_events.broker import OnChange, ignore_change
 from domain_events.broker.rabbitmq.attempts import attempts
 from domain_events.broker.rabbitmq.errors import (
     LOGIN_REFUSED,
@@ -40,6 +42,7 @@ from domain_events.broker.rabbitmq.transport import Attempt, Connection
 from domain_events.broker.rabbitmq.turns import Turns
 from domain_events.errors import BrokerUnavailable, ConfigurationError
 from domain_events.log import Log, in_background
+from domain_events.middleware import ConnectionState
 from domain_events.process import check_fork, on_fork
 from domain_events.retry import Backoff
 
@@ -53,6 +56,9 @@ _LASTING = 5.0
 
 # Seconds after which an attempt is given up; pika has no time limit for resolving a name.
 _LONGEST_ATTEMPT = 60.0
+
+#: Seconds after which it is logged again that something is still wrong.
+REMINDER = 300.0
 
 # How long a graceful close may take before the connection is dropped.
 _GRACE = 2.0
@@ -91,12 +97,18 @@ class Owner(Protocol):
 
 
 class Link:
-    """A connection to one of the nodes, and its I/O thread, both started by the first `wake`."""
+    """A connection to one of the nodes, and its I/O thread, both started by the first `wake`.
 
-    def __init__(self, nodes: Nodes, role: str, owner: Owner) -> None:
+    :param on_change: called on the I/O thread with what happens to the connection.
+    """
+
+    def __init__(
+        self, nodes: Nodes, role: str, owner: Owner, on_change: OnChange = ignore_change
+    ) -> None:
         self._nodes = nodes
         self._role = role
         self._owner = owner
+        self._on_change = on_change
         self._closing = False
         self._reset()
         _links.add(self)
@@ -121,6 +133,11 @@ class Link:
         self._troubles: dict[str, tuple[str, ConfigurationError | None]] = {}
         self._was_connected = False
         self._connected_at = 0.0
+        # Since when there is no connection, and when that was last logged; None while there is one.
+        self._away_since: float | None = None
+        self._reminded_at = 0.0
+        # When `silence` requested a response that has not come yet.
+        self._requested_at: float | None = None
 
     @property
     def node(self) -> str:
@@ -140,6 +157,20 @@ class Link:
         if not troubles and self._attempt is not None and self.connection is None:
             troubles = [f"{self.node}: it has not answered yet; does RabbitMQ listen on that port?"]
         return "; ".join(troubles)
+
+    def silence(self) -> float:
+        """Any thread: see `domain_events.broker.Publishing.silence`. Takes no lock."""
+        if self._thread is None:
+            return 0.0
+        requested_at = self._requested_at
+        if requested_at is not None:
+            return time.monotonic() - requested_at
+        self._requested_at = time.monotonic()
+        self._call_soon(self._respond)
+        return 0.0
+
+    def _respond(self) -> None:
+        self._requested_at = None
 
     def wake(self, callback: Callable[[], None]) -> None:
         """Any thread: run ``callback`` on the I/O thread soon; start that thread if need be.
@@ -169,6 +200,10 @@ class Link:
         """I/O thread: cancel a `call_later`."""
         if self._loop is not None:
             self._loop.remove_timeout(handle)
+
+    def report(self, state: ConnectionState, reason: str | None = None) -> None:
+        """I/O thread: this has happened to the connection to the current node."""
+        self._on_change(state, self.node, reason)
 
     def drop(self) -> None:
         """I/O thread: drop the connection at once; the link notifies its owner and reconnects."""
@@ -257,6 +292,7 @@ class Link:
                 with in_background():
                     while not self._serve():
                         pass
+                    self.report(ConnectionState.CLOSED)
                 return
             except BaseException as error:  # noqa: BLE001 - injected by another thread
                 self._crash = self._crash or error
@@ -296,11 +332,15 @@ class Link:
         """Clean up after a crashed loop. May be interrupted, and repeated."""
         crash, self._crash = self._crash, None
         attempts.ended(self._nodes.url, self)
+        had_connection = self.connection is not None
         self.connection = self._reconnect_timer = None
         self._count_failure()
         self._note(f"{self.node}: {_describe_crash(crash)}")
+        state = ConnectionState.LOST if had_connection else ConnectionState.UNREACHABLE
+        self.report(state, _describe_crash(crash))
         self._lose(crash)
         self._dispose()
+        self._begin_outage()
         if isinstance(crash, OSError):
             log.warning("The %s connection was lost: %s.", self._role, _describe_crash(crash))
         else:
@@ -316,6 +356,7 @@ class Link:
         try:
             parameters = self._nodes.parameters(self._role)
         except ConfigurationError as error:
+            self.report(ConnectionState.UNREACHABLE, str(error))
             self._refuse(error)
             return
         try:
@@ -355,8 +396,10 @@ class Link:
         self.connection = result
         result.add_on_close_callback(self.guarded(partial(self._on_closed, attempt)))
         self._connected_at = time.monotonic()
+        self._end_outage()
         self._was_connected = True
         self._troubles = {}
+        self.report(ConnectionState.CONNECTED)
         self._owner.opened(result)
 
     def _give_up(self) -> None:
@@ -382,6 +425,7 @@ class Link:
         final = hint and ConfigurationError(f"Cannot connect to {node}: {hint}.")
         self._failures += 1
         self._note(f"{node}: {why}", final or None)
+        self.report(ConnectionState.UNREACHABLE, why)
         self._nodes.rotate()
         finals = [final for _, final in self._troubles.values() if final is not None]
         if len(finals) == len(self._nodes):
@@ -389,7 +433,39 @@ class Link:
             return
         self._connect_later()
         if self._failures == 1:
+            self._begin_outage()
             log.warning("No %s connection to %s. Trying again.", self._role, self._troubles[url][0])
+        else:
+            self._remind()
+
+    def _begin_outage(self) -> None:
+        self._reminded_at = time.monotonic()
+        if self._away_since is None:
+            self._away_since = self._reminded_at
+
+    def _remind(self) -> None:
+        """With each failure: log again, every few minutes, that there is no connection."""
+        now = time.monotonic()
+        if self._away_since is not None and now - self._reminded_at >= REMINDER:
+            self._reminded_at = now
+            log.warning(
+                "No %s connection for %.0f s now; still trying. %s.",
+                self._role,
+                now - self._away_since,
+                self.trouble,
+            )
+
+    def _end_outage(self) -> None:
+        if self._away_since is not None:
+            away, self._away_since = time.monotonic() - self._away_since, None
+            again = " again" if self._was_connected else ""
+            log.warning(
+                "The %s connection to %s is open%s, after %.1f s.",
+                self._role,
+                self.node,
+                again,
+                away,
+            )
 
     def _note(self, trouble: str, final: ConfigurationError | None = None) -> None:
         self._troubles[self._nodes.url] = (trouble, final)
@@ -428,10 +504,12 @@ class Link:
             return
         trouble = f"{self.node}: {explain(error)}"
         self._note(trouble)
+        self.report(ConnectionState.LOST, explain(error))
         self._nodes.rotate()
         self._count_failure()
         self._connect_later()
         self._lose(error)
+        self._begin_outage()
         log.warning("Lost the %s connection to %s.", self._role, trouble)
 
     def _lose(self, error: BaseException | None) -> None:

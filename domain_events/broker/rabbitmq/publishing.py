@@ -34,7 +34,7 @@ from typing import Any
 import pika
 import pika.exceptions
 
-from domain_events.broker import Exchange, Publication
+from domain_events.broker import Exchange, OnChange, Publication, ignore_change
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.doorbell import Doorbell
@@ -48,7 +48,7 @@ from domain_events.broker.rabbitmq.errors import (
     nacked_error,
     publish_error,
 )
-from domain_events.broker.rabbitmq.link import Link, is_io_thread
+from domain_events.broker.rabbitmq.link import REMINDER, Link, is_io_thread
 from domain_events.broker.rabbitmq.nodes import Nodes
 from domain_events.broker.rabbitmq.sending import Sender
 from domain_events.broker.rabbitmq.topology import Topology
@@ -60,6 +60,7 @@ from domain_events.errors import (
     EventNotConfirmed,
 )
 from domain_events.log import Log
+from domain_events.middleware import ConnectionState
 from domain_events.process import check_fork
 from domain_events.text import printable
 
@@ -135,11 +136,17 @@ class Nacked:
 class RabbitPublishing:
     """See `domain_events.broker.Publishing`."""
 
-    def __init__(self, nodes: Nodes, declare: Exchange | None, name: str) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        declare: Exchange | None,
+        name: str,
+        on_change: OnChange = ignore_change,
+    ) -> None:
         self._declare: Topology = (
             () if declare is None else [topology.Exchange(declare.name, declare.type)]
         )
-        self._link = Link(nodes, f"{name} publishing", self)
+        self._link = Link(nodes, f"{name} publishing", self, on_change)
         self._channels = Channels(self._link)
         self._closed = False  # for good, also in the child of a fork
         self.forget()
@@ -154,6 +161,7 @@ class RabbitPublishing:
         # The error over which the broker closed the connection, and until when not to try again.
         self._refusal: tuple[DomainEventsError, float] | None = None
         self._blocked = ""
+        self._blocked_since = 0.0
         # How many publications are still to be sent one at a time.
         self._one_at_a_time = 0
         self._answered_at = 0.0
@@ -180,6 +188,9 @@ class RabbitPublishing:
         if self._blocked:
             return f"{self._link.node} blocks publishers: {self._blocked}"
         return self._link.trouble
+
+    def silence(self) -> float:
+        return self._link.silence()
 
     def submit(self, publication: Publication) -> None:
         if self._closed:
@@ -357,11 +368,23 @@ class RabbitPublishing:
     def _on_blocked(self, _connection: object, frame: pika.frame.Method[Any]) -> None:
         self._blocked = printable(getattr(frame.method, "reason", "")) or "out of resources"
         log.warning("%s blocks publishers: %s.", self._link.node, self._blocked)
+        self._blocked_since = since = time.monotonic()
+        self._link.call_later(REMINDER, partial(self._remind, since))
+        self._link.report(ConnectionState.BLOCKED, self._blocked)
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = ""
-        log.warning("%s no longer blocks publishers.", self._link.node)
+        took = time.monotonic() - self._blocked_since
+        log.warning("%s no longer blocks publishers, after %.1f s.", self._link.node, took)
+        self._link.report(ConnectionState.UNBLOCKED)
         self._pump()
+
+    def _remind(self, since: float) -> None:
+        """Log again, every few minutes, that publishers are blocked."""
+        if self._blocked and self._blocked_since == since:
+            node, seconds = self._link.node, time.monotonic() - since
+            log.warning("%s blocks publishers for %.0f s now: %s.", node, seconds, self._blocked)
+            self._link.call_later(REMINDER, partial(self._remind, since))
 
     # --- the I/O thread: sending -----------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from pika.spec import (
 
 from domain_events.broker.rabbitmq.envelope import Properties, own_and_given_headers
 from domain_events.broker.rabbitmq.topology import address
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.message import Message, ToExchange
 from domain_events.names import LONGEST_NAME
 from domain_events.text import printable
@@ -524,6 +524,7 @@ def _readable(properties: bytes, where: tuple[str, str]) -> bytes:
         f" for {printable(queue)}" if queue else "",
         printable(routing_key),
         printable(_decoded(readable).message_id),
+        about=about(queue or None, routing_key, _decoded(readable).message_id),
     )
     return readable
 
