@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -572,7 +575,10 @@ def test_what_is_published_is_what_was_committed(engine: Engine, outbox: Outbox,
             assert sorted(published(broker)) == sorted(committed(engine))
             assert rows(engine) == 0
 
-    check()
+    try:
+        check()
+    finally:
+        gc.collect()
 
 
 # --- the inbox -----------------------------------------------------------------------------------
@@ -761,3 +767,29 @@ def test_old_notes_are_deleted_after_a_handler(
         handle(DomainEvent("user.registered", each))
     assert {name for name, _ in notes(engine)} == {"mail"}
     assert len(notes(engine)) == 3
+
+
+# --- the example of the documentation ------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_example_of_the_documentation_passes_its_tests(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """As a user runs them."""
+    url = f"sqlite:///{tmp_path}/shop.db"
+    if kind != "sqlite":
+        url = request.getfixturevalue(kind).sqlalchemy_url
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"]
+        + ["test_flask_shop.py"],
+        cwd=EXAMPLES,
+        env={**os.environ, "DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "3 passed" in ran.stdout, ran.stdout + ran.stderr
