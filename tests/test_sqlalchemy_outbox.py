@@ -783,8 +783,19 @@ def test_example_of_the_documentation_passes_its_tests(
     if kind != "sqlite":
         url = request.getfixturevalue(kind).sqlalchemy_url
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"]
-        + ["test_flask_shop.py"],
+        [
+            sys.executable,
+            *[
+                "-m",
+                "pytest",
+                "-c",
+                "/dev/null",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "test_flask_shop.py",
+            ],
+        ],
         cwd=EXAMPLES,
         env={**os.environ, "DATABASE_URL": url},
         capture_output=True,
