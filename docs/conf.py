@@ -34,6 +34,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(domain_events\.(names|options)\.)?(ExchangeType|QueueType|RegisterOptions)"),
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
     (r"py:.*", r"(opentelemetry\..*)?(TracerProvider|MeterProvider|TextMapPropagator)"),
+    (r"py:.*", r"(sqlalchemy\..*|Engine|Connection|InvalidRequestError)"),
+    (r"py:.*", r"(domain_events\.outbox\.(\w+\.)?)?(Parked|Relay|Waiting)"),
 ]
 
 autodoc_member_order = "bysource"

@@ -475,6 +475,7 @@ class PostgreSQL(Server):
             "port": self.port,
             "unix_socket_directories": self.folder,
             "shared_buffers": "16MB",
+            "max_prepared_transactions": "10",
             "min_wal_size": "8MB",
             "max_wal_size": "128MB",
             # In the folder, where it is deleted; `posix` would leave files behind in /dev/shm.
