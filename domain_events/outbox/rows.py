@@ -66,7 +66,7 @@ class Row(NamedTuple):
             details = Details(**json.loads(self.details))
         except (TypeError, ValueError) as error:
             raise InvalidEvent(f"Row {self.id}: its details cannot be read: {error}") from error
-        return from_envelope(read_envelope(self.body), details=lambda: details)
+        return from_envelope(read_envelope(self.body), details=details)
 
     def __repr__(self) -> str:
         return f"<Row {self.id}: {printable(self.routing_key)!r} {printable(self.event_id)}>"
