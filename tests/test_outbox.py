@@ -658,6 +658,22 @@ def test_courier_that_has_slept_does_not_send_what_was_taken_over(
     courier.close()
 
 
+def test_courier_sends_nothing_of_a_transaction_that_was_rolled_back(
+    database: DbApi, relay: Relay, broker: EventBroker
+) -> None:
+    """Even if it was told to: MySQL rolls back by itself after a deadlock."""
+    courier = Courier(database)
+    events = [about("a", 1), DomainEvent("b")]
+    with database.application() as (connection, execute):
+        lost = [outbox.write(execute, database.dialect, event, courier=courier) for event in events]
+        connection.rollback()
+    take(courier, lost)
+    assert courier.wait(30)
+    assert relay.sweep() == 0
+    assert broker.published == []
+    courier.close()
+
+
 def test_courier_waits_for_an_older_event_of_another_process(
     database: DbApi, relay: Relay, broker: EventBroker
 ) -> None:

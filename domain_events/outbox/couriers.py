@@ -190,13 +190,14 @@ class Courier:
         if now < self._paused_until:
             self._release(rows)
             return
-        if any(row.object_key is not None for row in rows):
-            with self._database.transaction() as execute:
-                keys = [(row.id, row.object_key) for row in rows]
-                found = table.in_order(execute, keys, self._sender.sent)
-            ids = {number for number, _ in found}
-        else:
-            ids = {row.id for row in rows}
+        with self._database.transaction() as execute:
+            # A database may have rolled back what was committed: MySQL after a deadlock, when the
+            # application goes on. And a relay has those whose lease has run out here.
+            held = table.held(execute, self.token, [row.id for row in rows])
+            rows = [row for row in rows if row.id in held]
+            keys = [(row.id, row.object_key) for row in rows]
+            found = table.in_order(execute, keys, self._sender.sent)
+        ids = {number for number, _ in found}
         ready = [row for row in rows if row.id in ids]
         patient, given_up = [], []
         for row in rows:

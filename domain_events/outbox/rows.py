@@ -327,7 +327,16 @@ def renew(
         f"WHERE token = :token AND {among}",
         {"token": token, "lease": lease},
     )
-    found = execute(f"SELECT id FROM {OUTBOX} WHERE token = :token AND {among}", {"token": token})
+    return held(execute, token, ids)
+
+
+def held(execute: Execute, token: str, ids: Collection[int]) -> set[int]:
+    """Those of the rows that exist, and are leased to the token."""
+    if not ids:
+        return set()
+    found = execute(
+        f"SELECT id FROM {OUTBOX} WHERE token = :token AND {_among(ids)}", {"token": token}
+    )
     return {int(number) for (number,) in found}
 
 
