@@ -14,7 +14,7 @@ Times are in Unix seconds, durations in seconds.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 #: Seconds without a response after which a connection's thread is considered dead.
 LONGEST_SILENCE = 30.0
@@ -85,6 +85,8 @@ class RunningHandler:
 
 @dataclass(frozen=True)
 class _Health:
+    _whose: ClassVar[str]
+
     #: When this was so.
     at: float
     #: ``connection_settings`` is None: nothing is sent or received.
@@ -125,7 +127,7 @@ class _Health:
     def not_ready(self) -> tuple[str, ...]:
         """Why it is not ready, in sentences; empty if it is."""
         return tuple(
-            f"There is no {each.purpose} connection to {each.address} for "
+            f"{self._whose} has no {each.purpose} connection to {each.address} for "
             f"{max(0.0, self.at - each.since):.0f} s: {each.last_error or 'connecting'}."
             for each in self.connections
             if each.since is not None and not each.connected
@@ -167,6 +169,8 @@ class _Health:
 class PublisherHealth(_Health):
     """The health of a `Publisher`, from its ``health()``."""
 
+    _whose = "The publisher"
+
     #: By `Publisher.close`: it publishes nothing any more.
     closed: bool
 
@@ -186,6 +190,8 @@ class PublisherHealth(_Health):
 @dataclass(frozen=True)
 class SubscriberHealth(_Health):
     """The health of a `Subscriber`, from its ``health()``."""
+
+    _whose = "The subscriber"
 
     #: Whether ``start_consuming`` runs.
     running: bool

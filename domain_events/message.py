@@ -507,7 +507,9 @@ def _add_details(message: Message, details: Details, version: int) -> None:
         message.cause = _short(details.cause, "cause")
     is_number = isinstance(version, int) and not isinstance(version, bool)
     if not is_number or not 0 < version <= LARGEST_NUMBER:
-        raise InvalidEvent(f"An event's version must be an int from 1, not {shown(version)}.")
+        raise InvalidEvent(
+            f"An event's version must be an int from 1 to {LARGEST_NUMBER:,}, not {shown(version)}."
+        )
     message.version = int.__int__(version)
     if details.app_id is not None:
         message.app_id = details.app_id

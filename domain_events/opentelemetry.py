@@ -142,6 +142,13 @@ class OpenTelemetry(Middleware):
     ) -> None:
         if template is not None and not callable(template):
             raise refusal(template, "template", "a function of a routing key")
+        for option, given, method in (
+            ("tracer_provider", tracer_provider, "get_tracer"),
+            ("meter_provider", meter_provider, "get_meter"),
+            ("propagator", propagator, "inject"),
+        ):
+            if given is not None and not callable(getattr(given, method, None)):
+                raise refusal(given, option, f"OpenTelemetry's, with a method {method}()")
         self._parent = flag(parent, "parent")
         self._parent_within = seconds(parent_within, "parent_within")
         self._template = template

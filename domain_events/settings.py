@@ -92,6 +92,14 @@ def configure(
     :raises ConfigurationError: when it is none of these.
     """
     global _configured, _app_id, _middleware
+    given: object = connection_settings
+    if isinstance(given, Middleware) or (
+        isinstance(given, list | tuple) and any(isinstance(each, Middleware) for each in given)
+    ):
+        raise ConfigurationError(
+            "configure() takes the broker's URL first; give middleware by name: "
+            "configure(middleware=[...])."
+        )
     connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:

@@ -60,6 +60,12 @@ def test_what_is_not_middleware_is_refused_where_it_is_given(given: Any, why: st
             take(middleware=given)
 
 
+@pytest.mark.parametrize("given", [Middleware(), [Middleware()]])
+def test_middleware_in_the_place_of_the_broker_is_an_error_with_the_right_call(given: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"configure\(middleware=\[...\]\)"):
+        configure(given)
+
+
 def test_handling_that_returns_something_else_fails_the_event_and_says_whose_it_is() -> None:
     subscriber = Subscriber(middleware=[NotAContextManager()])
     with EventBroker() as broker:
@@ -156,8 +162,8 @@ def test_header_that_cannot_be_sent_is_refused(headers: Any, why: str) -> None:
     ("detail", "why"),
     [
         ({"version": 0}, "version must be an int from 1"),
-        ({"version": 1.5}, "version must be an int from 1, not 1.5"),
-        ({"version": "2"}, "version must be an int from 1, not '2'"),
+        ({"version": 1.5}, "version must be an int from 1 to 2,147,483,647, not 1.5"),
+        ({"version": "2"}, "version must be an int from 1 to 2,147,483,647, not '2'"),
         ({"correlation_id": ""}, "correlation_id must be a non-empty str"),
         ({"correlation_id": "c" * 256}, "correlation_id must be at most 255 bytes"),
         ({"cause": "c" * 256}, "cause must be at most 255 bytes"),

@@ -1221,6 +1221,10 @@ def test_nothing_is_kept_of_events_that_are_over(
         ({"parent_within": "1 h"}, "parent_within must be a positive number of seconds, not '1 h'"),
         ({"parent": 3600}, "parent must be True or False, not 3600"),
         ({"settle_spans": None}, "settle_spans must be True or False, not None"),
+        (
+            {"tracer_provider": "sdk"},
+            "tracer_provider must be OpenTelemetry's, with a method get_t",
+        ),
     ],
 )
 def test_wrong_option_is_refused(options: dict[str, Any], why: str) -> None:

@@ -150,10 +150,12 @@ def test_broker_that_is_away_is_no_reason_to_restart(
         killable_node.stop()
         wait_until(lambda: statuses(port) == (200, 503, 503))
         _, shown = ask(port, "/ready")
-        assert "There is no consuming connection" in shown["reasons"][0]
+        assert "The subscriber has no consuming connection" in shown["reasons"][0]
         wait_until(lambda: checked_by_command(file, "--ready")[0] == 1)
         assert checked_by_command(file, "--live")[0] == 0
-        assert "There is no consuming connection" in checked_by_command(file, "--ready")[1]
+        assert (
+            "The subscriber has no consuming connection" in checked_by_command(file, "--ready")[1]
+        )
         killable_node.start()
         wait_until(lambda: statuses(port) == (200, 200, 200), timeout=60)
         wait_until(lambda: checked_by_command(file, "--ready")[0] == 0)
