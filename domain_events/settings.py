@@ -92,14 +92,7 @@ def configure(
     :raises ConfigurationError: when it is none of these.
     """
     global _configured, _app_id, _middleware
-    given: object = connection_settings
-    if isinstance(given, Middleware) or (
-        isinstance(given, list | tuple) and any(isinstance(each, Middleware) for each in given)
-    ):
-        raise ConfigurationError(
-            "configure() takes the broker's URL first; give middleware by name: "
-            "configure(middleware=[...])."
-        )
+    _refuse_middleware(connection_settings)
     connection_settings = masked(connection_settings)
     urls = _split(connection_settings)
     if app_id is not None:
@@ -112,6 +105,16 @@ def configure(
     _warned.discard("to configure()")
     if urls is None:
         _switched_off["to configure()"] = _caller()
+
+
+def _refuse_middleware(given: object) -> None:
+    """Raise if it was given in the place of the broker."""
+    among = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(each, Middleware) for each in among):
+        _refuse(
+            "configure() takes the broker's URL first; give middleware by name: "
+            "configure(middleware=[...])."
+        )
 
 
 def resolve(connection_settings: ConnectionSettings = DEFAULT) -> tuple[str, ...] | None:

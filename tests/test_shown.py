@@ -370,4 +370,4 @@ def test_exceptions_text_makes_no_lines_of_its_own_in_the_log(
     assert shown.splitlines()[-1] == r"ValueError: bad \x1b[2J\n2026-01-01 ERROR forged"
     assert "in fail" in shown
     assert "direct cause" in shown
-    assert record.funcName == "_call"
+    assert record.funcName == "_failed"
