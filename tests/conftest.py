@@ -58,7 +58,6 @@ ON_ONE_WORKER = (
     "test_fault_runs.py",
     "test_benchmarks.py",
     "test_databases.py",
-    "test_recipes.py",
     "test_security.py",
 )
 OWN_NODE_FIXTURES = {"killable_node", "node_factory", "own_node"}

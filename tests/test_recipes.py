@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import random
 import sqlite3
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,20 +15,22 @@ import onlooker
 import pyamqp
 import pytest
 import sqlalchemy
-from databases import Server
 from prometheus_client import CollectorRegistry
 from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from support import Names
 
 import domain_events
-from domain_events import BrokerUnavailable, DomainEvent, InvalidEvent, Subscriber
+from domain_events import BrokerUnavailable, DomainEvent, Subscriber
+from domain_events.outbox import close_couriers
 from domain_events.prometheus import Prometheus
+from domain_events.sqlalchemy import Outbox, outbox_table
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
 Recipe = dict[str, Any]
+
+TRANSACTIONS = "After the commit of a database transaction"
 
 
 def code_blocks(file: str, section: str) -> list[str]:
@@ -55,30 +55,17 @@ def code_blocks(file: str, section: str) -> list[str]:
     return blocks
 
 
-def after_the_commit() -> tuple[str, str, str]:
-    """The README's recipe: what both have, Django's, SQLAlchemy's."""
-    common, for_django, for_sqlalchemy = code_blocks(
-        "README.rst", "After the commit of a database transaction"
-    )
-    return common, for_django, for_sqlalchemy
-
-
-def published(broker: EventBroker) -> list[Any]:
-    """The data of all events, in their order."""
-    return [event.data for event in broker.published]
-
-
 def run(code: str, **names: object) -> Recipe:
     recipe: Recipe = {"__name__": "recipe", **names}
     exec(compile(code, "the recipe", "exec"), recipe)
     return recipe
 
 
+# --- publishing with a transaction ---------------------------------------------------------------
+
+
 class Unwanted(Exception):
     """Ends a block that is to be rolled back."""
-
-
-# --- SQLAlchemy ----------------------------------------------------------------------------------
 
 
 class Base(DeclarativeBase):
@@ -106,244 +93,55 @@ def sqlite_engine() -> sqlalchemy.Engine:
     return engine
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest) -> Iterator[sqlalchemy.Engine]:
-    if request.param == "sqlite":
-        engine = sqlite_engine()
-    else:
-        server: Server = request.getfixturevalue("postgresql_server")
-        engine = sqlalchemy.create_engine(server.address.sqlalchemy_url)
+@pytest.fixture(params=["after the commit", "with the commit"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sqlalchemy.Engine]:
+    """A database with empty tables; with an outbox and without."""
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/users.db")
+    tables = sqlalchemy.MetaData()
+    outbox_table(tables)
+    Base.metadata.create_all(engine)
+    tables.create_all(engine)
+    outbox = Outbox(engine)
+    if request.param == "with the commit":
+        outbox.switch_on()
     yield engine
+    outbox.switch_off()
+    close_couriers()
     engine.dispose()
 
 
-@pytest.fixture
-def engine(database: sqlalchemy.Engine) -> sqlalchemy.Engine:
-    """With an empty table."""
-    Base.metadata.drop_all(database)
-    Base.metadata.create_all(database)
-    return database
+def refuse(_session: Session) -> None:
+    raise Unwanted
 
 
-@pytest.fixture
-def alchemy(engine: sqlalchemy.Engine, event_broker: EventBroker) -> Iterator[Recipe]:
-    """What the recipe defines; its listeners are gone afterwards."""
-    common, _, for_sqlalchemy = after_the_commit()
-    recipe = run(common + for_sqlalchemy, engine=engine, User=User)
-    # The recipe's own last lines have registered somebody.
-    assert published(event_broker) == [{"user_id": 1}]
-    event_broker.clear()
-    with Session(engine) as session, session.begin():
-        session.delete(session.scalars(sqlalchemy.select(User)).one())
-    yield recipe
-    for name, listener in (("after_commit", "remember"), ("after_transaction_end", "settle")):
-        sqlalchemy_event.remove(Session, name, recipe[listener])
-
-
-@pytest.fixture
-def register(alchemy: Recipe) -> Callable[[Session, str], None]:
-    """Store a user, and publish that."""
-
-    def register(session: Session, email: str) -> None:
-        session.add(User(email=email))
-        session.flush()
-        alchemy["publish_on_commit"](session, "user.registered", email)
-
-    return register
-
-
-Register = Callable[[Session, str], None]
-
-
-def test_nothing_is_published_before_the_commit(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """And then all of it, in its order."""
+def test_readme_publishes_after_a_commit_of_sqlalchemy(engine: sqlalchemy.Engine) -> None:
+    """As it stands; and nothing when its transaction is rolled back."""
+    _, block = code_blocks("README.rst", TRANSACTIONS)
+    with EventBroker(virtual_time=False) as broker:
+        sqlalchemy_event.listen(Session, "before_commit", refuse)
+        try:
+            with pytest.raises(Unwanted):
+                run(block, engine=engine, User=User)
+        finally:
+            sqlalchemy_event.remove(Session, "before_commit", refuse)
+        run(block, engine=engine, User=User)
+        assert Outbox(engine).wait(30)
+        close_couriers()
+        (event,) = broker.published
     with Session(engine) as session:
-        register(session, "a")
-        register(session, "b")
-        assert published(event_broker) == []
-        session.commit()
-        assert published(event_broker) == ["a", "b"]
-
-
-def test_rolled_back_savepoint_takes_its_own_events_and_no_others(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """What came before it, in its siblings and after it is published."""
-    with Session(engine) as session, session.begin():
-        register(session, "before")
-        with session.begin_nested():
-            register(session, "sibling")
-        with contextlib.suppress(Unwanted), session.begin_nested():
-            register(session, "gone")
-            raise Unwanted
-        register(session, "after")
-        assert published(event_broker) == []
-    assert published(event_broker) == ["before", "sibling", "after"]
-
-
-def test_released_savepoint_goes_with_the_one_around_it(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """Released is not committed."""
-    with Session(engine) as session, session.begin():
-        register(session, "outermost")
-        outer = session.begin_nested()
-        register(session, "outer")
-        with session.begin_nested():
-            register(session, "inner")
-        outer.rollback()
-    assert published(event_broker) == ["outermost"]
-
-
-def test_released_savepoint_goes_with_the_transaction(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """Rolled back, or closed without a commit; the session is then used again."""
-    with Session(engine) as session:
-        for end in (session.rollback, session.close):
-            with session.begin_nested():
-                register(session, "gone")
-            register(session, "gone too")
-            end()
-        register(session, "stays")
-        session.commit()
-        session.commit()
-    assert published(event_broker) == ["stays"]
-
-
-def test_statement_that_fails_in_a_savepoint_takes_that_savepoint(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """As where a row may exist already."""
-    with Session(engine) as session, session.begin():
-        register(session, "a")
-        for email in ("b", "a", "c"):
-            with contextlib.suppress(IntegrityError), session.begin_nested():
-                register(session, email)
-    assert published(event_broker) == ["a", "b", "c"]
-
-
-def test_event_that_is_collected_before_a_failing_flush_is_dropped(
-    engine: sqlalchemy.Engine, alchemy: Recipe, register: Register, event_broker: EventBroker
-) -> None:
-    """The flush is a transaction of its own within the SAVEPOINT."""
-    with Session(engine) as session, session.begin():
-        register(session, "a")
-        with contextlib.suppress(IntegrityError), session.begin_nested():
-            alchemy["publish_on_commit"](session, "user.registered", "a again")
-            session.add(User(email="a"))
-            session.flush()
-    assert published(event_broker) == ["a"]
-
-
-def test_two_sessions_do_not_mix(
-    engine: sqlalchemy.Engine, alchemy: Recipe, event_broker: EventBroker
-) -> None:
-    """Each publishes its own, when it commits."""
-    publish = alchemy["publish_on_commit"]
-    with Session(engine) as one, Session(engine) as other:
-        publish(one, "x", "one")
-        publish(other, "x", "other")
-        other.rollback()
-        publish(other, "x", "other again")
-        one.commit()
-        assert published(event_broker) == ["one"]
-        other.commit()
-    assert published(event_broker) == ["one", "other again"]
-
-
-def test_what_is_published_is_what_was_committed(
-    engine: sqlalchemy.Engine, register: Register, event_broker: EventBroker
-) -> None:
-    """After transactions and SAVEPOINTs in any order; the database knows what was committed."""
-    source = random.Random(11)
-    number = 0
-    with Session(engine) as session:
-        for _ in range(400):
-            nested = session.get_nested_transaction()
-            step = source.choice(["register"] * 3 + ["begin", "end"])
-            if step == "register":
-                number += 1
-                register(session, str(number))
-            elif step == "begin":
-                session.begin_nested()
-            elif nested is not None and source.random() < 0.8:
-                nested.commit() if source.random() < 0.5 else nested.rollback()
-            else:
-                ends: list[Callable[[], None]] = [session.rollback, session.close]
-                source.choice([*ends, session.commit, session.commit])()
-        session.commit()
-        committed = session.scalars(sqlalchemy.select(User.email).order_by(User.id)).all()
-    assert 20 < len(committed) < number - 20
-    assert sorted(published(event_broker), key=int) == sorted(committed, key=int)
-
-
-def test_data_are_those_of_the_call(
-    engine: sqlalchemy.Engine, alchemy: Recipe, event_broker: EventBroker
-) -> None:
-    """Not what became of them until the commit; what is not JSON is an error at once."""
-    data = {"name": "Ada"}
-    with Session(engine) as session:
-        alchemy["publish_on_commit"](session, "user.registered", data)
-        data["name"] = "Grace"
-        with pytest.raises(InvalidEvent):
-            alchemy["publish_on_commit"](session, "user.registered", {"tags": {"a", "b"}})
-        session.commit()
-    assert published(event_broker) == [{"name": "Ada"}]
-
-
-@pytest.fixture
-def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A port that nobody listens on."""
-    monkeypatch.setenv("DOMAIN_EVENTS_URL", "amqp://guest:guest@127.0.0.1:1/%2F")
-    yield
-    domain_events.close_publishers()
-
-
-@pytest.mark.usefixtures("no_broker")
-def test_commit_succeeds_without_a_broker(
-    database: sqlalchemy.Engine,
-    event_broker: EventBroker,
-    caplog: pytest.LogCaptureFixture,
-    alchemy: Recipe,
-    register: Register,
-) -> None:
-    """The events are in the log, whole, and the time is spent once for all of them."""
-    event_broker.stop()
-    try:
-        alchemy["publish_committed"].__defaults__ = (1.0,)
-        with Session(database) as session:
-            register(session, "a")
-            register(session, "b")
-            session.commit()
-            assert set(session.scalars(sqlalchemy.select(User.email))) == {"a", "b"}
-        assert_logged(caplog, "a", "b")
-    finally:
-        event_broker.start()
-
-
-def assert_logged(caplog: pytest.LogCaptureFixture, *data: object) -> None:
-    """An event for each, that can be published again, and why it was not."""
-    records = [record for record in caplog.records if record.name == "recipe"]
-    events = [DomainEvent.from_json(record.getMessage().partition(": ")[2]) for record in records]
-    assert [event.data for event in events] == list(data)
-    for record in records:
-        assert record.levelno == logging.ERROR
-        assert record.exc_info is not None
-        assert isinstance(record.exc_info[1], BrokerUnavailable)
-
-
-# --- Django --------------------------------------------------------------------------------------
+        (user,) = session.scalars(sqlalchemy.select(User))
+    assert (event.routing_key, event.data) == ("user.registered", {"user_id": user.id})
+    assert event.domain_object_id == user.id
 
 
 @pytest.fixture(scope="module")
 def person() -> Iterator[Any]:
-    """A model with a table, in an SQLite."""
+    """A model of Django with a table, in an SQLite that has an outbox too."""
     django_shop.setup()
+    from django.core.management import call_command
     from django.db import connection, models
 
+    call_command("migrate", verbosity=0)
     meta = type("Meta", (), {"app_label": "recipes"})
     person = type(
         "Person",
@@ -358,68 +156,27 @@ def person() -> Iterator[Any]:
     connection.close()
 
 
-@pytest.fixture
-def djangos(person: Any, event_broker: EventBroker) -> Recipe:
-    """What the recipe defines."""
-    common, for_django, _ = after_the_commit()
+@pytest.mark.parametrize("outbox", [False, True])
+def test_readme_publishes_after_a_commit_of_django(person: Any, outbox: bool) -> None:
+    """As it stands, on both levels; and nothing when its transaction is rolled back."""
+    from django.db import transaction
+    from django.test import override_settings
+
+    block, _ = code_blocks("README.rst", TRANSACTIONS)
     person.objects.all().delete()
-    recipe = run(common + for_django, User=person)
-    (user,) = person.objects.all()
-    assert published(event_broker) == [{"user_id": user.id}]
-    event_broker.clear()
-    user.delete()
-    return recipe
-
-
-def test_django_publishes_what_was_committed(
-    djangos: Recipe, person: Any, event_broker: EventBroker
-) -> None:
-    """In loops too; a savepoint that is rolled back takes its own events and no others."""
-    from django.db import transaction
-
-    def register(email: str) -> None:
-        person.objects.create(email=email)
-        djangos["publish_on_commit"]("user.registered", email)
-
-    with transaction.atomic():
-        for email in ("a", "b", "c"):
-            register(email)
+    with (
+        override_settings(DOMAIN_EVENTS={"OUTBOX": outbox}),
+        EventBroker(virtual_time=False) as broker,
+    ):
         with contextlib.suppress(Unwanted), transaction.atomic():
-            register("gone")
-            with transaction.atomic():
-                register("gone too")
+            run(block, User=person)
             raise Unwanted
-        with transaction.atomic():
-            register("d")
-        assert published(event_broker) == []
-    with contextlib.suppress(Unwanted), transaction.atomic():
-        register("rolled back")
-        raise Unwanted
-    register("by itself")
-    committed = list(person.objects.order_by("id").values_list("email", flat=True))
-    assert published(event_broker) == committed == ["a", "b", "c", "d", "by itself"]
-
-
-@pytest.mark.usefixtures("no_broker")
-def test_django_commits_without_a_broker(
-    djangos: Recipe, person: Any, event_broker: EventBroker, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The event is in the log, and the callbacks of others run."""
-    from django.db import transaction
-
-    others = []
-    event_broker.stop()
-    try:
-        djangos["publish_committed"].__defaults__ = (1.0,)
-        with transaction.atomic():
-            person.objects.create(email="a")
-            djangos["publish_on_commit"]("user.registered", "a")
-            transaction.on_commit(lambda: others.append("called"))
-    finally:
-        event_broker.start()
-    assert person.objects.count() == 1
-    assert others == ["called"]
-    assert_logged(caplog, "a")
+        run(block, User=person)
+        close_couriers(30)
+        (event,) = broker.published
+    (user,) = person.objects.all()
+    assert (event.routing_key, event.data) == ("user.registered", {"user_id": user.id})
+    assert event.domain_object_id == user.id
 
 
 # --- idempotent handlers -------------------------------------------------------------------------
@@ -509,7 +266,7 @@ def test_recipes_are_all_tried() -> None:
     """A new one in these places is to be tested too."""
     # The first of them is an ordinary subscriber.
     assert len(code_blocks("docs/migrating.rst", "Queues")) == 2
-    assert len(after_the_commit()) == 3
+    assert len(code_blocks("README.rst", TRANSACTIONS)) == 2
     assert len(code_blocks("docs/introduction.rst", "Handlers must be idempotent")) == 2
     assert domain_events.__all__
 

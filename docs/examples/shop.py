@@ -1,20 +1,21 @@
 """A small service: it publishes when somebody registers, and has three handlers.
 
 An event may be delivered twice, and a handler may fail halfway. So a row is stored under a key that
-is the same each time. An event is published after that, with an id that is the same each time, and
-even if the row existed before: the first run may have ended between the two.
+is the same each time. A follow-up event is published after that, with an id that is the same each
+time (`derived`), and even if the row existed before: the first run may have ended between the two.
+With Django or SQLAlchemy, ``once`` and the outbox do all of this.
 """
 
 from __future__ import annotations
 
 import sqlite3
-import uuid
 from typing import ClassVar
 
 from domain_events import (
     BrokerUnavailable,
     DomainEvent,
     EventNotConfirmed,
+    Publisher,
     Reject,
     Retry,
     Subscriber,
@@ -26,6 +27,7 @@ database.executescript("""
     CREATE TABLE invoices (id TEXT PRIMARY KEY, amount INTEGER);
     CREATE TABLE ledger (event TEXT PRIMARY KEY, amount INTEGER);
 """)
+publisher = Publisher()
 
 
 class MailServer:
@@ -54,10 +56,12 @@ def send_welcome_mail(event: DomainEvent) -> None:
 
 
 def issue_invoice(event: DomainEvent) -> None:
-    invoice = str(uuid.uuid5(uuid.NAMESPACE_OID, f"invoice for {event.uuid_string}"))
+    issued = event.derived("invoice.issued", {"amount": 10})
     with database:
-        database.execute("INSERT INTO invoices VALUES (?, 10) ON CONFLICT DO NOTHING", (invoice,))
-    publish_domain_event("invoice.issued", {"amount": 10}, invoice, uuid_string=invoice)
+        database.execute(
+            "INSERT INTO invoices VALUES (?, 10) ON CONFLICT DO NOTHING", (issued.uuid_string,)
+        )
+    publisher.publish(issued)
 
 
 def book_invoice(event: DomainEvent) -> None:
