@@ -122,8 +122,12 @@ def clear(alias: str) -> None:
 
 
 @pytest.fixture
-def shop() -> None:
-    """Empty tables on the default database and the other one."""
+def shop() -> Iterator[None]:
+    """Empty tables on the default database and the other one; left empty for Django's own tests."""
+    for alias in ("default", "other"):
+        clear(alias)
+    yield
+    close_couriers()
     for alias in ("default", "other"):
         clear(alias)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -13,8 +12,9 @@ from domain_events import ConfigurationError, DomainEvent, outbox, printable
 from domain_events.django import handlers
 from domain_events.django.database import executing
 from domain_events.django.transaction import with_outbox
+from domain_events.log import Log, about
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 Handler = TypeVar("Handler", bound=Callable[[DomainEvent[Any]], object])
 
@@ -85,6 +85,7 @@ def _once(handler: Handler, using: str) -> Handler:
             subscriber,
             printable(event.routing_key),
             printable(event.uuid_string),
+            about=about(subscriber, event.routing_key, event.uuid_string),
         )
         return None
 

@@ -14,7 +14,6 @@ courier sends it, on a thread of its own; a relay sends what that leaves behind.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -39,12 +38,13 @@ from domain_events import outbox as engine
 from domain_events.checks import flag, seconds
 from domain_events.django import configuration
 from domain_events.django.database import WithinTestCase, executing, outbox_database
+from domain_events.log import Log, about
 from domain_events.names import check_name
 from domain_events.outbox.couriers import LEASE
 from domain_events.outbox.sending import Sender
 from domain_events.settings import ConnectionSettings
 
-log = logging.getLogger("domain_events")
+log = Log("domain_events")
 
 # Seconds for an event whose transaction has used up its time.
 _LEAST = 0.1
@@ -184,6 +184,7 @@ def _publish_committed(
             "%s %s was not published, and its transaction has been committed.",
             printable(event.routing_key),
             printable(event.uuid_string),
+            about=about(None, event.routing_key, event.uuid_string),
         )
 
 

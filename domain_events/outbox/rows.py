@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from domain_events.checks import shown
 from domain_events.errors import InvalidEvent
 from domain_events.events import Details, DomainEvent, from_envelope, read_envelope
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.outbox.database import LONGEST_TEXT, Execute, clock
 from domain_events.outbox.schema import OUTBOX
 from domain_events.text import printable
@@ -181,6 +181,7 @@ def _insert_in_order(
             parameters["routing_key"],
             _ORDER_TIMEOUT,
             shown(object_key),
+            about=about(None, parameters["routing_key"], parameters["event_id"]),
         )
     return execute(f"{into} VALUES ({values}) RETURNING id", parameters)
 

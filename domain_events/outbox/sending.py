@@ -23,7 +23,7 @@ from domain_events.errors import (
     InvalidEvent,
 )
 from domain_events.events import DomainEvent
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.message import type_name
 from domain_events.middleware import Done, Middleware, Operation, Outgoing
 from domain_events.outbox import rows as table
@@ -115,6 +115,7 @@ class Sender:
                 self._database.name,
                 "" if row.object_key is None else "; later events of its object wait for it",
                 why,
+                about=about(None, row.routing_key, row.event_id),
             )
         return sent
 

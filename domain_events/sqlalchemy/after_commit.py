@@ -10,7 +10,7 @@ from typing import Any
 from domain_events import settings
 from domain_events.errors import BrokerUnavailable, DomainEventsError, EventNotConfirmed
 from domain_events.events import DomainEvent
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.message import from_event
 from domain_events.publisher import publish_domain_event
 from domain_events.sqlalchemy.transactions import Pending
@@ -104,4 +104,5 @@ def _log_unpublished(event: DomainEvent[Any], error: BaseException) -> None:
         printable(event),
         printable(error) if known else f"{type(error).__name__}: {printable(error)}",
         exc_info=None if known else error,
+        about=about(None, event.routing_key, event.uuid_string),
     )

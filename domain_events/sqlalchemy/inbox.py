@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.outbox import KEPT, note, prune
 from domain_events.sqlalchemy.outbox import executing
 from domain_events.sqlalchemy.transactions import begin, session_or_connection
@@ -74,7 +74,12 @@ def once(
                 session = sessions.connect() if isinstance(sessions, Engine) else sessions()
                 with session, session.begin():
                     if not first_time(session, event, name):
-                        log.info("%s has handled %s before.", printable(name), printable(event))
+                        log.info(
+                            "%s has handled %s before.",
+                            printable(name),
+                            printable(event),
+                            about=about(name, event.routing_key, event.uuid_string),
+                        )
                         return
                     handler(session, event)
                 pruning.prune(sessions)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from domain_events.events import DomainEvent
-from domain_events.log import Log
+from domain_events.log import Log, about
 from domain_events.text import printable
 
 log = Log("domain_events.sqlalchemy")
@@ -343,4 +343,5 @@ def _log_aborted(pendings: Iterable[Pending]) -> None:
             "that PostgreSQL has rolled back at the commit, without an error. Run a statement that "
             "may fail in a SAVEPOINT (begin_nested), or roll back after the error.",
             printable(pending.event),
+            about=about(None, pending.event.routing_key, pending.event.uuid_string),
         )
