@@ -17,7 +17,7 @@ from domain_events.broker import Consumer, Publication, Publishing, Settlement
 from domain_events.errors import BrokerUnavailable, DomainEventsError
 from domain_events.log import Log
 from domain_events.message import Delivery, Message
-from domain_events.middleware import Done
+from domain_events.middleware import Done, ignore
 from domain_events.process import check_fork
 from domain_events.retry import Backoff
 from domain_events.text import printable
@@ -26,10 +26,6 @@ log = Log("domain_events")
 
 # Before a message that could not be forwarded is tried again.
 _PAUSES = Backoff(5.0, maximum=60.0, jitter=0)
-
-
-def _ignore(_error: BaseException | None) -> None:
-    """The callback for a message whose outcome nobody wants to know."""
 
 
 class Forwarder:
@@ -64,7 +60,7 @@ class Forwarder:
         delivery: Delivery,
         consumer: Consumer,
         *,
-        done: Done = _ignore,
+        done: Done = ignore,
         otherwise: Callable[[], None] | None = None,
         failures: int = 0,
     ) -> None:

@@ -35,6 +35,7 @@ from domain_events.middleware import (
     Outgoing,
     announce,
     around,
+    ignore,
     report,
 )
 from domain_events.options import Options
@@ -339,14 +340,14 @@ class Subscription:
         """Announce to the middleware what is about to be forwarded, and add what that adds."""
         chain = self._middleware()
         if not chain:
-            return _ignore
+            return ignore
         known = delivery.foreign_headers
         outgoing = Outgoing(
             operation, event, dict(known), subscriber=self.options.name, error=error
         )
         if isinstance(message.destination, Later):
             outgoing.delay = message.destination.seconds
-        done: Done = _ignore
+        done: Done = ignore
         try:
             done = announce(chain, outgoing)
             message.headers = messages.added_headers(known, outgoing.headers)
@@ -485,10 +486,6 @@ class Subscription:
         else:
             # Without retries, this subscriber has not declared the delay levels so far.
             forwarder.later(0, delivery, consumer, declared, delays=True)
-
-
-def _ignore(_error: BaseException | None) -> None:
-    """The callback for what no middleware waits for."""
 
 
 def _named(event: DomainEvent) -> str:

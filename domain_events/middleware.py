@@ -204,6 +204,10 @@ def chained(first: tuple[Middleware, ...], then: tuple[Middleware, ...]) -> tupl
     return first + tuple(each for each in then if not any(each is other for other in first))
 
 
+def ignore(_error: BaseException | None) -> None:
+    """What to call with an outcome that no middleware waits for."""
+
+
 def announce(chain: tuple[Middleware, ...], outgoing: Outgoing) -> Done:
     """Announce what is about to be sent; returns what to call with what became of it.
 
@@ -306,7 +310,7 @@ def report_connection(chain: tuple[Middleware, ...], change: ConnectionChange) -
         try:
             middleware.connection(change)
         except BaseException:
-            log.exception("%s failed about a connection.", _name(middleware))
+            log.exception("%s failed in its method connection().", _name(middleware))
 
 
 def _about(event: DomainEvent[Any] | None, subscriber: str | None) -> About:

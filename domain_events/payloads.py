@@ -180,7 +180,7 @@ def _checked_steps(given: Any, option: str) -> dict[int, Upcast]:
     if given is None:
         return {}
     right = (
-        "a dict of a function by each version that it turns into the next, such as {1: v1_to_v2}"
+        "a dict from each old version to the function that upgrades its data, such as {1: v1_to_v2}"
     )
     if not isinstance(given, Mapping):
         raise refusal(given, option, right)

@@ -45,6 +45,7 @@ from domain_events.middleware import (
     announce,
     chained,
     check_middleware,
+    ignore,
 )
 from domain_events.names import ExchangeType, check_exchange_type, check_name
 from domain_events.process import check_fork, on_fork
@@ -125,7 +126,7 @@ class Publisher(Owner):
         """
         within = self._timeout if timeout is None else seconds(timeout)
         flag(mandatory, "mandatory")
-        done: Done = _ignore
+        done: Done = ignore
         try:
             publishing = self._publishing()
             message, done = self._message(event, mandatory, publishing)
@@ -248,7 +249,7 @@ class Publisher(Owner):
         chain = self.connections.middleware()
         message = messages.from_event(event, self._exchange, settings.app_id(), mandatory)
         if not chain or publishing is None:
-            return message, _ignore
+            return message, ignore
         return message, _announce(chain, self._operation, event, message, self._exchange, batch)
 
 
@@ -290,7 +291,7 @@ def prepared(
         raise TypeError(f"An outbox takes a DomainEvent, not a {type(event).__name__}.")
     chain = chained(settings.middleware(), check_middleware(middleware))
     message = messages.from_event(event, exchange, settings.app_id(), False)
-    done: Done = _ignore
+    done: Done = ignore
     if chain and not switched_off(settings.resolve()):
         done = _announce(chain, Operation.OUTBOX, event, message, exchange)
     details = Details(
@@ -483,10 +484,6 @@ class _Batch:
         self._unconfirmed.append(event)
         if perhaps:
             self._perhaps.append(event)
-
-
-def _ignore(_error: BaseException | None) -> None:
-    """The callback of an event for which there is no middleware."""
 
 
 def _chain(error: BaseException, earlier: BaseException) -> None:

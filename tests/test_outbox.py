@@ -299,6 +299,7 @@ def test_transactions_with_the_same_object_commit_in_the_order_of_their_events(
         thread = threading.Thread(target=second)
         thread.start()
         write(postgres, about("b", 1))  # waits for nobody
+        # Time to go wrong: nothing that could be waited for must happen before the commit.
         time.sleep(0.3)
         assert relay.sweep() == 1
         assert not done
@@ -561,6 +562,7 @@ def test_outage_parks_and_deletes_nothing_and_ends_by_itself(
             relay.sweep()
         relay.start()
         wait_until(lambda: len(relay.status().failures) == 1)
+        # Time to go wrong, in several attempts: what is promised is that nothing happens.
         time.sleep(2)
         status = relay.status()
         assert (status.waiting, status.parked) == (200, 0)
@@ -597,7 +599,10 @@ def test_exchange_that_cannot_be_used_does_not_hold_up_another(
 
 
 def test_relay_survives_a_restart_of_the_database(
-    request: pytest.FixtureRequest, postgres: DbApi, broker: EventBroker
+    request: pytest.FixtureRequest,
+    postgres: DbApi,
+    broker: EventBroker,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     server = request.getfixturevalue("postgresql_server")
     with Relay(postgres, idle=0.05) as relay:
@@ -605,7 +610,7 @@ def test_relay_survives_a_restart_of_the_database(
         write(postgres, about("a", 0))
         wait_until(lambda: rows(postgres) == 0)
         server.kill()
-        time.sleep(0.5)
+        wait_until(lambda: "cannot be used" in caplog.text)
         server.start()
         write(postgres, about("a", 1))
         wait_until(lambda: rows(postgres) == 0, 60)
@@ -1007,6 +1012,7 @@ def test_duplicate_at_the_same_time_waits_and_is_skipped_if_the_first_was_commit
         assert outbox.note(execute, database.dialect, "mail", "e1")
         thread = threading.Thread(target=noting)
         thread.start()
+        # Time to go wrong: the other one must wait, so there is nothing to wait for here.
         time.sleep(0.3)
         assert not results
         (connection.commit if committed else connection.rollback)()

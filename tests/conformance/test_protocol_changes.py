@@ -134,7 +134,7 @@ def test_middleware_that_fails_does_not_harm_the_connection(
         assert consuming.count(ToSubscriber(queue.name), TIMEOUT) == 0
         assert consuming.count(ToSubscriber(queue.name), TIMEOUT) == 0
     assert broken.of("consuming") == [ConnectionState.CONNECTED, ConnectionState.CLOSED]
-    wait_until(lambda: caplog.text.count("Broken failed about a connection") == 2)
+    wait_until(lambda: caplog.text.count("Broken failed in its method connection()") == 2)
 
 
 @pytest.mark.parametrize("prefetch_count", [1, 10])
