@@ -33,7 +33,7 @@ demo: .venv/.ready ## start a private RabbitMQ and show a day in the life of an 
 test: broker databases lint types docs build ## everything that must pass: lint, types, docs, build, tests
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
-check: lint types ## while you work, in a minute, without RabbitMQ: lint, types, the tests that need none
+check: lint types ## while you work, in two minutes, without RabbitMQ: lint, types, the tests that need none
 	DOMAIN_EVENTS_TEST_RELEASE=none $(BIN)/python -m pytest -q $(CHECK_ARGS) \
 		-m 'not rabbitmq and not slow'
 

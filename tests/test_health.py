@@ -96,7 +96,7 @@ def as_json(health: SubscriberHealth | PublisherHealth) -> Any:
 # ------------------------------------------------------------------ the life of a subscriber
 
 
-@pytest.mark.parametrize("broker", ["embedded", "bench"])
+@pytest.mark.parametrize("broker", ["embedded", pytest.param("bench", marks=pytest.mark.rabbitmq)])
 def test_subscriber_is_ready_while_it_consumes_and_alive_before_and_after(
     broker: str, request: pytest.FixtureRequest
 ) -> None:

@@ -310,7 +310,7 @@ class Disturbing(Middleware):
         raise ValueError("delivered")
 
 
-@pytest.mark.parametrize("broker", ["embedded", "bench"])
+@pytest.mark.parametrize("broker", ["embedded", pytest.param("bench", marks=pytest.mark.rabbitmq)])
 def test_every_line_about_an_event_has_its_fields(
     broker: str, request: pytest.FixtureRequest, lines: Lines
 ) -> None:
