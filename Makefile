@@ -46,7 +46,7 @@ check: lint types ## while you work, in two minutes, without RabbitMQ: lint, typ
 matrix: databases ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
 
-bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3'
+bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3', or --outbox
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 faults: .venv/.ready ## lose nothing while all fails: SECONDS=300 SEED=7 RELEASE=4.3 REPORT=FILE
