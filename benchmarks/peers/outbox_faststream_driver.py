@@ -1,4 +1,4 @@
-"""faststream-outbox, whose rows FastStream's RabbitMQ publisher relays; tuned, if asked to be."""
+"""faststream-outbox, whose rows FastStream's RabbitMQ publisher relays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from driver import EXCHANGE, ROUTING_KEY
 from outbox_driver import INSERT, ORDERS, OUTBOX, event_of, postgresql
 
 _QUEUE = "bench"
-#: As its pages about performance and subscribers recommend for throughput.
-_TUNED = {"max_workers": 4, "fetch_batch_size": 100, "terminal_flush_batch_size": 100}
 
 
 class FastStreamOutbox(outbox_driver.Outbox):
@@ -72,7 +70,7 @@ class FastStreamOutbox(outbox_driver.Outbox):
         publisher = broker_rabbit.publisher(
             exchange=exchange, routing_key=ROUTING_KEY, persist=True
         )
-        options = _TUNED if self.options.get("tuned") else {}
+        options = self.options.get("subscriber", {})
 
         @publisher
         @self.broker.subscriber(_QUEUE, **options)
