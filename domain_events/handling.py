@@ -479,9 +479,12 @@ class Subscription:
                 self._no_delays_until = time.monotonic() + _PAUSE_WITHOUT_DELAYS
                 wait_here()
 
+        queue = self.options.queue
+        # The levels may exist for others, but without a binding back to this queue.
+        never = queue.must_exist and not queue.delays
         if self._has_delays:
             send_delayed()
-        elif time.monotonic() < self._no_delays_until:
+        elif never or time.monotonic() < self._no_delays_until:
             wait_here()
         else:
             # Without retries, this subscriber has not declared the delay levels so far.
