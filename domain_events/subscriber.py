@@ -88,7 +88,7 @@ class Subscriber(Owner):
         urls = settings.resolve(connection_settings)
         self.exchange: str = check_name(exchange, "exchange")
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
-        self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
+        self.workers: int = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
         self._declare = flag(declare, "declare")
         # The I/O threads must not keep this alive, so their references are weak.
@@ -288,7 +288,7 @@ class Subscriber(Owner):
                 "Nothing is registered with this Subscriber; call register() before "
                 "start_consuming()."
             )
-        worker = Worker(consuming, self.forwarder, self._workers, timeout)
+        worker = Worker(consuming, self.forwarder, self.workers, timeout)
         with self.running(worker) as subscriptions:
             names = ", ".join(each.options.name for each in subscriptions)
             started = time.monotonic()
@@ -390,11 +390,11 @@ class Subscriber(Owner):
         log.info(
             "%s: consuming from %s; workers: %d; %s, process %d on %s.",
             ", ".join(
-                f"{each.options.name} (prefetch_count {each.options.prefetch(self._workers)})"
+                f"{each.options.name} (prefetch_count {each.options.prefetch(self.workers)})"
                 for each in subscriptions
             ),
             self.connections.shown,
-            self._workers,
+            self.workers,
             printable(settings.app_id()),
             os.getpid(),
             socket.gethostname(),

@@ -476,6 +476,11 @@ class Connections:
         return self._urls if self._broker is self._own_broker else self._broker
 
     @property
+    def urls(self) -> tuple[str, ...] | None:
+        """The broker's URLs, in or out of a test; None if everything is switched off."""
+        return self._urls
+
+    @property
     def shown(self) -> str:
         """The broker's address, or several, without the password."""
         if _overrides or self._urls is None:
