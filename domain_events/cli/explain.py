@@ -100,7 +100,7 @@ def _check(routing_key: str) -> None:
     if not routing_key or not fits(routing_key):
         raise click.UsageError("The routing key must have 1 to 255 bytes of UTF-8.")
     if why := oddity(routing_key):
-        remark(f"Note: the routing key {printable(routing_key)!r} {why}.")
+        remark(f"Note: the routing key '{printable(routing_key)}' {why}.")
 
 
 def _exchange_of(routes: Sequence[Route]) -> str:

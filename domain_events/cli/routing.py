@@ -142,8 +142,8 @@ def _length(_route: Route, key: str, routing_key: str) -> str:
 
 #: From the nearest; each returns why the key does not match, or an empty text.
 _REASONS: Sequence[Callable[[Route, str, str], str]] = (
-    _case,
     _direct,
+    _case,
     _separator,
     _one_word,
     _typo,
