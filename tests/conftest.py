@@ -57,6 +57,7 @@ settings.register_profile("thorough", max_examples=300, deadline=None)
 ON_ONE_WORKER = (
     "test_fault_runs.py",
     "test_benchmarks.py",
+    "test_cli_topology.py",
     "test_databases.py",
     "test_security.py",
 )

@@ -41,11 +41,11 @@ class BindingFound:
 class ConsumerFound:
     """A consumer of a queue.
 
-    :ivar connection: its client's address or process, as far as it is known.
+    :ivar client: its address; empty if it is unknown.
     """
 
     queue: str
-    connection: str
+    client: str = ""
 
 
 class Unavailable(Exception):
@@ -71,8 +71,8 @@ class Source(Protocol):
         ``messages_unacknowledged``, ``consumers``.
         """
 
-    def exchange_types(self) -> dict[str, str]:
-        """The types of all exchanges of the vhost, by name."""
+    def exchanges(self) -> list[dict[str, Any]]:
+        """All exchanges of the vhost: at least ``name``, ``type``, ``arguments``."""
 
     def consumers(self) -> list[ConsumerFound]:
         """All consumers of the vhost."""
@@ -143,8 +143,8 @@ class Management:
     def queues(self) -> list[dict[str, Any]]:
         return self._of_vhost("queues")
 
-    def exchange_types(self) -> dict[str, str]:
-        return {each["name"]: each["type"] for each in self._of_vhost("exchanges")}
+    def exchanges(self) -> list[dict[str, Any]]:
+        return self._of_vhost("exchanges")
 
     def consumers(self) -> list[ConsumerFound]:
         return [
@@ -216,7 +216,7 @@ class Rabbitmqctl:
         ]
 
     def queues(self) -> list[dict[str, Any]]:
-        return self._list(
+        return self._with_arguments(
             "list_queues",
             "name",
             "arguments",
@@ -227,18 +227,23 @@ class Rabbitmqctl:
             "consumers",
         )
 
-    def exchange_types(self) -> dict[str, str]:
-        return {each["name"]: each["type"] for each in self._list("list_exchanges", "name", "type")}
+    def exchanges(self) -> list[dict[str, Any]]:
+        return self._with_arguments("list_exchanges", "name", "type", "arguments")
 
     def consumers(self) -> list[ConsumerFound]:
-        columns = "queue_name", "channel_pid"
-        return [
-            ConsumerFound(each["queue_name"], each["channel_pid"])
-            for each in self._list("list_consumers", *columns)
-        ]
+        # It names their channels only, not their clients.
+        found = self._list("list_consumers", "queue_name")
+        return [ConsumerFound(each["queue_name"]) for each in found]
 
     def policies(self) -> list[dict[str, Any]]:
         return self._list("list_policies") + self._list("list_operator_policies")
+
+    def _with_arguments(self, command: str, *columns: str) -> list[dict[str, Any]]:
+        found = self._list(command, *columns)
+        for each in found:
+            if not isinstance(each["arguments"], dict):  # a list of name, type, value
+                each["arguments"] = {name: value for name, _, value in each["arguments"]}
+        return found
 
 
 def find(management: str | None, urls: Sequence[str]) -> tuple[Source | None, str]:

@@ -28,6 +28,7 @@ def load_subscriber(target: str) -> Subscriber:
     module itself is shown with its traceback, without the frames of the import.
 
     :raises NotImported: there is no such module or attribute, or it is something else.
+    :raises DomainEventsError: as `Subscriber.register` does, which the module calls.
     """
     found = _load(target)
     if not isinstance(found, Subscriber) and callable(found):
@@ -62,6 +63,8 @@ def _load(target: str) -> Any:
                 "this the right one?"
             ) from error
         raise NotImported(_with_traceback(module_name, error)) from error
+    except DomainEventsError:
+        raise
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module
