@@ -136,10 +136,10 @@ def run(arguments: Sequence[str]) -> int:
     except DomainEventsError as error:
         return _fail(f"{printable(error, 2000)}", exits.of(error))
     except click.ClickException as error:
-        shown: Any = error  # its message is declared as final
-        shown.message = _PASSWORD.sub(r"\1...@", error.message)
-        error.show()
-        return error.exit_code
+        context = getattr(error, "ctx", None)
+        see = f" (see {context.command_path} --help)" if context is not None else ""
+        text = _PASSWORD.sub(r"\1...@", error.format_message())
+        return _fail(f"{text}{see}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", exits.INTERRUPTED)
     except Terminated:

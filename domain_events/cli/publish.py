@@ -56,6 +56,8 @@ _COPY = 5.0
 # Confirmed events whose ids are printed together.
 _SHOWN_TOGETHER = 500
 _FAULTS_SHOWN = 20
+# Seconds for closing the connection, to a broker that may hang.
+_CLOSE = 1.0
 
 
 @click.command("publish")
@@ -157,7 +159,7 @@ class _Target(NamedTuple):
 
 
 def _publish(event: DomainEvent[Any], target: _Target) -> None:
-    with Publisher(target.broker, target.exchange, timeout=target.timeout) as publisher:
+    with _publisher(target) as publisher:
         try:
             publisher.publish(event, mandatory=target.mandatory)
         except BaseException as error:
@@ -168,6 +170,17 @@ def _publish(event: DomainEvent[Any], target: _Target) -> None:
                     f"--timestamp {event.timestamp!r}"
                 )
             raise
+
+
+@contextmanager
+def _publisher(target: _Target, *middleware: Middleware) -> Iterator[Publisher]:
+    publisher = Publisher(
+        target.broker, target.exchange, timeout=target.timeout, middleware=middleware
+    )
+    try:
+        yield publisher
+    finally:
+        publisher.close(_CLOSE)  # nothing is under way any more
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -405,11 +418,11 @@ class _Run(Middleware):
         :param rest: the file for what is not published.
         """
         target, failure = self._target, None
-        publisher = Publisher(
-            target.broker, target.exchange, timeout=target.timeout, middleware=[self]
-        )
         with self._stop, _reserved(rest) as file:
-            with publisher, output.progress("publishing", None) as self._bar:
+            with (
+                _publisher(target, self) as publisher,
+                output.progress("publishing", None) as self._bar,
+            ):
                 try:
                     while self._lines.wait(self._stop):
                         publisher.publish_many(self._events(), mandatory=target.mandatory)
