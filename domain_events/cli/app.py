@@ -64,6 +64,12 @@ class Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderLeft from None  # else click ends with status 1, without a word
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         # That of a group imports every command, for its help.
         found = [
@@ -116,6 +122,10 @@ def completion(shell: str) -> None:
     click.echo(kind(app, {}, "domain-events", "_DOMAIN_EVENTS_COMPLETE").source())
 
 
+class _ReaderLeft(Exception):
+    """Nobody reads the output any more, as in ``domain-events tail | head``."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: end as on Ctrl-C, so that what is held is given back."""
 
@@ -144,8 +154,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("interrupted", exits.INTERRUPTED)
     except Terminated:
         return _fail("terminated", exits.TERMINATED)
-    except BrokenPipeError:
-        # The reader has seen enough, as in `domain-events tail | head`.
+    except (_ReaderLeft, BrokenPipeError):
         discard(sys.stdout)
         return exits.OK
     except OSError as error:
