@@ -11,9 +11,7 @@ def send_welcome_mail(event):
 
 def make_subscriber():
     subscriber = Subscriber()
-    subscriber.register(
-        send_welcome_mail, "welcome-mail", ["user.registered"], max_retries=5
-    )
+    subscriber.register(send_welcome_mail, "welcome-mail", ["user.registered"], max_retries=5)
     return subscriber
 
 
