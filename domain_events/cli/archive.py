@@ -121,7 +121,7 @@ def _text(value: object) -> str:
     return value
 
 
-def read(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | None]]:
+def read(file: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """The number of each line, and its entry; None for one that was not written to its end."""
     for number, line in enumerate(file, 1):
         if not line.strip():
