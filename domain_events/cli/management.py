@@ -37,6 +37,17 @@ class BindingFound:
     to_exchange: bool = False
 
 
+@dataclass(frozen=True)
+class ConsumerFound:
+    """A consumer of a queue.
+
+    :ivar connection: its client's address or process, as far as it is known.
+    """
+
+    queue: str
+    connection: str
+
+
 class Unavailable(Exception):
     """What was requested cannot be read; the text gives the reason."""
 
@@ -59,6 +70,12 @@ class Source(Protocol):
         At least ``name``, ``arguments``, ``type``, ``durable``, ``messages_ready``,
         ``messages_unacknowledged``, ``consumers``.
         """
+
+    def exchange_types(self) -> dict[str, str]:
+        """The types of all exchanges of the vhost, by name."""
+
+    def consumers(self) -> list[ConsumerFound]:
+        """All consumers of the vhost."""
 
     def policies(self) -> list[dict[str, Any]]:
         """The policies and operator policies of the vhost.
@@ -126,12 +143,27 @@ class Management:
     def queues(self) -> list[dict[str, Any]]:
         return self._of_vhost("queues")
 
+    def exchange_types(self) -> dict[str, str]:
+        return {each["name"]: each["type"] for each in self._of_vhost("exchanges")}
+
+    def consumers(self) -> list[ConsumerFound]:
+        return [
+            ConsumerFound(each["queue"]["name"], _client(each.get("channel_details") or {}))
+            for each in self._of_vhost("consumers")
+        ]
+
     def policies(self) -> list[dict[str, Any]]:
         return self._of_vhost("policies") + self._of_vhost("operator-policies")
 
     def _of_vhost(self, what: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.get(f"{what}/{quote(self.vhost, safe='')}")
         return found
+
+
+def _client(channel: Any) -> str:
+    # A list while the plugin has no details yet.
+    found = channel if isinstance(channel, dict) else {}
+    return f"{found.get('peer_host', '?')}:{found.get('peer_port', '?')}"
 
 
 class Rabbitmqctl:
@@ -161,7 +193,7 @@ class Rabbitmqctl:
             )
             if done.returncode:
                 first = next(filter(None, done.stderr.splitlines()), "it has failed")
-                raise Unavailable(f"rabbitmqctl: {printable(first)}")
+                raise Unavailable(f"rabbitmqctl: {printable(first).rstrip('.')}")
             return json.loads(done.stdout)
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             raise Unavailable(f"rabbitmqctl: {printable(error)}") from None
@@ -194,6 +226,16 @@ class Rabbitmqctl:
             "messages_unacknowledged",
             "consumers",
         )
+
+    def exchange_types(self) -> dict[str, str]:
+        return {each["name"]: each["type"] for each in self._list("list_exchanges", "name", "type")}
+
+    def consumers(self) -> list[ConsumerFound]:
+        columns = "queue_name", "channel_pid"
+        return [
+            ConsumerFound(each["queue_name"], each["channel_pid"])
+            for each in self._list("list_consumers", *columns)
+        ]
 
     def policies(self) -> list[dict[str, Any]]:
         return self._list("list_policies") + self._list("list_operator_policies")

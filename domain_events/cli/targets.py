@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from domain_events.cli import exits
+from domain_events.errors import DomainEventsError
 from domain_events.subscriber import Subscriber
 from domain_events.text import printable
 
@@ -30,7 +31,12 @@ def load_subscriber(target: str) -> Subscriber:
     """
     found = _load(target)
     if not isinstance(found, Subscriber) and callable(found):
-        found = found()
+        try:
+            found = found()
+        except DomainEventsError:
+            raise
+        except Exception as error:
+            raise NotImported(_with_traceback(target, error)) from error
     if not isinstance(found, Subscriber):
         raise NotImported(
             f"{target} is of type {type(found).__name__}; name a Subscriber, or a function without "
