@@ -101,6 +101,11 @@ class Subscriber(Owner):
         self._ended_by: str | None = None  # the error that ended the last run
         _subscribers.add(self)
 
+    @property
+    def workers(self) -> int:
+        """How many handlers run at the same time."""
+        return self._workers
+
     def register(
         self,
         handler: Handler,

@@ -464,6 +464,11 @@ class Connections:
         return self._urls if self._broker is self._own_broker else self._broker
 
     @property
+    def own_urls(self) -> tuple[str, ...] | None:
+        """The URLs of the owner, whatever a test has put in force."""
+        return self._urls
+
+    @property
     def shown(self) -> str:
         """The broker's address, or several, without the password."""
         if _overrides or self._urls is None:
