@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -68,7 +68,7 @@ class Finding:
             "where": self.where,
             "why": self.why,
             "do": self.do,
-            "docs": _DOCS + self.see,
+            "docs": self.see and _DOCS + self.see,
         }
 
     def show(self) -> None:
@@ -80,7 +80,18 @@ class Finding:
             if text:
                 begin = f"        {name + ':':7}"
                 click.echo(_filled(printable(text, 4000), begin))
-        click.echo(f"        docs:  {_DOCS}{self.see}")
+        if self.see:
+            click.echo(f"        docs:  {_DOCS}{self.see}")
+
+
+def show_unknown(findings: Iterable[Finding]) -> None:
+    """Print what could not be read, those of one reason together."""
+    together: dict[tuple[str, str], list[Finding]] = {}
+    for each in findings:
+        together.setdefault((each.why, each.do), []).append(each)
+    for those in together.values():
+        checks = ", ".join(each.check for each in those)
+        replace(those[0], check="could not be read", what=checks).show()
 
 
 def _filled(text: str, begin: str) -> str:

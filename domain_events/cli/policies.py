@@ -13,12 +13,9 @@ from typing import Any
 Policy = Mapping[str, Any]
 
 # A policy with one of these is not for quorum queues at all, whatever else it has
-# (`unsupported_policies` in deps/rabbit/src/rabbit_quorum_queue.erl, of 3.10 to 4.3).
+# (`unsupported_policies` in deps/rabbit/src/rabbit_quorum_queue.erl; tried on 3.10 and 4.3).
 _NOT_FOR_QUORUM = {
-    "max-priority",
     "queue-mode",
-    "queue-version",
-    "single-active-consumer",
     "queue-master-locator",
     "ha-mode",
     "ha-params",
@@ -52,5 +49,5 @@ def _matches(policy: Policy, name: str, kind: str) -> bool:
     try:
         return re.search(policy["pattern"], name) is not None
     except re.error:
-        # Erlang's expressions have a few things that Python's have not. Better one finding too many.
+        # Python's expressions lack a few things that Erlang's have. Better one finding too many.
         return True
