@@ -295,7 +295,7 @@ class Rabbitmqctl:
         ]
 
     def queues(self) -> list[dict[str, Any]]:
-        return self._list(
+        return self._with_arguments(
             "list_queues",
             "name",
             "arguments",
@@ -310,7 +310,7 @@ class Rabbitmqctl:
         )
 
     def exchanges(self) -> list[dict[str, Any]]:
-        return self._list("list_exchanges", "name", "type", "arguments")
+        return self._with_arguments("list_exchanges", "name", "type", "arguments")
 
     def policies(self) -> list[dict[str, Any]]:
         return _marked(self._list("list_policies"), self._list("list_operator_policies"))
@@ -353,6 +353,13 @@ class Rabbitmqctl:
 
     def clock_skew(self) -> float:
         return 0.0  # it is the same machine
+
+    def _with_arguments(self, command: str, *columns: str) -> list[dict[str, Any]]:
+        found = self._list(command, *columns)
+        for each in found:
+            if not isinstance(each["arguments"], dict):  # a list of name, type, value
+                each["arguments"] = {name: value for name, _, value in each["arguments"]}
+        return found
 
     def _status(self) -> Any:
         return self.run("cluster_status")
