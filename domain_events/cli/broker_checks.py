@@ -10,7 +10,7 @@ from domain_events.address import shown
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.permissions import Permission, to_bind
 from domain_events.cli.examination import Examination, Role, Subscribed, Unknown
-from domain_events.cli.findings import Finding, Severity, listed
+from domain_events.cli.findings import Finding, Severity, listed, plainly
 from domain_events.cli.policies import in_force
 
 # Seconds for which a broker that has just started may keep retries back.
@@ -134,8 +134,8 @@ def permissions(examination: Examination) -> Iterator[Finding]:
             yield Finding(
                 Severity.ERROR if is_own else Severity.NOTE,
                 f"this user may not {operation}",
-                ", ".join(map(str, missing)),
-                f"The broker answers: {refusals[missing[0]]}. "
+                listed(map(str, missing)),
+                f"The broker answers: {plainly(refusals[missing[0]])}. "
                 + ("" if is_own else "That may be intended: not every program does this."),
                 "Grant it with rabbitmqctl set_permissions, or run this with the user of the "
                 "program in question.",

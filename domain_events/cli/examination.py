@@ -221,9 +221,25 @@ class Examination:
                 # Its process is there, and consumes.
                 self._states[name] = QueueState(messages=0, consumers=1)
             except ConfigurationError as error:
-                raise Unknown(str(error), "Run this with a user that may configure it.") from None
+                self._states[name] = self._state_elsewhere(name, error)
             except (TopologyError, BrokerUnavailable) as error:
                 raise Unknown(
                     str(error), "Look at the other findings: a node may be down."
                 ) from None
         return self._states[name]
+
+    def _state_elsewhere(self, name: str, refusal: ConfigurationError) -> QueueState | None:
+        """The same, for a user who may not look by AMQP."""
+        do = "Run this with a user that has a permission on it. Or: "
+        try:
+            row = self.queues.get(name)
+        except Unknown as error:
+            raise Unknown(f"{refusal}; {error}", do + error.do) from None
+        if row is None:
+            return None
+        messages, consumers = row.get("messages_ready"), row.get("consumers")
+        if messages is None or consumers is None:
+            raise Unknown(
+                f"{refusal}; the management plugin has not counted yet", do + "try again in 10 s."
+            )
+        return QueueState(int(messages), int(consumers))

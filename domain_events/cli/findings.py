@@ -107,11 +107,16 @@ def _filled(text: str, begin: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names of what a finding is about: a few of them, and how many more there are."""
-    found = sorted(names)
+    """The names of what a finding is about: the first few, and how many more there are."""
+    found = list(names)
     few = ", ".join(printable(name) for name in found[:_MOST_NAMES])
     more = len(found) - _MOST_NAMES
     return f"{few} and {more} more" if more > 0 else few
+
+
+def plainly(answer: str) -> str:
+    """A broker's answer, without what it did to a channel of this program."""
+    return answer.removeprefix("closed by the broker: ")
 
 
 def summary(findings: Iterable[Finding], checks: int) -> str:

@@ -227,7 +227,7 @@ class Management:
         raise Unavailable("the management plugin does not show the settings of a node")
 
     def clock_skew(self) -> float:
-        # The plugin's clock changes once a second (cowboy_clock): of a few looks, take the latest.
+        # The plugin's date has whole seconds, and is up to a second old (cowboy_clock).
         found = []
         for _ in range(3):
             begun = time.time()
@@ -236,7 +236,7 @@ class Management:
                 of_broker = parsedate_to_datetime(date).timestamp()
             except (TypeError, ValueError):
                 raise Unavailable(f"{self.name}: its answers bear no date") from None
-            found.append((of_broker - time.time(), of_broker + 1 - begun))
+            found.append((of_broker - time.time(), of_broker + 2 - begun))
         least, most = max(low for low, _ in found), min(high for _, high in found)
         return 0.0 if least <= 0 <= most else min(least, most, key=abs)
 

@@ -10,7 +10,7 @@ from typing import Any
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Comparison
 from domain_events.cli.examination import Examination, Role, Subscribed, Unknown
-from domain_events.cli.findings import Finding, Severity, listed
+from domain_events.cli.findings import Finding, Severity, listed, plainly
 from domain_events.cli.policies import in_force
 
 # Milliseconds: RabbitMQ's own.
@@ -97,13 +97,14 @@ def policies(examination: Examination) -> Iterator[Finding]:
                 harmed[what, policy["name"], value][name] = (severity, harm)
     for (what, policy_name, value), queues in harmed.items():
         order = list(Severity)
-        worst = min((severity for severity, _ in queues.values()), key=order.index)
-        harms = dict.fromkeys(harm for _, harm in queues.values())
+        names = sorted(queues, key=lambda name: order.index(queues[name][0]))
+        worst, _ = queues[names[0]]
+        harms = dict.fromkeys(queues[name][1] for name in names)
         clear = "clear_operator_policy" if what == "operator policy" else "clear_policy"
         yield Finding(
             worst,
             f"the {what} {policy_name!r} sets {value}",
-            listed(queues),
+            listed(names),
             "; ".join(harms) + ".",
             "Give it a pattern that does not match these queues, or an apply-to without them; or "
             f"remove it: rabbitmqctl {clear} {policy_name}",
@@ -154,7 +155,8 @@ def arguments(examination: Examination) -> Iterator[Finding]:
                 _ERROR,
                 f"the {what} {one.name!r} exists with other settings",
                 one.name,
-                f"A program that declares it gets a TopologyError. The broker answers: {text}",
+                f"A program that declares it gets a TopologyError. The broker answers: "
+                f"{plainly(text)}.",
                 "domain-events migrate, if domain-event-broker has declared it; else another name, "
                 "or, once it is empty, delete it and start again.",
                 "operations.rst#topologyerror-and-its-ways-out",
@@ -242,7 +244,7 @@ def binding_keys(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             _WARNING,
             f"binding keys have more than {_MOST_HASHES} '#'",
-            listed(found),
+            listed(sorted(found)),
             "RabbitMQ 4.3.5 and later refuse them, and matching them takes very long.",
             "Leave out those that add nothing: '#.#' matches what '#' does.",
             "introduction.rst#concepts",
@@ -270,7 +272,7 @@ def leftovers(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             _WARNING,
             "classic queues of domain-event-broker",
-            listed(own),
+            listed(sorted(own)),
             "They have no replicas, and lose dead letters when the broker crashes.",
             "domain-events migrate NAME",
             see,
@@ -279,7 +281,7 @@ def leftovers(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             _NOTE,
             "classic queues of domain-event-broker, used with queue_type='classic'",
-            listed(used),
+            listed(sorted(used)),
             "They have no replicas.",
             "domain-events migrate NAME, when all its processes use this library.",
             see,
@@ -288,7 +290,7 @@ def leftovers(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             _WARNING,
             "retries of domain-event-broker wait",
-            listed(waiting),
+            listed(sorted(waiting)),
             "They return to the old queue, and nowhere if that is gone.",
             "Wait until these queues are empty; they are deleted 10 s after that.",
             see,
@@ -299,7 +301,7 @@ def leftovers(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             _NOTE,
             "exchanges of domain-event-broker are left",
-            listed(useless),
+            listed(sorted(useless)),
             "No queue needs them any more.",
             "Delete them, when no old process runs: rabbitmqctl eval, the management plugin, or an "
             "AMQP client.",
