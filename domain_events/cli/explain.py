@@ -140,7 +140,7 @@ def _bound(broker: ConnectionSettings, management: str | None, exchange: str) ->
 def _routes(source: Source, exchange: str) -> list[Route]:
     from domain_events.cli.routing import Route  # noqa: PLC0415
 
-    kind = source.exchange_types().get(exchange, "topic")
+    kind = next((each["type"] for each in source.exchanges() if each["name"] == exchange), "topic")
     keys: dict[str, list[str]] = {}
     for binding in source.bindings():
         if binding.exchange == exchange:
