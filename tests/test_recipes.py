@@ -186,7 +186,7 @@ def test_readme_publishes_after_a_commit_of_django(person: Any, outbox: bool) ->
 def idempotent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event_broker: EventBroker
 ) -> Iterator[tuple[Recipe, Recipe]]:
-    """The two recipes of the introduction, whose subscribers are registered."""
+    """The two recipes, whose subscribers are registered."""
     assert event_broker.published == []
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks("docs/handling.rst", "Handlers must be idempotent")

@@ -247,7 +247,7 @@ def binding_keys(examination: Examination) -> Iterator[Finding]:
             listed(sorted(found)),
             "RabbitMQ 4.3.5 and later refuse them, and matching them takes very long.",
             "Leave out those that add nothing: '#.#' matches what '#' does.",
-            "introduction.rst#concepts",
+            "concepts.rst#the-words",
         )
     if unknown is not None:
         raise unknown
@@ -463,7 +463,7 @@ def consumer_timeout(examination: Examination) -> Iterator[Finding]:
                 f"consumer_timeout is {timeout:g} s{known}. Then they are delivered again.",
                 f"If handlers often take so long: prefetch_count={fitting}. Or: {do[0].lower()}"
                 f"{do[1:]}.",
-                "introduction.rst#prefetch",
+                "running.rst#prefetch",
             )
     if unknown is not None:
         raise Unknown(
