@@ -86,8 +86,9 @@ def _without_passwords(words: Sequence[str], hidden: dict[str, str]) -> Iterator
                 value = next(rest, "")
             if "@" in value:
                 hidden[_SECRETS[name]] = value
-                if "demo" in commands:
-                    yield name  # alone, it means the broker in the environment there
+                # That in the environment is meant: `demo` has the option alone for that.
+                if name == "--broker":
+                    yield name if "demo" in commands else f"{name}="
                 continue
             yield word
             if not equals and value:
