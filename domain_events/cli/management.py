@@ -43,11 +43,11 @@ class BindingFound:
 class ConsumerFound:
     """A consumer of a queue.
 
-    :ivar connection: its client's address or process, as far as it is known.
+    :ivar client: its address; empty if it is unknown.
     """
 
     queue: str
-    connection: str
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -336,11 +336,9 @@ class Rabbitmqctl:
         )
 
     def consumers(self) -> list[ConsumerFound]:
-        columns = "queue_name", "channel_pid"
-        return [
-            ConsumerFound(each["queue_name"], each["channel_pid"])
-            for each in self._list("list_consumers", *columns)
-        ]
+        # It names their channels only, not their clients.
+        found = self._list("list_consumers", "queue_name")
+        return [ConsumerFound(each["queue_name"]) for each in found]
 
     def exchanges(self) -> list[dict[str, Any]]:
         return self._with_arguments("list_exchanges", "name", "type", "arguments")

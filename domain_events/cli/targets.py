@@ -41,6 +41,7 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
 
     :param kinds: what it may be; ``what`` in words.
     :raises NotImported: there is no such module or attribute, or it is something else.
+    :raises DomainEventsError: as `Subscriber.register` does, which the module calls.
     """
     found = _load(target, what)
     if not isinstance(found, kinds) and callable(found):
@@ -82,6 +83,8 @@ def _load(target: str, what: str) -> Any:
                 "this the right one?"
             ) from error
         raise NotImported(_with_traceback(module_name, error)) from error
+    except DomainEventsError:
+        raise
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module
