@@ -54,9 +54,21 @@ class DeadLetter:
     #: The error of its first delivery, if it was retried afterwards.
     first_error_type: str | None
     first_error_message: str | None
+    #: How often it was replayed before, and failed again.
+    replays: int
 
     _delivery: Delivery
     _owner: DeadLetters
+
+    @property
+    def id(self) -> str | None:
+        """The event's id, also if the body cannot be read."""
+        return self.event.uuid_string if self.event is not None else self._delivery.message_id
+
+    @property
+    def delivery(self) -> Delivery:
+        """The message itself: its headers, correlation id, cause."""
+        return self._delivery
 
     def replay(self) -> None:
         """Return it to the subscriber's queue, with ``retries == 0``; remove it from this one.
@@ -116,6 +128,14 @@ class DeadLetters(Walks):
         for delivery in self._deliveries():
             yield self._letter(delivery)
 
+    def unreached(self) -> Iterator[DeadLetter]:
+        """Those that the current walk has not taken yet, such as have arrived since it began.
+
+        They can be seen, not settled, and are given back as soon as this iteration is over.
+        """
+        for delivery in self._unreached():
+            yield self._letter(delivery)
+
     def replay_all(self) -> int:
         """Replay all that are there now, in their order. Returns how many were replayed."""
         return self._all(DeadLetter.replay)
@@ -157,6 +177,7 @@ class DeadLetters(Walks):
             body=delivery.body,
             routing_key=delivery.original_routing_key,
             retries=delivery.retries,
+            replays=delivery.replays,
             _delivery=delivery,
             _owner=self,
             **vars(delivery.failure),

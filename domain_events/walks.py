@@ -2,7 +2,7 @@
 
 A walk gets each current message once, and holds it: it can be settled until the next walk begins,
 and others do not see it. Then all unsettled messages are requeued, in their order. Only receipts
-are kept here, and no bodies.
+are kept here, and no bodies. For its speed a walk takes messages ahead, a few hundred at most.
 """
 
 from __future__ import annotations
@@ -60,7 +60,18 @@ class Walks(Owner):
         # During a walk of this one, the warning was logged when it began.
         if not self._walk and consuming.is_browsed(self._place, self._timeout):
             self._warn_of_another_walk()
-        return consuming.count(self._place, self._timeout) + len(self._held)
+        ahead = self._browser.ahead if self._browser is not None else 0
+        return consuming.count(self._place, self._timeout) + len(self._held) + ahead
+
+    def release(self) -> None:
+        """End the current walk: requeue the messages that it holds, in their order."""
+        self._walk += 1
+        self._held.clear()
+        browser, self._browser = self._browser, None
+        if browser is not None:
+            with contextlib.suppress(DomainEventsError):  # if it was lost, all are requeued
+                browser.rewind()
+                self._browser = browser
 
     def close(self) -> None:
         """Requeue unsettled messages, and close the connections."""
@@ -78,7 +89,7 @@ class Walks(Owner):
         consuming = self._consuming()
         if consuming is None:
             return
-        self._walk += 1
+        self.release()
         walk = self._walk
         self._begin(consuming)
         delivery = self._next(walk)
@@ -90,14 +101,25 @@ class Walks(Owner):
             delivery = self._next(walk) if behind else None
             behind -= 1
 
+    def _unreached(self) -> Iterator[Delivery]:
+        """The messages that the current walk has not taken, to look at."""
+        consuming = self._consuming()
+        if consuming is None:
+            return
+        publishing = partial(_to_publish, self.connections)
+        browser = consuming.browse(self._place, self._timeout, publishing)
+        try:
+            delivery = browser.next(self._timeout)
+            behind = delivery.message_count if delivery is not None else 0
+            while delivery is not None:
+                yield delivery
+                delivery = browser.next(self._timeout) if behind else None
+                behind -= 1
+        finally:
+            browser.close(self._timeout)
+
     def _begin(self, consuming: Consuming) -> None:
-        """Requeue the messages that the last walk held."""
-        self._held.clear()
-        browser, self._browser = self._browser, None
-        if browser is not None:
-            with contextlib.suppress(DomainEventsError):  # if it was lost, all are requeued
-                browser.rewind()
-                self._browser = browser
+        """Begin another one."""
         if self._browser is None:
             # Not `self._publishing`: a browser that refers to this keeps it from being dropped.
             publishing = partial(_to_publish, self.connections)

@@ -241,6 +241,10 @@ class Browser(Protocol):
 
     shared: bool
 
+    @property
+    def ahead(self) -> int:
+        """How many more messages it holds, which `next` will return."""
+
     def next(self, timeout: float) -> Delivery | None:
         """The next message of this walk, or None when there is none."""
 

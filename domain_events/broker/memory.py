@@ -516,6 +516,7 @@ class MemoryBrowser(_Holder):
 
     place: Place
     shared: bool = False
+    ahead: int = field(default=0, init=False)
 
     def next(self, timeout: float) -> Delivery | None:
         return self.owner.call(self._next)

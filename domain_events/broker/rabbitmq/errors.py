@@ -108,6 +108,11 @@ def is_different(code: int, text: str) -> bool:
     return code == PRECONDITION_FAILED and "inequivalent arg" in text
 
 
+def is_in_use(text: str) -> bool:
+    """Whether a refusal is about another consumer's exclusive access, not about permissions."""
+    return _EXCLUSIVE in text
+
+
 def may_be_used(exchange: Exchange, code: int, text: str) -> bool:
     """Whether an exchange that exists with other arguments can be used as it is.
 

@@ -58,6 +58,7 @@ class RabbitWalk:
 
     def _begin(self) -> None:
         self._at_the_start = True
+        self._left = 0
         self.shared = False
         try:
             self._declare([topology.walk_marker(self._place)], self._timeout)
@@ -66,12 +67,20 @@ class RabbitWalk:
         except (TopologyError, ConfigurationError):
             pass  # this user may not declare it; it is only a marker
 
+    @property
+    def ahead(self) -> int:
+        return self._browser.ahead
+
     def next(self, timeout: float) -> Delivery | None:
-        delivery = self._browser.next(timeout)
         first, self._at_the_start = self._at_the_start, False
-        if first and delivery is not None and delivery.failures >= _TOO_OFTEN:
-            self._republish_all(delivery)
-            delivery = self._browser.next(timeout)
+        delivery = self._browser.next(timeout, max(1, self._left))
+        if first and delivery is not None:
+            if delivery.failures >= _TOO_OFTEN:
+                self._republish_all(delivery)
+                delivery = self._browser.next(timeout)
+            # Those that arrive during the walk are not taken, and not held.
+            self._left = 0 if delivery is None else delivery.message_count + 1
+        self._left -= 1
         return None if delivery is None else browsed(delivery, self._place)
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
@@ -97,7 +106,7 @@ class RabbitWalk:
                 while len(under_way) >= _MOST_UNDER_WAY or size > _MOST_BYTES_UNDER_WAY:
                     size -= len(under_way[0][2].body)
                     self._settle(*under_way.popleft(), self._timeout)
-                delivery = self._browser.next(self._timeout) if left else None
+                delivery = self._browser.next(self._timeout, left) if left else None
                 left -= 1
             while under_way:
                 self._settle(*under_way.popleft(), self._timeout)

@@ -1,0 +1,138 @@
+"""Replays dead letters slowly, and stops when they fail again. Also for use in Python.
+
+After a batch it waits until the subscriber has taken the events, then looks whether some of them
+are dead letters again: those with an id that was replayed here and one replay more. Others that
+fail meanwhile do not matter. The first batch is a single event, each further one twice as large.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from domain_events.dead_letters import DeadLetter, DeadLetters
+from domain_events.errors import DomainEventsError
+from domain_events.message import ToSubscriber
+
+_POLL_INTERVAL = 0.1
+# Seconds that a handler has for the last event of a batch, once its queue is empty.
+_SETTLING = 0.5
+
+
+@dataclass
+class Replayed:
+    """What became of a replay.
+
+    :ivar number: how many were replayed.
+    :ivar failed_again: of these, the ids of those that are dead letters again, with the reason.
+    :ivar stopped: whether it ended because of them, before all were replayed.
+    """
+
+    number: int = 0
+    failed_again: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Replay:
+    """Replays dead letters of one walk over ``dead_letters``.
+
+    :param rate: at most so many events each second; None for no limit.
+    :param batch: at most so many before it waits and looks.
+    :param stop_after: end when so many have failed again; 0 never ends it, and does not look.
+    :param patience: seconds to wait after a batch, if its events are not taken sooner.
+    :param on_replayed: called after each one.
+    """
+
+    def __init__(
+        self,
+        dead_letters: DeadLetters,
+        *,
+        rate: float | None = None,
+        batch: int = 1000,
+        stop_after: int = 3,
+        patience: float = 5.0,
+        on_replayed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._dead_letters = dead_letters
+        self._rate = rate
+        self._batch = batch
+        self._stop_after = stop_after
+        self._patience = patience
+        self._on_replayed = on_replayed
+        #: What became of it so far; also after an interruption.
+        self.result = Replayed()
+        # How often each was replayed with this one.
+        self._replays: dict[str, int] = {}
+        self._expected = 0
+        self._next_look = 0.0
+
+    def run(self, letters: Iterable[DeadLetter]) -> Replayed:
+        """Replay these.
+
+        :raises DomainEventsError: as `DeadLetter.replay`; that one and the rest are left.
+        """
+        size = in_batch = 0
+        next_at = time.monotonic()
+        for letter in letters:
+            if in_batch == size:
+                if size and not self._may_go_on():
+                    self.result.stopped = True
+                    return self.result
+                size, in_batch = min(max(1, size * 2), self._batch), 0
+            if self._rate:
+                time.sleep(max(0.0, next_at - time.monotonic()))
+                next_at = max(next_at, time.monotonic() - 1.0) + 1.0 / self._rate
+            if not self.result.number:
+                self._expected = self._dead_letters.count()
+            letter.replay()
+            if letter.id is not None:
+                self._replays[letter.id] = letter.replays + 1
+            in_batch += 1
+            self.result.number += 1
+            self._on_replayed()
+        if self.result.number:
+            self._may_go_on()
+        return self.result
+
+    def _may_go_on(self) -> bool:
+        """Wait until the subscriber has taken them, then look."""
+        if not self._stop_after:
+            return True
+        deadline = time.monotonic() + self._patience
+        empty_since: float | None = None
+        arrived = False
+        while True:
+            empty_since = (empty_since or time.monotonic()) if self._is_taken() else None
+            now = time.monotonic()
+            is_over = now > deadline or (empty_since is not None and now - empty_since > _SETTLING)
+            arrived = self._arrived() or arrived
+            # Among many others that are left, a look takes seconds.
+            if arrived and (is_over or now >= self._next_look):
+                arrived = False
+                if self._too_many():
+                    return False
+                self._next_look = now + 5 * (time.monotonic() - now)
+            if is_over:
+                return True
+            time.sleep(_POLL_INTERVAL)
+
+    def _is_taken(self) -> bool:
+        consuming = self._dead_letters.connections.consuming()
+        assert consuming is not None
+        try:
+            return not consuming.count(ToSubscriber(self._dead_letters.name), self._patience + 1.0)
+        except DomainEventsError:
+            return False  # perhaps this user may not; then the time is waited for
+
+    def _arrived(self) -> bool:
+        """Whether there are more dead letters than at the last look."""
+        there = self._dead_letters.count() + self.result.number
+        arrived, self._expected = there > self._expected, there
+        return arrived
+
+    def _too_many(self) -> bool:
+        for letter in self._dead_letters.unreached():
+            if letter.id is not None and letter.replays >= self._replays.get(letter.id, 2**31):
+                self.result.failed_again[letter.id] = letter.error_type or "unknown"
+        return len(self.result.failed_again) >= self._stop_after
