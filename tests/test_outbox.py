@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -502,6 +503,84 @@ def test_discarded_row_is_returned_and_lets_its_object_go_on(
     assert json.loads(gone.row.body)["data"] == {"number": 0}
     relay.sweep()
     assert numbers(broker.published, "a") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("retry", "retry"), ("retry", "discard"), ("discard", "retry")]
+)
+def test_of_two_operators_at_the_same_time_one_decides(
+    database: DbApi, relay: Relay, broker: EventBroker, first: str, second: str
+) -> None:
+    """The other one is given none of the rows, whatever it would have done with them."""
+    write(database, about("a", 1))
+    ((number,),) = database.run(f"SELECT id FROM {OUTBOX}")
+    database.run(f"UPDATE {OUTBOX} SET parked = 1, error = 'e'")
+    decide: dict[str, Callable[[Execute], int]] = {
+        "retry": lambda execute: outbox.retry(execute, [number]),
+        "discard": lambda execute: len(outbox.discard(execute, [number])),
+    }
+
+    def operator() -> int:
+        with database, database.transaction() as execute:
+            return decide[second](execute)
+
+    with ThreadPoolExecutor() as threads:
+        with database.application() as (connection, execute):
+            assert decide[first](execute) == 1
+            other = threads.submit(operator)
+            # Time to go wrong: the other one must wait, so there is nothing to wait for here.
+            time.sleep(0.3)
+            connection.commit()
+        assert other.result(60) == 0
+    assert relay.sweep() == (1 if first == "retry" else 0)
+    assert rows(database) == 0
+
+
+def test_each_parked_row_is_decided_about_once_beside_a_relay(
+    database: DbApi, broker: EventBroker
+) -> None:
+    """By one of two operators; it is then sent, or discarded, and never both."""
+    refused: set[str] = set()
+    number = 40
+
+    class FailsOnce(Middleware):
+        def publishing(self, outgoing: Outgoing) -> None:
+            assert outgoing.event is not None
+            event_id = outgoing.event.uuid_string
+            if event_id not in refused:
+                refused.add(event_id)
+                raise LookupError
+
+    written = write(database, *(about(each, each) for each in range(number)))
+    retried: list[int] = []
+    discarded: list[str] = []
+
+    def operator(decide: Callable[[Execute], None]) -> None:
+        with database:
+            deadline = time.monotonic() + 60
+            while rows(database) and time.monotonic() < deadline:
+                with database.transaction() as execute:
+                    decide(execute)
+
+    def retry(execute: Execute) -> None:
+        retried.append(outbox.retry(execute))
+
+    def discard(execute: Execute) -> None:
+        ids = [each.row.id for each in written if each.row]
+        some = random.sample(ids, 5)
+        discarded.extend(each.row.event_id for each in outbox.discard(execute, some))
+
+    with (
+        Relay(database, middleware=[FailsOnce()], batch=5, idle=0.01) as relay,
+        ThreadPoolExecutor() as threads,
+    ):
+        relay.start()
+        for future in [threads.submit(operator, each) for each in (retry, discard)]:
+            future.result(90)
+    assert rows(database) == 0
+    published = [event.uuid_string for event in broker.published]
+    assert sum(retried) == len(published)
+    assert sorted([*published, *discarded]) == sorted(each.event.uuid_string for each in written)
 
 
 def test_event_that_the_broker_refuses_is_parked(

@@ -18,7 +18,7 @@ from domain_events import settings
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
 from domain_events.middleware import Middleware
-from domain_events.outbox import OUTBOX, Execute, Parked, Relay, Row, Waiting
+from domain_events.outbox import Execute, Parked, Relay, Row, Waiting
 from domain_events.outbox.database import check_dialect
 from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -185,7 +185,7 @@ class Outbox:
 
         :return: how many.
         """
-        with self._writing() as execute:
+        with self._database.transaction() as execute:
             return engine_room.retry(execute, ids)
 
     def discard(self, ids: Iterable[int]) -> list[Parked]:
@@ -193,16 +193,8 @@ class Outbox:
 
         :return: what was deleted, for a copy.
         """
-        with self._writing() as execute:
-            return engine_room.discard(execute, ids)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[Execute]:
         with self._database.transaction() as execute:
-            if self._database.dialect == "sqlite":
-                # A transaction that reads first cannot write after another one has.
-                execute(f"UPDATE {OUTBOX} SET token = NULL WHERE id < 0")
-            yield execute
+            return engine_room.discard(execute, ids)
 
     def validate(self) -> None:
         """Check that the database has the table as it should be; for a test, or a health check.
