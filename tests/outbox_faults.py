@@ -60,7 +60,7 @@ from domain_events import (
     configure,
     outbox,
 )
-from domain_events.outbox import OUTBOX, Relay, couriers, writing
+from domain_events.outbox import OUTBOX, Relay
 from domain_events.outbox.sending import Sender
 from domain_events.sqlalchemy import (
     Outbox,
@@ -270,16 +270,10 @@ class LeavesAll(Outbox):
         pass
 
 
-def shorten_leases(seconds: float) -> None:
-    """Those of the rows that this process writes; 30 s otherwise."""
-    for room in (couriers, writing):
-        vars(room)["LEASE"] = seconds
-
-
 def serve(shared: Shared, settings: Settings, name: str, engine: Engine) -> None:
     """A service: its share of the transactions."""
-    shorten_leases(settings.lease)
-    box = (LeavesAll if name == LEAVES else Outbox)(engine)
+    which = LeavesAll if name == LEAVES else Outbox
+    box = which(engine, lease=settings.lease, timeout=settings.timeout)
     early = Publisher(exchange=EXCHANGE, timeout=settings.timeout)
     begun = f"{name} begun"
     while not shared["stop"]:
@@ -358,8 +352,7 @@ def relay(_shared: Shared, settings: Settings, name: str, engine: Engine) -> Non
 
 
 def subscribe(_shared: Shared, settings: Settings, _name: str, engine: Engine) -> None:
-    shorten_leases(settings.lease)
-    box = Outbox(engine)
+    box = Outbox(engine, lease=settings.lease, timeout=settings.timeout)
 
     def handle(connection: Connection, event: DomainEvent[Any]) -> None:
         connection.execute(

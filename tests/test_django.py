@@ -595,6 +595,15 @@ def test_invalid_event_leaves_the_transaction_usable(
     assert published(event_broker) == names_of(alias) == ["a", "b"]
 
 
+def test_lease_is_a_setting(shop: None, outbox_on: None, event_broker: EventBroker) -> None:
+    with override_settings(DOMAIN_EVENTS={"OUTBOX": True, "OUTBOX_LEASE": 600}):
+        with transaction.atomic():
+            place("a")
+            (row,) = waiting()
+            assert 599 < row.leased_until - row.created < 601
+        assert published(event_broker) == ["a"]
+
+
 @pytest.mark.usefixtures("no_broker")
 def test_outage_leaves_the_event_in_the_outbox(
     shop: None, outbox_on: None, caplog: pytest.LogCaptureFixture
@@ -602,10 +611,9 @@ def test_outage_leaves_the_event_in_the_outbox(
     """The request does not wait; a relay sends it, with its id, when there is a broker."""
     with sooner_than(10.0), transaction.atomic():
         event = place("a")
-    close_couriers(30)  # it waits for the broker for ten seconds
+    close_couriers(30)
     assert [row.event_id for row in waiting()] == [event.uuid_string]
     assert "was not published" not in caplog.text
-    OutboxEvent.objects.update(leased_until=0)  # as after thirty seconds
     with DjangoEventBroker() as broker:
         output = io.StringIO()
         call_command("relay_domain_events", database=["default"], once=True, stdout=output)
@@ -1189,6 +1197,8 @@ def test_settings_that_say_nothing_leave_what_the_program_has_configured() -> No
         ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["no.such.Thing"]}}, "No module named 'no'"),
         ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["django_shop.setup"]}}, "middleware must be"),
         ({"DOMAIN_EVENTS": {"URL": None}, "DOMAIN_EVENT_BROKER": None}, "given twice"),
+        ({"DOMAIN_EVENTS": {"OUTBOX_TIMEOUT": 30}}, "lease must be longer than the timeout"),
+        ({"DOMAIN_EVENTS": {"OUTBOX_LEASE": "1h"}}, "lease must be a positive number of seconds"),
     ],
 )
 def test_settings_that_cannot_work_stop_the_start(given: dict[str, Any], words: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from domain_events import (
     BrokerUnavailable,
     ConfigurationError,
     DomainEvent,
+    EventNotConfirmed,
     InvalidEvent,
     Middleware,
     Operation,
@@ -800,6 +802,92 @@ def test_courier_leaves_its_rows_to_a_relay_at_once_when_there_is_no_broker(
     with Relay(database, broker_url) as relay:
         assert relay.sweep() == 4
     courier.close()
+
+
+def test_courier_gives_up_as_soon_as_it_knows_that_the_broker_is_away(
+    sqlite: DbApi, unused_port: int
+) -> None:
+    """Not only after its timeout, and not once for each exchange."""
+    courier = Courier(sqlite, f"amqp://127.0.0.1:{unused_port}", lease=600, timeout=120)
+    with sooner_than(120):
+        for number in range(3):
+            written = write(sqlite, about("a", number), courier=courier, exchange=f"x{number}")
+            take(courier, written)
+        assert courier.wait(60)
+    assert [row for (row,) in sqlite.run(f"SELECT token FROM {OUTBOX}")] == [None] * 3
+    courier.close()
+
+
+def test_courier_leaves_its_rows_to_a_relay_while_the_broker_accepts_nothing(
+    sqlite: DbApi, killable_node: Node, exchange: str
+) -> None:
+    courier = Courier(sqlite, killable_node.url, lease=600, timeout=120)
+    take(courier, write(sqlite, about("a", 0), courier=courier, exchange=exchange))
+    assert courier.wait(60)
+    assert rows(sqlite) == 0
+    killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        # A broker informs a connection that it is blocked when that publishes.
+        (publisher,) = courier._sender._publishers.values()
+        with pytest.raises(EventNotConfirmed):
+            publisher.publish(DomainEvent("a"), timeout=1)
+        wait_until(lambda: publisher.health().blocked)
+        with sooner_than(120):
+            take(courier, write(sqlite, about("a", 1), courier=courier, exchange=exchange))
+            assert courier.wait(60)
+        assert [row for (row,) in sqlite.run(f"SELECT token FROM {OUTBOX}")] == [None]
+    finally:
+        killable_node.ctl("set_vm_memory_high_watermark", "0.6")
+        courier.close()
+
+
+def test_courier_that_is_closed_in_an_outage_leaves_nothing_open_and_loses_nothing(
+    sqlite: DbApi, broker_url: str, exchange: str, queue: str
+) -> None:
+    """A host that accepts connections, and never answers on them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        courier = Courier(
+            sqlite, f"amqp://127.0.0.1:{server.getsockname()[1]}", lease=600, timeout=120
+        )
+        before = set(threading.enumerate())
+        written = write(sqlite, *abouts("a", range(3)), courier=courier, exchange=exchange)
+        take(courier, written)
+        wait_until(lambda: any("publishing" in each.name for each in threading.enumerate()))
+        with sooner_than(60):
+            courier.close(1.0)
+        wait_until(lambda: not set(threading.enumerate()) - before)
+        take(courier, written)  # too late: nothing is opened again
+        assert not set(threading.enumerate()) - before
+    with Relay(sqlite, broker_url) as relay:
+        assert relay.sweep() == 3
+    assert onlooker.count(broker_url, queue) == 3
+
+
+def test_lease_of_a_courier_is_an_option(sqlite: DbApi) -> None:
+    courier = outbox.courier(sqlite, lease=600, timeout=20)
+    assert outbox.courier(sqlite, lease=600, timeout=20) is courier
+    assert outbox.courier(sqlite) is not courier
+    write(sqlite, about("a", 1), courier=courier)
+    ((leased,),) = sqlite.run(f"SELECT leased_until - created FROM {OUTBOX}")
+    assert 599 < leased < 601
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lease": 10}, "lease must be longer than the timeout, which is 10 s, and at most 3600 s"),
+        ({"timeout": 30}, "lease must be longer than the timeout, which is 30 s"),
+        ({"lease": 3601}, "at most 3600 s, not 3601"),
+        ({"lease": "30"}, "lease must be a positive number of seconds, not '30'"),
+        ({"timeout": 0}, "timeout must be a positive number of seconds, not 0"),
+    ],
+)
+def test_options_of_a_courier_that_cannot_work_are_errors(
+    sqlite: DbApi, options: dict[str, Any], words: str
+) -> None:
+    for make in (Courier, outbox.courier):
+        with pytest.raises(ConfigurationError, match=re.escape(words)):
+            make(sqlite, **options)
 
 
 def test_courier_takes_no_more_than_it_may_keep(

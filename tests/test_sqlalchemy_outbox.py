@@ -412,6 +412,18 @@ def test_outbox_may_be_given_as_an_argument(sqlite: Engine, broker: EventBroker)
     assert sorted(published(broker)) == [1, 2]
 
 
+def test_lease_is_an_option(sqlite: Engine, broker: EventBroker) -> None:
+    outbox = Outbox(sqlite, lease=600, timeout=20)
+    with Session(sqlite) as session:
+        publish_on_commit(session, "x", {}, outbox=outbox)
+        leased = session.scalar(select(OUTBOX.c.leased_until - OUTBOX.c.created))
+        assert leased is not None
+        assert 599 < leased < 601
+        session.commit()
+    assert outbox.wait(30)
+    assert published(broker) == [{}]
+
+
 def test_what_an_outbox_cannot_do_is_an_error(sqlite: Engine, tmp_path: Path) -> None:
     """At the call."""
     outbox = Outbox(sqlite)
@@ -431,6 +443,8 @@ def test_what_an_outbox_cannot_do_is_an_error(sqlite: Engine, tmp_path: Path) ->
         Outbox(create_async_engine("postgresql+psycopg://localhost/x"))  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="'oracle'"):
         Outbox(_of_oracle())
+    with pytest.raises(ConfigurationError, match="lease must be longer than the timeout"):
+        Outbox(sqlite, timeout=30)
     other.dispose()
 
 

@@ -18,7 +18,8 @@ from domain_events import settings
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
 from domain_events.middleware import Middleware
-from domain_events.outbox import Execute, Parked, Relay, Row, Waiting
+from domain_events.outbox import Courier, Execute, Parked, Relay, Row, Waiting
+from domain_events.outbox.couriers import LEASE, TIMEOUT, check_times
 from domain_events.outbox.database import check_dialect
 from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -46,10 +47,15 @@ class Outbox:
 
     :param engine: of the database that has the table, see `outbox_table`; PostgreSQL, MySQL 8,
         MariaDB 10.6, or SQLite in a file. Courier and relay have connections of its pool.
-    :raises ConfigurationError: it is another database, or SQLite in memory.
+    :param lease: seconds after which a relay takes over what this process has written, if it has
+        died: more than ``timeout``, and at most an hour. Transactions that take longer leave their
+        events to a relay.
+    :param timeout: seconds without any confirm after which this process leaves its events to a
+        relay. It does so at once while the broker is known to be away.
+    :raises ConfigurationError: it is another database, SQLite in memory, or an option is wrong.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, lease: float = LEASE, timeout: float = TIMEOUT) -> None:
         if not isinstance(engine, Engine) or engine.dialect.is_async:
             raise ConfigurationError(
                 f"Outbox() takes an Engine, not of type {type(engine).__name__}. For an "
@@ -63,6 +69,7 @@ class Outbox:
                 "the threads that publish have their own. Use a file, such as sqlite:///shop.db."
             )
         self._engine = engine
+        self._lease, self._timeout = check_times(lease, timeout)
         self._database = _EngineDatabase(engine)
         _engines.add(engine)
 
@@ -98,13 +105,12 @@ class Outbox:
         where = session_or_connection(session, "Outbox.write")
         begin(where)
         connection = self._connection(where)
-        courier = engine_room.courier(self._database)
         written = engine_room.write(
             executing(connection),
             connection.dialect.name,
             event,
             exchange=exchange,
-            courier=courier,
+            courier=self._courier(),
         )
         if written.row is not None:
             collect(where, _Written(written.event, self._take, written.row))
@@ -117,10 +123,14 @@ class Outbox:
 
         :return: False when time ran out.
         """
-        return engine_room.courier(self._database).wait(timeout)
+        return self._courier().wait(timeout)
+
+    def _courier(self) -> Courier:
+        """The process's: after a fork, it is another one."""
+        return engine_room.courier(self._database, lease=self._lease, timeout=self._timeout)
 
     def _take(self, written: list[_Written]) -> None:
-        engine_room.courier(self._database).take(each.row for each in written)
+        self._courier().take(each.row for each in written)
 
     def _connection(self, where: Session | Connection) -> Connection:
         """The one that the session's transaction is on."""
