@@ -941,6 +941,45 @@ def test_discarded_event_is_printed(
     assert waiting() == []
 
 
+@pytest.mark.parametrize("arguments", [["--once"], []])
+def test_relay_command_prunes_the_inbox(programs: Shop, arguments: list[str]) -> None:
+    """Notes that are older than thirty days, and no others; also for a cron job."""
+    old, young = time.time() - 31 * 86400, time.time() - 29 * 86400
+    note = "INSERT INTO domain_events_inbox (subscriber, event_id, handled) VALUES ('s', ?, ?)"
+    for number in range(1500):  # more than a batch
+        programs.execute(note, f"old {number}", old)
+    programs.execute(note, "young", young)
+
+    def left() -> list[Any]:
+        return programs.execute("SELECT event_id FROM domain_events_inbox")
+
+    if arguments:
+        done = programs.manage("relay_domain_events", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert left() == [("young",)]
+    else:
+        with programs.running("Relaying: default", "relay_domain_events"):
+            wait_until(lambda: left() == [("young",)])
+
+
+def test_relay_command_serves_metrics(programs: Shop, unused_port: int) -> None:
+    """As Prometheus scrapes them; the command ends without them."""
+    insert = (
+        "INSERT INTO domain_events_outbox (event_id, exchange, routing_key, body, details, created,"
+        " leased_until, parked) VALUES ('e', 'x', 'k', '{}', '{}', 1, 0, 1)"
+    )
+    programs.execute(insert)
+    address = f"http://127.0.0.1:{unused_port}/metrics"
+    with programs.running("Relaying: ", "relay_domain_events", f"--metrics-port={unused_port}"):
+        with urllib.request.urlopen(address, timeout=30) as response:
+            scrape = response.read().decode()
+        assert 'domain_events_outbox_parked{outbox="default"} 1.0' in scrape
+        assert 'domain_events_outbox_waiting{outbox="other"}' not in scrape  # it has no table
+    taken = programs.manage("relay_domain_events", "--metrics-port=65536")
+    assert taken.returncode == 1
+    assert taken.stderr.startswith("CommandError: ConfigurationError: port must be an int")
+
+
 def test_relay_command_names_what_is_missing(made_again: None) -> None:
     with pytest.raises(CommandError, match="There is no database 'x' in the settings"):
         relay("--database=x")

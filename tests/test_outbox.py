@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -39,6 +40,7 @@ from domain_events import (
     outbox,
 )
 from domain_events.outbox import ORDER_INDEX, OUTBOX, Courier, Execute, Relay, Written
+from domain_events.retry import LONGEST_DELAY
 from domain_events.testing import EventBroker
 
 DIALECTS = ["sqlite", "postgresql", "mariadb"]
@@ -1199,6 +1201,42 @@ def test_old_notes_are_pruned_in_batches(database: DbApi) -> None:
     assert [prune(most=2), prune(most=2), prune(most=2)] == [2, 1, 0]
     assert note(database, "mail", "2")
     assert not note(database, "mail", "3")
+
+
+def test_all_old_notes_are_pruned_in_small_transactions(
+    database: DbApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no handler waits for long; and as far as it may go on."""
+    from domain_events.outbox import inbox
+
+    monkeypatch.setattr(inbox, "_BATCH", 2)
+    transactions: list[int] = []
+
+    class Counts(DbApi):
+        @contextlib.contextmanager
+        def transaction(self) -> Iterator[Execute]:
+            transactions.append(notes())
+            with super().transaction() as execute:
+                yield execute
+
+    def notes() -> int:
+        return int(database.run("SELECT COUNT(*) FROM domain_events_inbox")[0][0])
+
+    for number in range(6):
+        note(database, "mail", str(number))
+    database.run("UPDATE domain_events_inbox SET handled = 1 WHERE event_id < '5'")
+    counted = Counts(database.name, database.dialect, database.connect)
+    stopping = threading.Event()
+    stopping.set()
+    assert outbox.prune_all(counted, stopping=stopping) == 0
+    assert outbox.prune_all(counted) == 5
+    assert transactions == [6, 4, 2]
+    assert not note(database, "mail", "5")
+
+
+def test_notes_are_kept_for_longer_than_any_retry_may_wait() -> None:
+    """Else a retry that was handled by a process that died before its ack is handled again."""
+    assert outbox.KEPT > LONGEST_DELAY
 
 
 # --- the database --------------------------------------------------------------------------------

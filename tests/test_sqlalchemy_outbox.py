@@ -59,6 +59,7 @@ from domain_events.sqlalchemy import (
     inbox_table,
     once,
     outbox_table,
+    prune_inbox,
     publish_at_session_commits,
     publish_on_commit,
 )
@@ -792,6 +793,24 @@ def test_old_notes_are_deleted_after_a_handler(
         handle(DomainEvent("user.registered", each))
     assert {name for name, _ in notes(engine)} == {"mail"}
     assert len(notes(engine)) == 3
+
+
+def test_old_notes_can_be_pruned_by_hand(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for number in range(3):
+            assert first_time(connection, DomainEvent("x", uuid_string=str(number)), "mail")
+        old = INBOX.c.event_id < "2"
+        age = INBOX.c.handled - 31 * 24 * 3600
+        connection.execute(INBOX.update().where(old).values(handled=age))
+    assert prune_inbox(engine, keep=32 * 24 * 3600) == 0
+    assert prune_inbox(engine) == 2
+    assert [event_id for _, event_id in notes(engine)] == ["2"]
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    for wrong in (Session(engine), None):
+        with pytest.raises(ConfigurationError, match="engine must be an Engine of SQLAlchemy"):
+            prune_inbox(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="keep must be a positive number of seconds"):
+        prune_inbox(engine, keep=0)
 
 
 # --- the example of the documentation ------------------------------------------------------------

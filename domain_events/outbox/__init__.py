@@ -12,7 +12,7 @@ This is the engine, in plain SQL. It knows no framework; ``domain_events.django`
 
 from domain_events.outbox.couriers import Courier, close_couriers, courier
 from domain_events.outbox.database import DIALECTS, Database, Execute
-from domain_events.outbox.inbox import KEPT, note, prune
+from domain_events.outbox.inbox import KEPT, note, prune, prune_all
 from domain_events.outbox.parking import Parked, discard, parked, retry
 from domain_events.outbox.relay import Relay, Status, Waiting, status
 from domain_events.outbox.rows import Row
@@ -51,6 +51,7 @@ __all__ = [
     "note",
     "parked",
     "prune",
+    "prune_all",
     "retry",
     "status",
     "tuning",

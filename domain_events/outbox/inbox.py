@@ -8,12 +8,18 @@ since several of one service may handle the same event.
 
 from __future__ import annotations
 
-from domain_events.outbox.database import Execute, check_dialect, clock
+import threading
+
+from domain_events.outbox.database import Database, Execute, check_dialect, clock
 from domain_events.outbox.rows import key_of
 from domain_events.outbox.schema import INBOX
 
 #: Seconds for which notes are kept: longer than a retry may wait, which is 19 days.
 KEPT = 30 * 24 * 3600.0
+
+# The most notes that are deleted in one transaction, and the seconds between two of these.
+_BATCH = 1000
+_BETWEEN_BATCHES = 0.1
 
 
 def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool:
@@ -39,7 +45,7 @@ def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool
     return _changed(execute, dialect) > 0
 
 
-def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = 1000) -> int:
+def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = _BATCH) -> int:
     """Delete old notes, a small batch of them; call it again while it has deleted ``most``.
 
     :param older_than: seconds. An event that comes once more after that is handled again.
@@ -63,6 +69,30 @@ def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = 
         parameters,
     )
     return len(found)
+
+
+def prune_all(
+    database: Database, older_than: float = KEPT, stopping: threading.Event | None = None
+) -> int:
+    """Delete all old notes: a small batch in each transaction, and a short pause after it.
+
+    :param older_than: seconds, as for `prune`.
+    :param stopping: once it is set, the rest is left for another time.
+    :return: how many were deleted.
+    """
+    stopping = stopping or threading.Event()
+    total = 0
+    try:
+        while not stopping.is_set():
+            with database.transaction() as execute:
+                pruned = prune(execute, database.dialect, older_than, _BATCH)
+            total += pruned
+            if pruned < _BATCH:
+                break
+            stopping.wait(_BETWEEN_BATCHES)
+    finally:
+        database.close()
+    return total
 
 
 def _changed(execute: Execute, dialect: str) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from domain_events.checks import refusal, seconds
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
 from domain_events.log import Log, about
-from domain_events.outbox import KEPT, note, prune
-from domain_events.sqlalchemy.outbox import executing
+from domain_events.outbox import KEPT, note, prune, prune_all
+from domain_events.sqlalchemy.outbox import EngineDatabase, executing
 from domain_events.sqlalchemy.transactions import begin, session_or_connection
 from domain_events.text import printable
 
@@ -113,6 +114,22 @@ def first_time(
     begin(where)
     connection = where if isinstance(where, Connection) else where.connection()
     return note(executing(connection), connection.dialect.name, name, str(event.uuid_string))
+
+
+def prune_inbox(engine: Engine, keep: float = KEPT) -> int:
+    """Delete old notes of the inbox: all of them, a thousand in each transaction.
+
+    `once` deletes some after its handlers; this is for what else has notes (`first_time`), for a
+    cron job, or after ``keep`` was made shorter.
+
+    :param keep: seconds for which notes are kept: longer than any event may be on its way. One that
+        comes again after that is handled again.
+    :return: how many were deleted.
+    :raises ConfigurationError: ``engine`` or ``keep`` is something else.
+    """
+    if not isinstance(engine, Engine):
+        raise refusal(engine, "engine", "an Engine of SQLAlchemy")
+    return prune_all(EngineDatabase(engine), seconds(keep, "keep"))
 
 
 class _Pruning:

@@ -70,7 +70,7 @@ class Outbox:
             )
         self._engine = engine
         self._lease, self._timeout = check_times(lease, timeout)
-        self._database = _EngineDatabase(engine)
+        self._database = EngineDatabase(engine)
         _engines.add(engine)
 
     def __repr__(self) -> str:
@@ -265,7 +265,7 @@ def database_name(engine: Engine) -> str:
     return f"{url.get_backend_name()}://{host}/{url.database or ''}"
 
 
-class _EngineDatabase:
+class EngineDatabase:
     """The port of the outbox, for courier and relay: connections of the engine's pool."""
 
     def __init__(self, engine: Engine) -> None:
