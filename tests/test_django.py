@@ -49,7 +49,7 @@ from django.conf import settings as django_settings  # noqa: E402
 from django.core import checks  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from django.core.management.base import CommandError  # noqa: E402
-from django.db import connections, transaction  # noqa: E402
+from django.db import DatabaseError, connections, transaction  # noqa: E402
 from django.db.transaction import TransactionManagementError  # noqa: E402
 from django.test import override_settings  # noqa: E402
 from django_shop.models import Invoice, Order  # noqa: E402
@@ -1143,6 +1143,39 @@ def test_concurrent_duplicate_waits_for_the_first(
         assert not thread.is_alive()
     assert names_of(alias) == (["1"] if first_commits else ["2"])
     assert published(event_broker) == names_of(alias)
+    close_couriers()
+
+
+@pytest.mark.parametrize(
+    ("alias", "lose"),
+    [
+        ("postgresql", "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"),
+        ("mariadb", "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"),
+    ],
+    indirect=["alias"],
+)
+def test_handler_whose_transaction_lost_a_race_is_called_again(
+    alias: str, event_broker: EventBroker, lose: str
+) -> None:
+    """A serialization failure, or a deadlock: no dead letter, and its work is done once."""
+    calls: list[str] = []
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Any]) -> None:
+        place(event.data, alias)
+        calls.append("called")
+        if len(calls) == 1:
+            with connections[alias].cursor() as cursor:
+                cursor.execute(lose)
+
+    handle(DomainEvent("order.paid", "a"))
+    assert len(calls) == 2
+    assert names_of(alias) == published(event_broker) == ["a"]
+    # Within a transaction of the caller's, as of a test, that is for the caller to repeat.
+    calls.clear()
+    with pytest.raises(DatabaseError), transaction.atomic(using=alias):
+        handle(DomainEvent("order.paid", "b"))
+    assert len(calls) == 1
     close_couriers()
 
 

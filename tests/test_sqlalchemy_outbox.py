@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -719,6 +720,129 @@ def test_concurrent_duplicate_waits_for_the_first(
     assert mails(broker) == ["a"]
     assert notes(engine) == [("mail", event.uuid_string)]
     assert len(committed(engine)) == 1
+
+
+@pytest.fixture(params=["REPEATABLE READ", "SERIALIZABLE"])
+def strict(request: pytest.FixtureRequest, postgres: Engine) -> Iterator[Engine]:
+    """PostgreSQL at the isolation levels at which it makes nobody wait whom it can roll back."""
+    engine = sqlalchemy.create_engine(postgres.url, isolation_level=request.param)
+    yield engine
+    engine_room.close_couriers()
+    engine.dispose()
+
+
+def test_concurrent_duplicate_is_skipped_at_stricter_isolation_levels(
+    strict: Engine, broker: EventBroker
+) -> None:
+    """Where PostgreSQL does not let it go on, but rolls it back: that is not a dead letter."""
+    entered, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def work(_session: Session, _event: DomainEvent) -> None:
+        calls.append("called")
+        entered.set()
+        assert go_on.wait(60)
+
+    with switched_on(strict) as outbox, ThreadPoolExecutor() as threads:
+        handle = handler_of(strict, work, subscriber="mail")
+        event = DomainEvent("user.registered", "a")
+        first = threads.submit(handle, event)
+        assert entered.wait(60)
+        second = threads.submit(handle, event)
+        wait_until(lambda: _is_waiting(strict, threading.current_thread()))
+        go_on.set()
+        assert first.result(60) is second.result(60) is None
+        assert calls == ["called"]
+        assert outbox.wait(30)
+    assert mails(broker) == ["a"]
+    assert len(committed(strict)) == len(notes(strict)) == 1
+
+
+def test_handlers_that_exclude_each_other_are_all_done_once(strict: Engine) -> None:
+    """Of different events, on the same row."""
+    with strict.begin() as connection:
+        connection.execute(insert(User).values(email="0"))
+    calls: list[str] = []
+    together = threading.Barrier(2)
+
+    @once(strict, subscriber="counter")
+    def count(connection: Connection, event: DomainEvent) -> None:
+        calls.append(str(event.uuid_string))
+        number = int(connection.scalar(select(User.email)) or 0)
+        if len(calls) <= 2:
+            together.wait(60)
+        connection.execute(sqlalchemy.update(User).values(email=str(number + 1)))
+
+    def consume(_worker: int) -> None:
+        for _ in range(10):
+            count(DomainEvent("a"))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(consume, range(2)))
+    assert committed(strict) == ["20"]
+    assert len(calls) > 20
+    assert len(set(calls)) == 20
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_handler_that_is_the_victim_of_a_deadlock_is_called_again(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
+) -> None:
+    with _tables(_engine(request, kind, tmp_path)) as engine:
+        with engine.begin() as connection:
+            for email in "ab":
+                connection.execute(insert(User).values(email=email))
+        together = threading.Barrier(2)
+        calls: list[str] = []
+
+        @once(engine)
+        def lock(connection: Connection, event: DomainEvent) -> None:
+            calls.append(event.data)
+            for email in event.data:
+                user = select(User.id).where(User.email == email).with_for_update()
+                connection.execute(user).all()
+                if len(calls) < 3 and email == event.data[0]:
+                    together.wait(60)
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lock, [DomainEvent("x", "ab"), DomainEvent("x", "ba")]))
+        assert len(calls) >= 3
+        assert len(notes(engine)) == 2
+
+
+def test_handler_that_loses_every_race_is_an_error_in_the_end(
+    postgres: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that fails otherwise is called once."""
+    calls: list[str] = []
+    monkeypatch.setattr("domain_events.outbox.inbox._PAUSES", [0.001] * 5)
+
+    @once(postgres)
+    def handle(connection: Connection, event: DomainEvent) -> None:
+        calls.append(event.data)
+        connection.execute(text(f"DO $$ BEGIN RAISE SQLSTATE '{event.data}'; END $$"))
+
+    for state, times in (("40001", 6), ("40P01", 6), ("55P03", 1), ("23505", 1)):
+        with pytest.raises(DBAPIError):
+            handle(DomainEvent("a", state))
+        assert calls.count(state) == times
+    assert notes(postgres) == []
+
+
+def test_of_two_operators_one_decides_at_stricter_isolation_levels(
+    postgres: Engine, strict: Engine
+) -> None:
+    outbox = Outbox(strict)
+    with Session(postgres) as session:
+        publish_on_commit(session, "x", {}, outbox=Outbox(postgres))
+        session.execute(OUTBOX.update().values(parked=1, token=None, leased_until=0))
+        session.commit()
+    with postgres.connect() as connection, ThreadPoolExecutor() as threads:
+        assert engine_room.retry(executing(connection)) == 1
+        other = threads.submit(outbox.retry)
+        wait_until(lambda: _is_waiting(postgres, threading.current_thread()))
+        connection.commit()
+        assert other.result(60) == 0
 
 
 def _is_waiting(engine: Engine, thread: threading.Thread) -> bool:

@@ -20,6 +20,7 @@ from domain_events.events import DomainEvent
 from domain_events.middleware import Middleware
 from domain_events.outbox import Courier, Execute, Parked, Relay, Row, Waiting
 from domain_events.outbox.couriers import LEASE, TIMEOUT, check_times
+from domain_events.outbox.database import begin as begin_reading_committed
 from domain_events.outbox.database import check_dialect
 from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -195,7 +196,7 @@ class Outbox:
 
         :return: how many.
         """
-        with self._database.transaction() as execute:
+        with self._deciding() as execute:
             return engine_room.retry(execute, ids)
 
     def discard(self, ids: Iterable[int]) -> list[Parked]:
@@ -203,8 +204,15 @@ class Outbox:
 
         :return: what was deleted, for a copy.
         """
-        with self._database.transaction() as execute:
+        with self._deciding() as execute:
             return engine_room.discard(execute, ids)
+
+    @contextlib.contextmanager
+    def _deciding(self) -> Iterator[Execute]:
+        with self._database.transaction() as execute:
+            # Whatever the engine's isolation level is: at another one, the second one fails.
+            begin_reading_committed(execute, check_dialect(self._database.dialect))
+            yield execute
 
     def validate(self) -> None:
         """Check that the database has the table as it should be; for a test, or a health check.
