@@ -25,6 +25,7 @@ import pytest
 from databases import Server
 from django.core.exceptions import ImproperlyConfigured
 from support import Names, sooner_than, wait_until
+from test_probes import Systemd
 
 import domain_events
 from domain_events import (
@@ -1708,6 +1709,26 @@ def test_command_handles_the_events_of_all_apps_until_sigterm(
         name = f"order of {unique}"
         programs.publish("order.placed", {"name": name})
         programs.wait_for_invoice(name)
+
+
+def test_command_notifies_systemd_and_its_watchdog(programs: Shop) -> None:
+    """Once it consumes, as long as it is alive, and when it ends."""
+    address = str(programs.folder / "notify")
+    systemd = Systemd(address)
+    programs.environment |= {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"}
+    said: list[str] = []
+
+    def next_has(text: str) -> bool:
+        said.extend(systemd.next())
+        return text in said
+
+    with contextlib.closing(systemd.socket):
+        with programs.consuming("--systemd"):
+            wait_until(lambda: next_has("READY=1"), timeout=90)
+            said.clear()
+            wait_until(lambda: next_has("WATCHDOG=1"))
+            assert "STOPPING=1" not in said
+        wait_until(lambda: next_has("STOPPING=1"))
 
 
 def test_command_starts_again_when_a_source_file_is_changed(programs: Shop, unique: str) -> None:

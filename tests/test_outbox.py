@@ -610,6 +610,38 @@ def test_event_that_the_broker_refuses_is_parked(
     assert left == [2, 3]
 
 
+def test_event_that_is_larger_than_the_broker_takes_is_parked_alone(
+    sqlite: DbApi, node_factory: Callable[..., Node], unique: str
+) -> None:
+    """The broker closes the channel, and does not say over which event; all the others are sent."""
+    node = node_factory(config="max_message_size = 100000")
+    node.start()
+    onlooker.bind_queue(node.url, unique, unique, "#")
+
+    def large(key: str) -> list[DomainEvent]:
+        others = [about(f"{key} {number}", number) for number in range(20)]
+        return [about(key, 0), DomainEvent("x", "x" * 200_000, key), about(key, 1), *others]
+
+    courier = Courier(sqlite, node.url)
+    with Relay(sqlite, node.url) as relay:
+        take(courier, write(sqlite, *large("a"), exchange=unique, courier=courier))
+        assert courier.wait(60)
+        write(sqlite, *large("b"), exchange=unique)
+        relay.sweep()
+        with sqlite.transaction() as execute:
+            parked = outbox.parked(execute)
+            assert [each.row.object_key for each in parked] == ["a", "b"]
+            for each in parked:
+                assert re.search("InvalidEvent: .*larger than", each.error)
+                assert len(each.error) < 1000
+        assert rows(sqlite) == 4  # each with the one that waits for it
+        assert onlooker.count(node.url, unique) == 42
+        with sqlite.transaction() as execute:
+            outbox.discard(execute, [each.id for each in parked])
+        assert relay.sweep() == 2
+    courier.close()
+
+
 def test_middleware_that_fails_parks_the_event_that_it_fails_on(
     sqlite: DbApi, broker: EventBroker
 ) -> None:
