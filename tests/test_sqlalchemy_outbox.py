@@ -942,9 +942,16 @@ def test_old_notes_can_be_pruned_by_hand(engine: Engine) -> None:
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    ("example", "kind"),
+    [
+        ("test_flask_shop.py", "sqlite"),
+        ("test_flask_shop.py", "postgresql"),
+        ("test_fastapi_shop.py", "postgresql"),
+    ],
+)
 def test_example_of_the_documentation_passes_its_tests(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    example: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """As a user runs them."""
     url = f"sqlite:///{tmp_path}/shop.db"
@@ -961,7 +968,7 @@ def test_example_of_the_documentation_passes_its_tests(
                 "-q",
                 "-p",
                 "no:cacheprovider",
-                "test_flask_shop.py",
+                example,
             ],
         ],
         cwd=EXAMPLES,
