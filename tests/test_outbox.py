@@ -340,6 +340,21 @@ def locking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DbApi]:
         yield database
 
 
+def test_event_that_is_committed_after_one_with_a_larger_id_is_not_passed(
+    locking: DbApi, broker: EventBroker
+) -> None:
+    """By a relay that runs all the time, and has looked beyond it."""
+    with Relay(locking, idle=0.05) as relay, locking.application() as (connection, execute):
+        outbox.write(execute, locking.dialect, about("a", 1))
+        relay.start()
+        for number in range(3):
+            write(locking, about("b", number))
+            wait_until(lambda: len(broker.published) == number + 1)  # noqa: B023
+        connection.commit()
+        wait_until(lambda: numbers(broker.published, "a") == [1])
+    assert rows(locking) == 0
+
+
 def test_rows_that_another_relay_is_locking_are_not_overtaken(
     locking: DbApi, broker: EventBroker
 ) -> None:
