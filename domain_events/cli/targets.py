@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from domain_events.cli import exits
+from domain_events.errors import DomainEventsError
 from domain_events.subscriber import Subscriber
 from domain_events.text import printable
 
@@ -27,10 +28,16 @@ def load_subscriber(target: str) -> Subscriber:
     module itself is shown with its traceback, without the frames of the import.
 
     :raises NotImported: there is no such module or attribute, or it is something else.
+    :raises DomainEventsError: as `Subscriber.register` does, which the module calls.
     """
     found = _load(target)
     if not isinstance(found, Subscriber) and callable(found):
-        found = found()
+        try:
+            found = found()
+        except DomainEventsError:
+            raise
+        except Exception as error:
+            raise NotImported(_with_traceback(target, error)) from error
     if not isinstance(found, Subscriber):
         raise NotImported(
             f"{target} is of type {type(found).__name__}; name a Subscriber, or a function without "
@@ -56,6 +63,8 @@ def _load(target: str) -> Any:
                 "this the right one?"
             ) from error
         raise NotImported(_with_traceback(module_name, error)) from error
+    except DomainEventsError:
+        raise
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module
