@@ -26,6 +26,7 @@ import ctypes
 import json
 import logging
 import os
+import queue
 import resource
 import select
 import signal
@@ -74,6 +75,7 @@ def serve(make_subscriber: Callable[[], Subscriber]) -> None:
     def stop(_number: int, _frame: object) -> None:
         if loaded:
             loaded[0].stop_consuming()
+            allowed.put(None)  # it ends as soon as it begins
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
@@ -89,14 +91,15 @@ def serve(make_subscriber: Callable[[], Subscriber]) -> None:
     subscriber = make_subscriber()
     _check_order(subscriber, orders["processes"])
     loaded.append(subscriber)
-    reports.send({"loaded": True, "ordered": _is_ordered(subscriber)})
-    allowed.wait()
+    signal.signal(signal.SIGTERM, stop)  # the application may have set another handler
     if subscriber.health().switched_off:
         logging.getLogger("domain_events").warning(
             "The subscriber is switched off, since its connection_settings is None: it gets no "
             "events."
         )
     with _signals_seen() as seen:
+        reports.send({"loaded": True, "ordered": _is_ordered(subscriber)})
+        allowed.get()
         subscriber.start_consuming()
     reports.send({"ended": True, "signal": signal.SIGTERM in seen}, patience=_PATIENCE)
 
@@ -140,16 +143,18 @@ def _die_with_parent() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
-def _watch(life: int) -> threading.Event:
-    """Set the event at the first byte; send SIGTERM to this process at the end of the file."""
+def _watch(life: int) -> queue.SimpleQueue[None]:
+    """Puts None at each byte; sends SIGTERM to this process at the end of the file.
+
+    A `SimpleQueue`, since a signal handler may put into it while the same thread waits for it.
+    """
     os.set_inheritable(life, False)
-    allowed = threading.Event()
+    allowed: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def watch() -> None:
         while os.read(life, 1):
-            allowed.set()
+            allowed.put(None)
         os.kill(os.getpid(), signal.SIGTERM)
-        allowed.set()  # it ends as soon as it begins
 
     threading.Thread(target=watch, name="domain-events-life", daemon=True).start()
     return allowed

@@ -66,6 +66,8 @@ _LONGEST_EXIT = 30.0
 _SHORTEST_LIFE, _PAUSE_AFTER_FAILURE = 3.0, 30.0
 # Limits are reached by chance up to so much earlier, so that not all are replaced at a time.
 _JITTER = 0.1
+# Signals so close together are one: timeout(1) and others send it to a process and to its group.
+_SAME_SIGNAL = 0.02
 # How long killed processes may take to be gone.
 _LONGEST_KILL = 5.0
 
@@ -148,12 +150,12 @@ class Supervisor:
         self._generation = 0
         self._replacing_all = False
         self._replace_requests: deque[str] = deque()
-        self._signals: deque[int] = deque()
+        self._signals: deque[tuple[int, float]] = deque()  # with their times
         self._crashes: deque[float] = deque()  # when; those of the last minute
         self._was_loaded = False  # any process, ever
         self._was_ready = False  # all of them, ever
         self._stopping = False
-        self._asked_to_end = False  # by a signal
+        self._asked_to_end_at: float | None = None  # by a signal
         self._killed_at: float | None = None
         self._status = exits.OK
         self._had_terminal = _has_terminal()
@@ -249,7 +251,7 @@ class Supervisor:
         before[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
         wake_up_before = signal.set_wakeup_fd(self._wake_up, warn_on_full_buffer=False)
         for number in before:
-            signal.signal(number, lambda number, _frame: self._signals.append(number))
+            signal.signal(number, self._note_signal)
         try:
             yield
         finally:
@@ -260,17 +262,20 @@ class Supervisor:
             wake_up, self._wake_up = self._wake_up, -1
             os.close(wake_up)
 
+    def _note_signal(self, number: int, _frame: object) -> None:
+        self._signals.append((number, time.monotonic()))
+
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
             os.write(self._wake_up, b"\0")
 
     def _act_on_signals(self) -> None:
         while self._signals:
-            number = self._signals.popleft()
+            number, at = self._signals.popleft()
             if number == signal.SIGHUP and self._had_terminal and not _has_terminal():
                 number = signal.SIGTERM  # its window was closed
             if number in (signal.SIGTERM, signal.SIGINT):
-                self._end_on(signal.Signals(number))
+                self._end_on(signal.Signals(number), at)
             elif number == signal.SIGHUP:
                 self._replace_requests.append("SIGHUP")
             elif number in _FORWARDED:
@@ -281,8 +286,10 @@ class Supervisor:
             if not self._stopping:
                 self._begin_to_replace_all(why)
 
-    def _end_on(self, number: signal.Signals) -> None:
-        if self._asked_to_end:
+    def _end_on(self, number: signal.Signals, at: float) -> None:
+        if self._asked_to_end_at is not None:
+            if at - self._asked_to_end_at < _SAME_SIGNAL:
+                return
             children = self._children()
             log.warning(
                 "%s again: killing %d processes; the events that they handle will come again.",
@@ -294,7 +301,7 @@ class Supervisor:
             for child in children:
                 child.send(signal.SIGKILL)
             return
-        self._asked_to_end = True
+        self._asked_to_end_at = at
         if not self._stopping:
             log.info(
                 "%s: stopping %d processes when their handlers have finished; again to kill them.",
