@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -681,6 +681,72 @@ def test_probes_are_those_of_all_processes(shop: Shop, unused_port: int, tmp_pat
     wait_until(lambda: asked(unused_port, "/live")[0] == 200)
     assert run.end(signal.SIGTERM) == exits.OK
     assert not file.exists()
+
+
+# --- deployments ---------------------------------------------------------------------------------
+
+DEPLOY = TESTS.parent / "docs/deploy"
+
+
+def of_systemd() -> list[str]:
+    lines = (DEPLOY / "shop-mails.service").read_text().splitlines()
+    return next(line for line in lines if line.startswith("ExecStart=")).partition("=")[2].split()
+
+
+def of_docker() -> list[str]:
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    parts = (line.partition(" ")[2] for line in lines if line.startswith(("ENTRYPOINT", "CMD")))
+    return [word for part in parts for word in json.loads(part)]
+
+
+def of_kubernetes() -> list[str]:
+    import yaml
+
+    deployment = yaml.safe_load((DEPLOY / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    ports = [each["containerPort"] for each in container["ports"]]
+    assert container["args"][-2:] == ["--health-port", *map(str, ports)]
+    return [*container["command"], *container["args"]]
+
+
+@pytest.mark.parametrize("command_of", [of_systemd, of_docker, of_kubernetes])
+def test_command_of_a_deployment_works(
+    shop: Shop,
+    namespace: tuple[str, ...],
+    command_of: Callable[[], list[str]],
+    unused_port: int,
+) -> None:
+    """That of each documented file, as the first process of a container."""
+    (shop.folder / "shop.py").unlink()
+    (shop.folder / "shop").mkdir()
+    (shop.folder / "shop/mails.py").write_text(SHOP.replace("OPTIONS", ""))
+    program, *words = command_of()
+    assert Path(program).name == "domain-events"
+    ours = {"8080": str(unused_port), "/tmp/health.json": str(shop.folder / "health.json")}
+    command = [sys.executable, "-m", "domain_events", *(ours.get(word, word) for word in words)]
+    run = shop.start_command([*namespace, *command])
+    run.saw("Consuming in ")
+    if "--health-port" in words:
+        assert asked(unused_port, "/ready")[0] == 200
+    shop.publish(1, "wait")
+    shop.saw("begin 1")
+    (first,) = run.children()
+    os.kill(first, signal.SIGTERM)
+    shop.go_on(1)
+    assert run.end() == exits.OK
+    assert shop.noted("end 1")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_unit_is_one_that_systemd_accepts(tmp_path: Path) -> None:
+    unit = tmp_path / "shop-mails.service"
+    text = (DEPLOY / unit.name).read_text()
+    # It checks that the program is there.
+    unit.write_text(text.replace("/srv/shop/bin/domain-events", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 # --- Django --------------------------------------------------------------------------------------
