@@ -378,7 +378,7 @@ def test_process_killed_while_it_stops_is_not_success(shop: Shop) -> None:
     shop.publish(1, "wait")
     shop.saw("begin 1")
     run.send(signal.SIGTERM)
-    run.saw("stopping 1 processes")
+    run.saw("stopping 1 process")
     os.kill(child, signal.SIGKILL)
     assert run.end() == exits.CRASHING
     wait_until(lambda: onlooker.count(shop.url, shop.queue) == 1)

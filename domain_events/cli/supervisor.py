@@ -292,9 +292,9 @@ class Supervisor:
                 return
             children = self._children()
             log.warning(
-                "%s again: killing %d processes; the events that they handle will come again.",
+                "%s again: killing %s; the events that they handle will come again.",
                 number.name,
-                len(children),
+                _counted(len(children)),
             )
             self._status = 128 + number
             self._killed_at = time.monotonic()
@@ -304,9 +304,9 @@ class Supervisor:
         self._asked_to_end_at = at
         if not self._stopping:
             log.info(
-                "%s: stopping %d processes when their handlers have finished; again to kill them.",
+                "%s: stopping %s when their handlers have finished; again to kill them.",
                 number.name,
-                len(self._children()),
+                _counted(len(self._children())),
             )
             self._end(exits.OK)
 
@@ -399,7 +399,8 @@ class Supervisor:
         if child is place.successor:
             place.successor = None
             if not self._stopping:
-                self._could_not_replace(f"process {child.pid} has ended: {child.end}")
+                why = _PERMANENT.get(child.status, child.end)
+                self._could_not_replace(f"process {child.pid} has ended: {why}")
             return
         # A successor that is on its way takes the place.
         place.child, place.successor = place.successor, None
@@ -511,7 +512,7 @@ class Supervisor:
         self._generation += 1
         self._replacing_all = True
         self._systemd.reloading()
-        log.info("%s: replacing %d processes, one by one.", why, len(self._places))
+        log.info("%s: replacing %s, one by one.", why, _counted(len(self._places)))
         for place in self._places:
             if place.child is None:
                 place.start_at = time.monotonic()
@@ -575,7 +576,7 @@ class Supervisor:
         found = probes.report(self)
         if found["ready"] and not self._was_ready:
             self._was_ready = True
-            log.info("Consuming in %d processes.", len(self._places))
+            log.info("Consuming in %s.", _counted(len(self._places)))
         self._systemd.notify(found)
         if self._file is not None:
             self._write_file(found)
@@ -629,6 +630,10 @@ def _shown(child: Child) -> dict[str, Any]:
         "memory": child.memory,
         "subscriber": child.report,
     }
+
+
+def _counted(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _pause(attempt: int, first: float, longest: float) -> float:
