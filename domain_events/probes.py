@@ -382,9 +382,13 @@ def replace(file: Path, content: str) -> None:
 
 
 class Systemd:
-    """The protocol of sd_notify(3) and sd_watchdog_enabled(3), without their library."""
+    """The protocol of sd_notify(3) and sd_watchdog_enabled(3), without their library.
 
-    def __init__(self) -> None:
+    :param patience: seconds for systemd to take a notification.
+    """
+
+    def __init__(self, patience: float = _PATIENCE) -> None:
+        self._patience = patience
         self._address: str | None = None
         #: Seconds within which systemd wants a beat; None if it wants none.
         self.watchdog: float | None = None
@@ -443,7 +447,7 @@ class Systemd:
             return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to_systemd:
-                to_systemd.settimeout(_PATIENCE)
+                to_systemd.settimeout(self._patience)
                 to_systemd.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
             if not self._failing:  # logged once, until it succeeds again

@@ -175,7 +175,7 @@ class Shop:
         return run
 
     def publish(self, number: int, do: str = "", about: str | None = None) -> None:
-        with Publisher(self.url, self.exchange) as publisher:
+        with Publisher(self.url, self.exchange, timeout=60) as publisher:
             publisher.publish(DomainEvent("a.b", {"n": number, "do": do}, about))
 
     def go_on(self, number: int) -> None:
@@ -443,6 +443,7 @@ def test_mistake_at_the_start_ends_it_at_once(shop: Shop, mistake: str) -> None:
     assert "Traceback" not in run.output
 
 
+@pytest.mark.slow
 def test_outage_is_not_a_crash(killable_node: Node, unique: str, tmp_path: Path) -> None:
     """Neither one at the start, which is waited for, nor one while it consumes."""
     names = Names(killable_node.url, unique)
@@ -491,6 +492,7 @@ def test_ctrl_c_lets_handlers_finish(shop: Shop) -> None:
     os.killpg(run.pid, signal.SIGINT)
     run.saw("SIGINT: stopping 2 processes")
     wait_until(lambda: len(run.children()) == 1)
+    os.kill(run.children()[0], signal.SIGINT)  # in case its own has come first
     shop.go_on(1)
     assert run.end() == exits.OK
     assert shop.noted("end 1")
@@ -519,6 +521,19 @@ def test_second_signal_does_not_wait(shop: Shop) -> None:
     wait_until(lambda: len(run.children()) == 1, message="the idle one has ended")
     assert run.end(signal.SIGTERM) == exits.TERMINATED
     wait_until(lambda: onlooker.count(shop.url, shop.queue) == 1)
+
+
+def test_process_that_still_imports_stops_when_it_has(shop: Shop) -> None:
+    """Although the module has a handler of its own for SIGTERM."""
+    handler = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
+    wait = "\nwhile not pathlib.Path(os.environ['NOTES'] + '.1').exists(): time.sleep(0.01)\n"
+    shop.write(text=handler + SHOP + wait)
+    run = shop.start("shop:subscriber")
+    shop.saw("imported")
+    run.send(signal.SIGTERM)
+    run.saw("stopping 1 process")
+    shop.go_on(1)
+    assert run.end() == exits.OK
 
 
 def test_closed_terminal_ends_it(shop: Shop) -> None:
@@ -611,8 +626,9 @@ def test_systemd_is_notified_of_all_processes(shop: Shop, unused_port: int, tmp_
     systemd = Systemd(path)
     shop.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
     try:
-        run = shop.run("--processes=2", f"--health-port={unused_port}")
+        run = shop.start("shop:subscriber", "--processes=2", f"--health-port={unused_port}")
         systemd.saw("READY=1")
+        run.saw("Consuming in 2")
         systemd.saw("WATCHDOG=1")
         before = len(systemd.received())
         asked = time.monotonic_ns() // 1000

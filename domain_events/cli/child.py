@@ -192,7 +192,9 @@ class _Reports:
         try:
             while self._unsent:
                 if patience:
-                    select.select([], [self._pipe], [], patience)
+                    writable = select.poll()  # select() takes only numbers below 1024
+                    writable.register(self._pipe, select.POLLOUT)
+                    writable.poll(patience * 1000)
                 self._unsent = self._unsent[os.write(self._pipe, self._unsent) :]
         except BlockingIOError:
             return False

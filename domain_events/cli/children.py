@@ -151,7 +151,8 @@ class Child:
                 return True
             *lines, self._unread = (self._unread + text).split(b"\n")
             for line in lines:
-                self._note(json.loads(line))
+                with contextlib.suppress(ValueError):  # others of the process may write there
+                    self._note(json.loads(line))
             if not text:
                 return False
 

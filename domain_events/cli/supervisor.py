@@ -68,6 +68,8 @@ _SHORTEST_LIFE, _PAUSE_AFTER_FAILURE = 3.0, 30.0
 _JITTER = 0.1
 # Signals so close together are one: timeout(1) and others send it to a process and to its group.
 _SAME_SIGNAL = 0.02
+# How long systemd may take for a notification, which keeps everything else waiting.
+_PATIENCE_WITH_SYSTEMD = 0.5
 # How long killed processes may take to be gone.
 _LONGEST_KILL = 5.0
 
@@ -160,7 +162,7 @@ class Supervisor:
         self._status = exits.OK
         self._had_terminal = _has_terminal()
         self._replace_no_worn_before = 0.0
-        self._systemd = probes.Systemd()
+        self._systemd = probes.Systemd(_PATIENCE_WITH_SYSTEMD)
         self._file = None if plan.health_file is None else Path(plan.health_file)
         self._file_due = 0.0
         self._file_fails = False
@@ -186,7 +188,7 @@ class Supervisor:
             stack.callback(self._let_go)
             if self._file is not None:
                 self._write_file(first=True)
-                stack.callback(self._file.unlink, missing_ok=True)
+                stack.callback(self._remove_file, self._file)
             if self._plan.health_port is not None:
                 stack.enter_context(probes.HealthServer(self, port=self._plan.health_port))
             while True:
@@ -201,6 +203,11 @@ class Supervisor:
                 self._end_late_ones()
                 self._notify()
                 self._wait()
+
+    @staticmethod
+    def _remove_file(file: Path) -> None:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
     def replace_all(self, why: str) -> None:
         """Replace all processes, one by one. From any thread."""
@@ -256,7 +263,8 @@ class Supervisor:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that was installed by C code
+                    signal.signal(number, handler)
             signal.set_wakeup_fd(wake_up_before)
             os.close(read)
             wake_up, self._wake_up = self._wake_up, -1
@@ -337,17 +345,15 @@ class Supervisor:
             if not self._was_loaded and place is not self._places[0]:
                 break
             if place.child is None and place.start_at is not None and now >= place.start_at:
-                place.child = self._new_child(place)
+                try:
+                    place.child = self._new_child()
+                except OSError as error:
+                    self._crashed(place, None, f"A process cannot be started: {error}")
+                    return
 
-    def _new_child(self, place: _Place) -> Child | None:
+    def _new_child(self) -> Child:
         plan = self._plan
-        try:
-            child = Child(
-                plan.command, plan.environment, self._generation, self._turn, plan.processes
-            )
-        except OSError as error:
-            self._crashed(place, None, f"A process cannot be started: {error}", exits.CRASHING)
-            return None
+        child = Child(plan.command, plan.environment, self._generation, self._turn, plan.processes)
         chance = 1 - random.uniform(0, _JITTER)
         child.most_events = None if plan.max_events is None else plan.max_events * chance
         child.most_memory = None if plan.max_memory is None else plan.max_memory * chance
@@ -447,9 +453,7 @@ class Supervisor:
         )
         place.start_at = time.monotonic() + pause
 
-    def _crashed(
-        self, place: _Place, child: Child | None, how: str, status: int | None = None
-    ) -> None:
+    def _crashed(self, place: _Place, child: Child | None, how: str) -> None:
         now = time.monotonic()
         if child is not None and child.ready_since is not None:
             place.without_broker = 0
@@ -467,19 +471,19 @@ class Supervisor:
                 len(self._crashes),
                 limit,
             )
-            ended_with = status if child is None else child.status
-            self._give_up(place, ended_with if ended_with in _PERMANENT else exits.CRASHING)
+            is_known = child is not None and child.status in _PERMANENT
+            self._give_up(place, child.status if child and is_known else exits.CRASHING)
             return
         pause = _pause(place.crashes, _FIRST_PAUSE, 30 / max(1, limit))
         log.warning("%s. Starting another in %.1f s.", how, pause)
         place.start_at = now + pause
 
-    def _give_up(self, place: _Place, status: int | None) -> None:
+    def _give_up(self, place: _Place, status: int) -> None:
         place.start_at = None
         if self._plan.waits_for_changes:
             log.warning("Waiting for a file to be changed.")
         else:
-            self._end(exits.CRASHING if status is None else status)
+            self._end(status)
 
     def _end_without_places(self, status: int) -> None:
         if not self._plan.waits_for_changes and not any(
@@ -492,6 +496,9 @@ class Supervisor:
         for child in self._children():
             if child.ended_at is not None and now - child.ended_at > _LONGEST_EXIT:
                 child.send(signal.SIGKILL)
+            elif child.stopping_since is not None and child.is_loaded and not child.is_allowed:
+                # The first one may have gone to a handler that the application sets on import.
+                child.send(signal.SIGTERM)
             if not child.is_loaded and not child.is_late and now - child.started_at > _LATE:
                 child.is_late = True
                 log.warning(
@@ -528,7 +535,10 @@ class Supervisor:
             return
         for place in self._places:
             if place.child is not None and self._is_to_be_replaced(place.child):
-                place.successor = self._new_child(place)
+                try:
+                    place.successor = self._new_child()
+                except OSError as error:
+                    self._could_not_replace(f"a process cannot be started: {error}")
                 return
         if self._replacing_all:
             self._replacing_all = False
