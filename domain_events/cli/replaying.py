@@ -7,6 +7,7 @@ fail meanwhile do not matter. The first batch is a single event, each further on
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -65,35 +66,45 @@ class Replay:
         # How often each was replayed with this one.
         self._replays: dict[str, int] = {}
         self._expected = 0
-        self._next_look = 0.0
+        self._next_look = self._next_at = 0.0
 
     def run(self, letters: Iterable[DeadLetter]) -> Replayed:
         """Replay these.
 
         :raises DomainEventsError: as `DeadLetter.replay`; that one and the rest are left.
         """
-        size = in_batch = 0
-        next_at = time.monotonic()
-        for letter in letters:
-            if in_batch == size:
-                if size and not self._may_go_on():
-                    self.result.stopped = True
-                    return self.result
-                size, in_batch = min(max(1, size * 2), self._batch), 0
-            if self._rate:
-                time.sleep(max(0.0, next_at - time.monotonic()))
-                next_at = max(next_at, time.monotonic() - 1.0) + 1.0 / self._rate
+        letters = iter(letters)
+        self._next_at = time.monotonic()
+        size = 1
+        for first in letters:
             if not self.result.number:
                 self._expected = self._dead_letters.count()
-            letter.replay()
-            if letter.id is not None:
-                self._replays[letter.id] = letter.replays + 1
-            in_batch += 1
-            self.result.number += 1
-            self._on_replayed()
+            elif not self._may_go_on():
+                self.result.stopped = True
+                return self.result
+            batch = itertools.chain([first], itertools.islice(letters, size - 1))
+            if self._rate:
+                self._replay_slowly(batch, self._rate)
+            else:
+                self._dead_letters.replay_many(batch, self._replayed)
+            size = min(size * 2, self._batch)
         if self.result.number:
             self._may_go_on()
         return self.result
+
+    def _replay_slowly(self, letters: Iterable[DeadLetter], rate: float) -> None:
+        for letter in letters:
+            time.sleep(max(0.0, self._next_at - time.monotonic()))
+            # What was late for a moment is made up for, and a long wait is not.
+            self._next_at = max(self._next_at, time.monotonic() - 1.0) + 1.0 / rate
+            letter.replay()
+            self._replayed(letter)
+
+    def _replayed(self, letter: DeadLetter) -> None:
+        if letter.id is not None:
+            self._replays[letter.id] = letter.replays + 1
+        self.result.number += 1
+        self._on_replayed()
 
     def _may_go_on(self) -> bool:
         """Wait until the subscriber has taken them, then look."""
