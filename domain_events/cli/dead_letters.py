@@ -291,8 +291,8 @@ def replay(
 ) -> int:
     """Return dead letters to their subscriber.
 
-    The oldest first. Begins with one event, then two, four and so on; after each batch it looks which of them are
-    dead letters again, and stops when these are too many (exit status 3).
+    The oldest first. Begins with one event, then two, four and so on; after each batch it looks
+    which of them are dead letters again, and stops when these are too many (exit status 3).
     """
     if dry_run:
         return _dry_run("replayed", names, choice, broker, timeout)
@@ -523,8 +523,8 @@ def import_letters(
 ) -> int:
     """Make dead letters of copies again.
 
-    Of those in each FILE; - is stdin. Those whose ids are among the dead letters already are left out, so that an import can be
-    repeated after an interruption.
+    Of those in each FILE; - is stdin. Those whose ids are among the dead letters already are left
+    out, so that an import can be repeated after an interruption.
     """
     where, broken = "", 0
 
