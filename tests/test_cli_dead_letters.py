@@ -115,7 +115,9 @@ def test_last_ten_of_an_error_are_listed_and_replayed_slowly(
     replay = "dead-letters", "replay", mailer, *chosen, "--rate", "5", "--patience", "0", "--yes"
     _, remarks = terminal.run(*replay)
     assert time.monotonic() - begun >= 9 / 5
-    assert remarks == f"10 of {mailer} were replayed.\n"
+    assert remarks == (
+        f"10 of {mailer} were replayed; 10 wait in its queue (is the subscriber running?).\n"
+    )
     assert taken(bench.url, mailer) == wanted[::-1]
     assert len(ids(bench.url, mailer)) == 2 + len(others)
 
@@ -259,6 +261,7 @@ def test_replay_is_not_stopped_by_failures_of_others(bench: Bench, terminal: Ter
         "subscriber": queue,
         "replayed": 60,
         "failed_again": {},
+        "waiting": 0,
         "stopped": False,
     }
 

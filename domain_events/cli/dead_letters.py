@@ -331,6 +331,7 @@ def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
                 "subscriber": name,
                 "replayed": result.number,
                 "failed_again": result.failed_again,
+                "waiting": result.waiting,
                 "stopped": result.stopped,
             }
         )
@@ -340,6 +341,8 @@ def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
         text += f"; {again:,} of these failed again ({printable(kinds)})"
     if result.stopped:
         text += ". Stopped, the rest is left: mend the cause, then replay them"
+    elif result.waiting:
+        text += f"; {result.waiting:,} wait in its queue (is the subscriber running?)"
     output.remark(f"{text}.")
     return result.stopped
 

@@ -27,11 +27,14 @@ class Replayed:
 
     :ivar number: how many were replayed.
     :ivar failed_again: of these, the ids of those that are dead letters again, with the reason.
+    :ivar waiting: how many events were in the subscriber's queue at the last look; None if this
+        user may not look.
     :ivar stopped: whether it ended because of them, before all were replayed.
     """
 
     number: int = 0
     failed_again: dict[str, str] = field(default_factory=dict)
+    waiting: int | None = None
     stopped: bool = False
 
 
@@ -131,10 +134,12 @@ class Replay:
     def _is_taken(self) -> bool:
         consuming = self._dead_letters.connections.consuming()
         assert consuming is not None
+        place = ToSubscriber(self._dead_letters.name)
         try:
-            return not consuming.count(ToSubscriber(self._dead_letters.name), self._patience + 1.0)
+            self.result.waiting = consuming.count(place, self._patience + 1.0)
         except DomainEventsError:
-            return False  # perhaps this user may not; then the time is waited for
+            self.result.waiting = None  # perhaps this user may not; then the time is waited for
+        return self.result.waiting == 0
 
     def _arrived(self) -> bool:
         """Whether there are more dead letters than at the last look."""
