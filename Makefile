@@ -17,11 +17,17 @@ SEED ?= 1
 RELEASE ?= host
 REPORT ?=
 FAULTS_ARGS ?=
+# For `kills`, besides SEED, RELEASE and REPORT: how many transactions, in which database,
+# through which adapter (`python tests/outbox_faults.py --help`).
+TRANSACTIONS ?= 300
+DATABASE ?= postgresql
+ADAPTER ?= sqlalchemy
+KILLS_ARGS ?=
 
 .DEFAULT_GOAL := help
 # The targets of `test` print one after the other, with pytest's result at the end.
 .NOTPARALLEL:
-.PHONY: help demo check test matrix bench faults lint types docs build broker databases clean
+.PHONY: help demo check test matrix bench faults kills lint types docs build broker databases clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \2/p' Makefile | while read -r make target text; do \
@@ -40,13 +46,19 @@ check: lint types ## while you work, in two minutes, without RabbitMQ: lint, typ
 matrix: databases ## the tests on RabbitMQ 3.10, 4.0, 4.3 and on each Python and pika
 	$(BIN)/python tools/matrix.py $(PYTEST_ARGS)
 
-bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3'
+bench: .venv/.ready ## speed beside the peers, half an hour: BENCH_ARGS='--quick --release 4.3', or --outbox
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 faults: .venv/.ready ## lose nothing while all fails: SECONDS=300 SEED=7 RELEASE=4.3 REPORT=FILE
 	$(BIN)/python tools/rabbitmq_node.py install $(RELEASE)
 	$(BIN)/python tests/faults --seconds $(SECONDS) --seed $(SEED) --release $(RELEASE) \
 		$(if $(REPORT),--report $(REPORT)) $(FAULTS_ARGS)
+
+kills: databases ## kill all around the outbox: TRANSACTIONS=2000 SEED=7 DATABASE=mariadb ADAPTER=django
+	$(BIN)/python tools/rabbitmq_node.py install $(RELEASE)
+	$(BIN)/python tests/outbox_faults.py --transactions $(TRANSACTIONS) --seed $(SEED) \
+		--database $(DATABASE) --adapter $(ADAPTER) --release $(RELEASE) \
+		$(if $(REPORT),--report $(REPORT)) $(KILLS_ARGS)
 
 lint: .venv/.ready ## ruff: rules and format
 	$(BIN)/ruff check
@@ -56,8 +68,10 @@ types: .venv/.ready ## mypy --strict, and pyright as strict on what users import
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-docs: .venv/.ready ## the documentation, to docs/_build/html; a warning is an error
+docs: .venv/.ready ## the documentation, to docs/_build/html: links, spelling, every public name
+	$(BIN)/codespell README.rst CHANGELOG.rst CONTRIBUTING.rst docs domain_events
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python tools/check_docs.py docs/_build/html
 
 build: .venv/.ready ## source distribution and wheel, to dist/
 	rm -rf dist

@@ -13,7 +13,18 @@ sys.path.insert(0, str(_TOOLS))
 
 from rabbitmq_node import RELEASES, Node, NodeError, install  # noqa: E402
 
-from benchmarks import layers, pieces, plots, profiling, running, samples, scenarios, tables  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bloat,
+    layers,
+    outbox,
+    pieces,
+    plots,
+    profiling,
+    running,
+    samples,
+    scenarios,
+    tables,
+)
 from benchmarks.registry import BY_NAME, PEERS, Peer  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 
@@ -71,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--middleware", action="store_true", help="only show what middleware costs"
     )
+    options.add_argument(
+        "--outbox", action="store_true", help="only measure the outbox, beside others"
+    )
+    options.add_argument(
+        "--bloat", action="store_true", help="only measure the outbox beside a long transaction"
+    )
     return options
 
 
@@ -85,6 +102,15 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = parser().parse_args(words)
     try:
+        if options.outbox:
+            _outboxes(options)
+            return 0
+        if options.bloat:
+            table = bloat.table(bloat.measure(options.release))
+            if options.rst:
+                options.rst.write_text(tables.list_table(table) + "\n")
+            print(tables.aligned(table))
+            return 0
         if options.show:
             results = Results.load(options.show[0])
             for path in options.show[1:]:
@@ -108,6 +134,19 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     _show(results, options)
     return 0
+
+
+def _outboxes(options: argparse.Namespace) -> None:
+    if options.show:
+        outcome = outbox.Outcome.load(options.show[0])
+    else:
+        effort = outbox.Effort.of(quick=options.quick, rounds=options.rounds)
+        outcome = outbox.measure(options.release, effort)
+    if options.json:
+        outcome.save(options.json)
+    if options.rst:
+        options.rst.write_text(outbox.as_rst(outcome))
+    print(outbox.as_text(outcome))
 
 
 class _Broker:
@@ -166,10 +205,14 @@ def _measure(options: argparse.Namespace) -> Results:
 def _show(results: Results, options: argparse.Namespace) -> None:
     if options.json:
         results.save(options.json)
-    names = plots.write(results, options.svg) if options.svg else []
+    titles = plots.write(results, options.svg) if options.svg else {}
     if options.rst:
         # As seen from the page that includes the tables.
-        paths = [os.path.relpath(options.svg / name, options.rst.parent) for name in names]
+        paths = {
+            os.path.relpath(options.svg / name, options.rst.parent): title
+            for name, title in titles.items()
+            if not name.startswith("headline-")
+        }
         options.rst.write_text(tables.as_rst(results, paths))
     print(tables.as_text(results))
 

@@ -53,7 +53,7 @@ def take(peer: Peer, scenario: Scenario, variant: Variant, url: str, node: Node 
         brokerside.declare(
             url, None if own else options["queue"], options.get("queue_type", "quorum")
         )
-        with _Driver(peer, scenario.does, options) as driver:
+        with Driver(peer, scenario.does, options) as driver:
             return _CONDUCTORS.get(scenario.does, _conduct)(driver, options, node)
     except (environments.Unavailable, brokerside.ConnectionFailed, TimeoutError) as error:
         raise SampleFailed(str(error)) from error
@@ -84,7 +84,7 @@ def _import(peer: Peer) -> Any:
     return {"seconds": float(done.stdout), "count": 1}
 
 
-class _Driver:
+class Driver:
     """A driver's process: reads its output, writes its input, and ends it."""
 
     def __init__(self, peer: Peer, does: str, options: dict[str, Any]) -> None:
@@ -105,9 +105,9 @@ class _Driver:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def twin(self, does: str) -> _Driver:
+    def twin(self, does: str) -> Driver:
         """Another process of the same peer, for the other half of a scenario."""
-        return _Driver(self._peer, does, self._options)
+        return Driver(self._peer, does, self._options)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -147,7 +147,7 @@ class _Driver:
         said = _last_line(self._errors.read())
         return f": {said}" if said else ""
 
-    def __enter__(self) -> _Driver:
+    def __enter__(self) -> Driver:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -178,17 +178,17 @@ def _patience(options: dict[str, Any]) -> float:
     return _GRACE + float(options.get("seconds", 0)) + float(options.get("delay", 0))
 
 
-def _conduct(driver: _Driver, options: dict[str, Any], _node: Node | None) -> Any:
+def _conduct(driver: Driver, options: dict[str, Any], _node: Node | None) -> Any:
     return driver.hear(_patience(options))
 
 
-def _consume(driver: _Driver, options: dict[str, Any], _node: Node | None) -> Any:
+def _consume(driver: Driver, options: dict[str, Any], _node: Node | None) -> Any:
     told = _fill(driver, options)
     driver.go()
     return {**driver.hear(_patience(options)), **_kept(told)}
 
 
-def _fill(driver: _Driver, options: dict[str, Any]) -> dict[str, Any]:
+def _fill(driver: Driver, options: dict[str, Any]) -> dict[str, Any]:
     told = driver.hear(_GRACE)
     letter = brokerside.Letter.asked_for(told, options)
     handlers = options.get("handlers", 0)
@@ -202,7 +202,7 @@ def _kept(told: dict[str, Any]) -> dict[str, Any]:
     return {key: told[key] for key in ("registered_seconds",) if key in told}
 
 
-def _latency(driver: _Driver, options: dict[str, Any], _node: Node | None) -> Any:
+def _latency(driver: Driver, options: dict[str, Any], _node: Node | None) -> Any:
     driver.hear(_GRACE)
     with driver.twin("at_rate") as publishing:
         publishing.hear(_GRACE)
@@ -211,14 +211,14 @@ def _latency(driver: _Driver, options: dict[str, Any], _node: Node | None) -> An
         return driver.hear(_patience(options))
 
 
-def _lateness(driver: _Driver, options: dict[str, Any], _node: Node | None) -> Any:
+def _lateness(driver: Driver, options: dict[str, Any], _node: Node | None) -> Any:
     letter = brokerside.Letter.asked_for(driver.hear(_GRACE), options)
     driver.go()
     brokerside.feed(options["url"], letter, options["count"], options["rate"])
     return driver.hear(_patience(options))
 
 
-def _restart(driver: _Driver, options: dict[str, Any], node: Node | None) -> Any:
+def _restart(driver: Driver, options: dict[str, Any], node: Node | None) -> Any:
     if node is None:
         raise SampleFailed("needs its own broker, to kill it")
     _fill(driver, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.registry import BY_NAME, PEERS
@@ -123,12 +123,12 @@ def heading(results: Results) -> str:
 def as_text(results: Results) -> str:
     parts = [heading(results)]
     parts += [
-        f"{table.title}\n{'-' * len(table.title)}\n{_aligned(table)}" for table in tables(results)
+        f"{table.title}\n{'-' * len(table.title)}\n{aligned(table)}" for table in tables(results)
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
     columns = list(zip(table.head, *table.rows, strict=True))
     shown = [_column_of(cells) for cells in columns]
     lines = ["  ".join(cells).rstrip() for cells in zip(*shown, strict=True)]
@@ -145,20 +145,20 @@ def _column_of(cells: Sequence[str]) -> list[str]:
 # --- for the documentation -----------------------------------------------------------------------
 
 
-def as_rst(results: Results, plots: Sequence[str] = ()) -> str:
-    """Tables and plots, to be included by a page of the documentation.
+def as_rst(results: Results, plots: Mapping[str, str] | None = None) -> str:
+    """Plots and tables, to be included by a page of the documentation.
 
-    :param plots: names of image files.
+    :param plots: the title of each image, by the path of its file.
     """
     parts = [heading(results)]
+    parts += [f".. image:: {path}\n   :alt: {title}" for path, title in (plots or {}).items()]
     for table in tables(results):
-        parts.append(_list_table(table))
+        parts.append(list_table(table))
         parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
-    parts += [f".. image:: {name}" for name in plots]
     return "\n\n".join(parts) + "\n"
 
 
-def _list_table(table: Table) -> str:
+def list_table(table: Table) -> str:
     lines = [f".. list-table:: {table.title}", "   :header-rows: 1", "   :stub-columns: 1", ""]
     for row in (table.head, *table.rows):
         for number, cell in enumerate(row):

@@ -13,7 +13,7 @@ project = "domain_events"
 copyright = "domain_events contributors"  # noqa: A001
 version = release = domain_events.__version__
 
-extensions = ["sphinx.ext.autodoc"]
+extensions = ["sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 
 # `Name` in single backticks, as in the docstrings, is a link to what has that name.

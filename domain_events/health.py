@@ -36,6 +36,7 @@ class ConnectionHealth:
     #: Why the broker accepts nothing at the moment, such as being short of memory.
     blocked: str | None = None
     last_error: str | None = None
+    #: When, in Unix seconds.
     last_error_at: float | None = None
     #: For how long its thread has not responded. Each ``health()`` requests a response, which the
     #: next one expects.
@@ -95,6 +96,7 @@ class _Health:
     connections: tuple[ConnectionHealth, ...]
     #: The last error of any connection, also of one that was closed since.
     last_error: str | None
+    #: When, in Unix seconds.
     last_error_at: float | None
 
     @property

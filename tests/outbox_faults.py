@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Kills services, relays, a subscriber, the database and the broker, while events are committed.
 
-    python tests/outbox_faults.py --transactions 2000 --seed 7 --database postgresql
+    python tests/outbox_faults.py --transactions 2000 --seed 7 --database mariadb --adapter django
 
-Three services commit transactions with events of several objects: a third is rolled back, a third
-has SAVEPOINTs, some of them rolled back. Two relays send what the services leave behind; a
-subscriber handles the events once, and publishes a follow-up of some. All of them are killed at
-random steps (SIGKILL), from between two statements to between confirm and deleted row. The database
-is killed and started again; so is RabbitMQ, which is also away for longer than every timeout; a
-relay is stopped (SIGSTOP) for longer than its lease while it publishes.
+or ``make kills``. Three services commit transactions with events of several objects: a third
+is rolled back, a third has SAVEPOINTs, some of them rolled back. Two relays send what the services
+leave behind; a subscriber handles the events once, and publishes a follow-up of some. All of them
+are killed at random steps (SIGKILL), from between two statements to between confirm and deleted
+row. The database is killed and started again; so is RabbitMQ, which is also away for longer than
+every timeout; a relay is stopped (SIGSTOP) for longer than its lease while it publishes.
 
 Then what the database says was committed, in a table of the services' own, is compared with what
 has arrived in a queue, and with what was handled. The exit status is 1 if anything is not as
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import json
 import mmap
 import os
@@ -33,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
 import onlooker
-import sqlalchemy
 from databases import MariaDB, PostgreSQL, Server
 from faults.broker import HAND_ON
+from outbox_adapters import ADAPTERS, TITLES, Adapter, Transaction, make_engine
 from rabbitmq_node import RELEASES, Node, NodeError, wait_for_broker
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
 from domain_events import (
     Backoff,
@@ -56,20 +57,11 @@ from domain_events import (
     Operation,
     Outgoing,
     Publisher,
-    Subscriber,
     configure,
     outbox,
 )
-from domain_events.outbox import OUTBOX, Relay, couriers, writing
+from domain_events.outbox import OUTBOX, Courier, Relay, couriers, writing
 from domain_events.outbox.sending import Sender
-from domain_events.sqlalchemy import (
-    Outbox,
-    first_time,
-    inbox_table,
-    once,
-    outbox_table,
-    publish_on_commit,
-)
 
 BROKEN = (
     "delete before the confirm",
@@ -87,7 +79,7 @@ KINDS = ("committed", "rolled back", "with SAVEPOINTs")
 SERVICES = ("service 1", "service 2", "service 3")
 RELAYS = ("relay 1", "relay 2")
 SUBSCRIBER = "subscriber"
-#: Its rows are left to the relays, as if it died after each commit.
+#: Its rows are left to the relays.
 LEAVES = SERVICES[2]
 #: One of so many steps of a process is its last.
 STEPS = {"service": 250, "relay": 50, "subscriber": 80}
@@ -165,55 +157,20 @@ class Steps(Middleware):
         self.step("before", "publish")
         return lambda _: self.step("after", "publish")
 
-    def watch(self, engine: Engine) -> None:
-        """Step before and after each statement and each commit."""
-
-        def place(sql: str) -> str:
-            return next((name for start, name in _STATEMENTS if start in sql), "other statement")
-
-        def before(_conn: Any, _cursor: Any, sql: str, *_others: Any) -> None:
-            self.step("before", place(sql))
-
-        def after(_conn: Any, _cursor: Any, sql: str, *_others: Any) -> None:
-            self.step("after", place(sql))
-
-        sqlalchemy.event.listen(engine, "before_cursor_execute", before)
-        sqlalchemy.event.listen(engine, "after_cursor_execute", after)
-        commit = engine.dialect.do_commit
-
-        def do_commit(connection: Any) -> None:
-            self.step("before", "commit")
-            commit(connection)
-            self.step("after", "commit")
-
-        engine.dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]
+    def executes(self, when: str, sql: str) -> None:
+        """A step before or after a statement, or a commit."""
+        if sql == "COMMIT":
+            self.step(when, "commit")
+            return
+        name = next((name for start, name in _STATEMENTS if start in sql), "other statement")
+        self.step(when, name)
 
 
 # --------------------------------------------------------------------------- the database
 
 
-def make_engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return sqlalchemy.create_engine(url)
-    engine = sqlalchemy.create_engine(url, connect_args={"timeout": 60})
-
-    def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode = WAL")
-
-    def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    sqlalchemy.event.listen(engine, "connect", on_connect)
-    sqlalchemy.event.listen(engine, "begin", on_begin)
-    return engine
-
-
 def create_tables(engine: Engine) -> None:
-    metadata = sqlalchemy.MetaData()
-    outbox_table(metadata)
-    inbox_table(metadata)
-    metadata.create_all(engine)
+    """Those of the services, besides the outbox and the inbox."""
     with engine.begin() as connection:
         for columns in (
             "objects (about varchar(50) PRIMARY KEY, number integer NOT NULL)",
@@ -230,14 +187,12 @@ def create_tables(engine: Engine) -> None:
 
 
 def note_committed(
-    connection: Connection, event: DomainEvent[Any], number: int, cause: str | None = None
+    inside: Transaction, event: DomainEvent[Any], number: int, cause: str | None = None
 ) -> None:
     """The services' own record of the event, in the event's transaction."""
-    connection.execute(
-        text(
-            "INSERT INTO committed (event_id, about, number, cause) "
-            "VALUES (:event_id, :about, :number, :cause)"
-        ),
+    inside.execute(
+        "INSERT INTO committed (event_id, about, number, cause) "
+        "VALUES (:event_id, :about, :number, :cause)",
         {
             "event_id": event.uuid_string,
             "about": event.domain_object_id,
@@ -254,7 +209,6 @@ def note_committed(
 class Settings:
     """What the processes need to know."""
 
-    database: str  # its URL
     broker: str
     seed: int
     transactions: int
@@ -263,11 +217,8 @@ class Settings:
     broken: str
 
 
-class LeavesAll(Outbox):
-    """Leaves all rows to the relays."""
-
-    def _take(self, written: Any) -> None:
-        pass
+class Unwanted(Exception):
+    """Rolls a transaction back, or a savepoint."""
 
 
 def shorten_leases(seconds: float) -> None:
@@ -276,10 +227,20 @@ def shorten_leases(seconds: float) -> None:
         vars(room)["LEASE"] = seconds
 
 
-def serve(shared: Shared, settings: Settings, name: str, engine: Engine) -> None:
+def leave_all_to_relays() -> None:
+    """As if this process died after each commit."""
+
+    def take(_courier: Courier, _rows: object) -> None:
+        pass
+
+    Courier.take = take  # type: ignore[method-assign, assignment]
+
+
+def serve(shared: Shared, settings: Settings, name: str, adapter: Adapter) -> None:
     """A service: its share of the transactions."""
     shorten_leases(settings.lease)
-    box = (LeavesAll if name == LEAVES else Outbox)(engine)
+    if name == LEAVES:
+        leave_all_to_relays()
     early = Publisher(exchange=EXCHANGE, timeout=settings.timeout)
     begun = f"{name} begun"
     while not shared["stop"]:
@@ -294,101 +255,73 @@ def serve(shared: Shared, settings: Settings, name: str, engine: Engine) -> None
         shared[f"{name} {kind}"] += 1
         chance = random.Random(f"{settings.seed} {index}")
         try:
-            transact(engine, box, kind, chance, early if settings.broken == BROKEN[1] else None)
-        except sqlalchemy.exc.DBAPIError as error:  # the database was killed; it comes back
+            transact(adapter, kind, chance, early if settings.broken == BROKEN[1] else None)
+        except adapter.errors as error:  # the database was killed; it comes back
             print(f"transaction {index}: {error}", flush=True)
-            engine.dispose()
+            adapter.renew()
             time.sleep(0.1)
         time.sleep(chance.uniform(0, 0.03))
-    box.wait(PATIENCE)
-    outbox.close_couriers()
+    outbox.close_couriers(PATIENCE)
 
 
-def transact(
-    engine: Engine, box: Outbox, kind: str, chance: random.Random, early: Publisher | None
-) -> None:
+def transact(adapter: Adapter, kind: str, chance: random.Random, early: Publisher | None) -> None:
     abouts = sorted(chance.sample(range(OBJECTS), 2))
+    names = [f"object-{number}" for number in abouts]
 
-    with engine.connect() as connection, connection.begin() as transaction:
+    def write(inside: Transaction, about: str | None) -> None:
+        number = 0
+        if about is not None:
+            of = {"about": about}
+            inside.execute("UPDATE objects SET number = number + 1 WHERE about = :about", of)
+            ((number,),) = inside.execute("SELECT number FROM objects WHERE about = :about", of)
+        event = inside.publish("thing.changed", {"number": number}, about, exchange=EXCHANGE)
+        note_committed(inside, event, number)
+        if early is not None:
+            with contextlib.suppress(DomainEventsError):
+                early.publish(event)
 
-        def write(about: str | None) -> None:
-            number = 0
-            if about is not None:
-                of = {"about": about}
-                connection.execute(
-                    text("UPDATE objects SET number = number + 1 WHERE about = :about"), of
-                )
-                found = connection.execute(
-                    text("SELECT number FROM objects WHERE about = :about"), of
-                )
-                number = found.scalar_one()
-            event = publish_on_commit(
-                connection,
-                "thing.changed",
-                {"number": number},
-                about,
-                exchange=EXCHANGE,
-                outbox=box,
-            )
-            note_committed(connection, event, number)
-            if early is not None:
-                with contextlib.suppress(DomainEventsError):
-                    early.publish(event)
-
-        names = [f"object-{number}" for number in abouts]
+    with contextlib.suppress(Unwanted), adapter.transaction() as inside:
         for about in names:  # always in this order: no deadlock
-            connection.execute(
-                text("UPDATE objects SET number = number WHERE about = :about"), {"about": about}
+            inside.execute(
+                "UPDATE objects SET number = number WHERE about = :about", {"about": about}
             )
-        write(names[0])
+        write(inside, names[0])
         if kind == "with SAVEPOINTs":
             for about in (names[1], names[0]):
-                with connection.begin_nested() as savepoint:
-                    write(about)
+                with contextlib.suppress(Unwanted), inside.savepoint():
+                    write(inside, about)
                     if chance.random() < 0.5:
-                        savepoint.rollback()
-        write(names[1])
-        write(chance.choice((None, names[0])))
+                        raise Unwanted
+        write(inside, names[1])
+        write(inside, chance.choice((None, names[0])))
         if kind == "rolled back":
-            transaction.rollback()
+            raise Unwanted
 
 
-def relay(_shared: Shared, settings: Settings, name: str, engine: Engine) -> None:
-    Outbox(engine).relay(batch=40, lease=settings.lease, idle=0.2, timeout=settings.timeout).run()
+def relay(_shared: Shared, settings: Settings, _name: str, adapter: Adapter) -> None:
+    adapter.relay(PATIENCE, batch=40, lease=settings.lease, idle=0.2, timeout=settings.timeout)
 
 
-def subscribe(_shared: Shared, settings: Settings, _name: str, engine: Engine) -> None:
+def subscribe(_shared: Shared, settings: Settings, _name: str, adapter: Adapter) -> None:
     shorten_leases(settings.lease)
-    box = Outbox(engine)
 
-    def handle(connection: Connection, event: DomainEvent[Any]) -> None:
-        connection.execute(
-            text("INSERT INTO handled (event_id) VALUES (:event_id)"),
-            {"event_id": event.uuid_string},
+    def handle(inside: Transaction, event: DomainEvent[Any]) -> None:
+        inside.execute(
+            "INSERT INTO handled (event_id) VALUES (:event_id)", {"event_id": event.uuid_string}
         )
         if event.data["number"] % 3 == 0:
-            follow_up = publish_on_commit(
-                connection, "thing.followed", {}, exchange=EXCHANGE, outbox=box
-            )
-            note_committed(connection, follow_up, 0, event.uuid_string)
+            follow_up = inside.publish("thing.followed", {}, exchange=EXCHANGE)
+            note_committed(inside, follow_up, 0, event.uuid_string)
 
-    def handle_outside(event: DomainEvent[Any]) -> None:
-        with engine.begin() as connection:
-            if not first_time(connection, event):
-                return
-        with engine.begin() as connection:
-            handle(connection, event)
-
-    subscriber = Subscriber(exchange=EXCHANGE)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            subscriber.register(
-                handle_outside if settings.broken == BROKEN[3] else once(engine)(handle),
+            subscriber = adapter.subscriber(
+                handle,
                 HANDLES,
-                ["thing.changed"],
+                EXCHANGE,
+                once=settings.broken != BROKEN[3],
                 max_retries=1000,
-                retry_on=sqlalchemy.exc.DBAPIError,
                 backoff=Backoff(first=0.2, maximum=1.0),
             )
             break
@@ -399,15 +332,15 @@ def subscribe(_shared: Shared, settings: Settings, _name: str, engine: Engine) -
     subscriber.start_consuming()
 
 
-def break_on_purpose(broken: str, engine: Engine, folder: Path) -> None:
+def break_on_purpose(broken: str, adapter: Adapter, folder: Path) -> None:
     """In this process only."""
     if broken == "delete before the confirm":
         send = Sender._send
 
         def delete_first(self: Sender, rows: Any, *others: Any) -> None:
-            with engine.begin() as connection:
+            with adapter.transaction() as inside:
                 for row in rows:
-                    connection.execute(text(f"DELETE FROM {OUTBOX} WHERE id = {row.id}"))
+                    inside.execute(f"DELETE FROM {OUTBOX} WHERE id = {row.id}")
             send(self, rows, *others)
 
         Sender._send = delete_first  # type: ignore[method-assign, assignment]
@@ -466,13 +399,9 @@ class Run:
             kind = DATABASES[options.database]
             self.server = None if kind is None else stack.enter_context(kind())
             self.node = stack.enter_context(Node(options.release))
-            url = (
-                f"sqlite:///{self.folder}/shop.db"
-                if self.server is None
-                else self.server.address.sqlalchemy_url
-            )
+            database = self.folder / "shop.db" if self.server is None else self.server.address
+            self.adapter = ADAPTERS[options.adapter](database)
             self.settings = Settings(
-                url,
                 self.node.url,
                 options.seed,
                 options.transactions,
@@ -480,11 +409,10 @@ class Run:
                 options.timeout,
                 options.broken or "",
             )
-            self.engine = make_engine(url)
+            self.engine = make_engine(database)  # the judge's
             stack.callback(self.engine.dispose)
             stack.callback(self._kill_all)
-            create_tables(self.engine)
-            self.engine.dispose()
+            self._create_tables()
             onlooker.bind_queue(self.node.url, ARRIVED, EXCHANGE, "#")
             self._start(SUBSCRIBER)
             self._wait_for_queue()
@@ -502,19 +430,29 @@ class Run:
 
     # --- processes -------------------------------------------------------------------------------
 
+    def _create_tables(self) -> None:
+        # In a process of its own: the others are forked from this one, which has no connection.
+        _, status = os.waitpid(self._fork(self.adapter.create), 0)
+        if status:
+            raise NodeError("the tables could not be created")
+        create_tables(self.engine)
+        self.engine.dispose()
+
     def _start(self, name: str) -> None:
         self._starts[name] += 1
+        self._processes[name] = self._fork(lambda: self._be(name))
+
+    def _fork(self, be: Callable[[], None]) -> int:
         parent = os.getpid()
         pid = os.fork()
         if pid:
-            self._processes[name] = pid
-            return
+            return pid
         status = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, which is the parent's
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() == parent:
-                self._be(name)
+                be()
                 status = 0
         except BaseException:  # noqa: BLE001 - it must not go on as a copy of the parent
             traceback.print_exc()
@@ -529,11 +467,10 @@ class Run:
         settings = self.settings
         steps = Steps(self.shared, name, f"{settings.seed} {name} {self._starts[name]}")
         configure(settings.broker, middleware=[steps])
-        engine = make_engine(settings.database)
-        steps.watch(engine)
-        break_on_purpose(settings.broken, engine, self.folder)
+        self.adapter.watch(steps.executes)
+        break_on_purpose(settings.broken, self.adapter, self.folder)
         role = {"service": serve, "relay": relay, "subscriber": subscribe}[name.partition(" ")[0]]
-        role(self.shared, settings, name, engine)
+        role(self.shared, settings, name, self.adapter)
 
     def _supervise(self) -> None:
         """Start again what was killed."""
@@ -760,34 +697,95 @@ class Run:
         for path in sorted(self.folder.glob("*.log")):
             print(f"--- {path.name}", *path.read_text().splitlines()[-25:], sep="\n")
 
-    def figures(self, verdict: Verdict) -> list[tuple[str, str]]:
-        kinds = {kind: sum(self.shared[f"{name} {kind}"] for name in SERVICES) for kind in KINDS}
-        return [
-            ("transactions", f"{sum(kinds.values()):,}"),
-            *((f"of them {kind}", f"{number:,}") for kind, number in kinds.items()),
-            ("events committed", f"{verdict.committed:,}"),
-            ("of them published by a handler", f"{verdict.follow_ups:,}"),
-            ("events arrived", f"{verdict.arrived:,}"),
-            ("further copies of them", f"{verdict.duplicates:,}"),
-            ("events handled", f"{verdict.handled:,}"),
-            (
-                "lost, made up, out of order, handled twice (must be 0)",
-                f"{sum(verdict.wrong.values()):,}",
-            ),
-            ("seconds", f"{self.seconds:.0f}"),
-        ]
+    def outcome(self, verdict: Verdict) -> Outcome:
+        options = self.options
+        command = (
+            f"python tests/outbox_faults.py --transactions {options.transactions} "
+            f"--seed {options.seed} --database {options.database} --adapter {options.adapter} "
+            f"--release {options.release}"
+        )
+        if options.broken:
+            command += f' --broken "{options.broken}"'
+        server = "SQLite" if self.server is None else self.server.title
+        return Outcome(
+            f"{server}, {TITLES[options.adapter]}, RabbitMQ {self.node.version}",
+            command,
+            self._figures(verdict),
+            dict(self.faults),
+            self._steps(),
+        )
 
-    def steps(self) -> list[tuple[str, ...]]:
+    def _figures(self, verdict: Verdict) -> dict[str, int]:
+        kinds = {kind: sum(self.shared[f"{name} {kind}"] for name in SERVICES) for kind in KINDS}
+        return {
+            "transactions": sum(kinds.values()),
+            **{f"of them {kind}": number for kind, number in kinds.items()},
+            "events committed": verdict.committed,
+            "of them published by a handler": verdict.follow_ups,
+            "events arrived": verdict.arrived,
+            "further copies of them": verdict.duplicates,
+            "events handled": verdict.handled,
+            "lost, made up, out of order, handled twice (must be 0)": sum(verdict.wrong.values()),
+            "seconds": round(self.seconds),
+        }
+
+    def _steps(self) -> dict[str, list[int]]:
         """How often each kind of process ended itself at each step."""
-        rows = []
-        for when, place in _steps():
-            numbers = [
+        return {
+            f"{when} {place}": [
                 sum(self.shared[f"{name}: {when} {place}"] for name in names)
                 for names in (SERVICES, RELAYS, (SUBSCRIBER,))
             ]
-            if any(numbers):
-                rows.append((f"{when} {place}", *(f"{number:,}" for number in numbers)))
-        return rows
+            for when, place in _steps()
+        }
+
+
+# --------------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run, for a report."""
+
+    title: str
+    command: str
+    figures: dict[str, int]
+    faults: dict[str, int]
+    #: By step: of services, of relays, of the subscriber.
+    steps: dict[str, list[int]]
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """Tables of one run, or of several beside each other."""
+    titles = [outcome.title for outcome in outcomes]
+    totals = ["All"] if len(outcomes) > 1 else []
+
+    def row(what: str, numbers: Sequence[int]) -> tuple[str, ...]:
+        return (what, *(f"{number:,}" for number in (*numbers, *([sum(numbers)] * len(totals)))))
+
+    def rows(of: Sequence[dict[str, int]]) -> Iterator[tuple[str, ...]]:
+        for what in dict.fromkeys(what for each in of for what in each):
+            yield row(what, [each.get(what, 0) for each in of])
+
+    figures = rows([outcome.figures for outcome in outcomes])
+    faults = rows([dict(sorted(outcome.faults.items())) for outcome in outcomes])
+    steps = [
+        (what, *(f"{sum(each.steps[what][kind] for each in outcomes):,}" for kind in range(3)))
+        for what in outcomes[0].steps
+        if any(sum(each.steps[what]) for each in outcomes)
+    ]
+    lines = [
+        "To run it again::",
+        "",
+        *(f"    {outcome.command}" for outcome in outcomes),
+        "",
+        *table(("What came of it", *titles, *totals), *figures),
+        *table(("Fault", *titles, *totals), *faults),
+        "Of the kills, those at a step of the process itself:",
+        "",
+        *table(("Step", "Service", "Relay", "Subscriber"), *steps),
+    ]
+    return "\n".join(lines)
 
 
 def table(*rows: tuple[str, ...]) -> list[str]:
@@ -797,27 +795,9 @@ def table(*rows: tuple[str, ...]) -> list[str]:
     return [*lines, ""]
 
 
-def report(run: Run, verdict: Verdict) -> str:
-    options = run.options
-    command = (
-        f"python tests/outbox_faults.py --transactions {options.transactions} "
-        f"--seed {options.seed} --database {options.database}"
-    )
-    if options.broken:
-        command += f' --broken "{options.broken}"'
-    server = "SQLite" if run.server is None else run.server.title
-    lines = [
-        f"{server}, RabbitMQ {run.node.version}. To run it again::",
-        "",
-        f"    {command}",
-        "",
-        *table(("What came of it", "Number"), *run.figures(verdict)),
-        *table(("Fault", "How often"), *((k, f"{n:,}") for k, n in sorted(run.faults.items()))),
-        "Of the kills, those at a step of the process itself:",
-        "",
-        *table(("Step", "Service", "Relay", "Subscriber"), *run.steps()),
-    ]
-    return "\n".join(lines)
+def show(paths: Sequence[Path]) -> str:
+    """The report of runs that were kept with ``--json``."""
+    return report([Outcome(**json.loads(path.read_text())) for path in paths])
 
 
 def main() -> int:
@@ -828,14 +808,25 @@ def main() -> int:
     parser.add_argument("--transactions", type=int, default=300, metavar="N")
     parser.add_argument("--seed", type=int, default=1, help="of transactions, kills and faults")
     parser.add_argument("--database", choices=DATABASES, default="postgresql")
+    parser.add_argument("--adapter", choices=ADAPTERS, default="sqlalchemy")
     parser.add_argument("--release", choices=RELEASES, default="host", help="of RabbitMQ")
     parser.add_argument("--lease", type=float, default=3.0, help="seconds; default: 3")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds, less than the lease")
     parser.add_argument("--broken", choices=BROKEN, help="break a promise on purpose")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables, as RST")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what came of it")
+    parser.add_argument(
+        "--show", type=Path, nargs="+", metavar="FILE", help="only report runs that were kept"
+    )
     options = parser.parse_args()
     if options.transactions < 1 or not 0 < options.timeout < options.lease:
         parser.error("give at least one transaction, and a timeout that is less than the lease")
+    if options.show:
+        try:
+            return finish(show(options.show), options.report)
+        except (OSError, ValueError, TypeError) as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 2
     try:
         run = Run(options)
         verdict = run.run()
@@ -844,15 +835,22 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    written = report(run, verdict)
-    print(written)
-    if options.report is not None:
-        options.report.write_text(written)
+    outcome = run.outcome(verdict)
+    if options.json is not None:
+        options.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+    finish(report([outcome]), options.report)
     for what, number in verdict.wrong.items():
         print(f"NOT AS PROMISED: {what}: {number:,}")
     if not verdict.wrong:
         print("as promised")
     return 1 if verdict.wrong else 0
+
+
+def finish(written: str, path: Path | None) -> int:
+    print(written)
+    if path is not None:
+        path.write_text(written)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from databases import Server
 
 # At the end: a domain_events that is installed is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import layers, pieces, plots, running, samples, scenarios, tables, targets
+from benchmarks import layers, outbox, pieces, plots, running, samples, scenarios, tables, targets
 from benchmarks.__main__ import parser
 from benchmarks.brokerside import Letter, event_template
 from benchmarks.peers import driver
@@ -229,9 +231,10 @@ def test_a_peer_that_cannot_promise_as_much_is_marked() -> None:
 
 
 def test_the_documentation_gets_tables_and_pictures() -> None:
-    text = tables.as_rst(results(*rate("pika", 1000)), ["publish-quorum.svg"])
+    text = tables.as_rst(results(*rate("pika", 1000)), {"publish-quorum.svg": "Bulk"})
     assert ".. list-table:: Confirmed publishing in bulk" in text
-    assert ".. image:: publish-quorum.svg" in text
+    assert ".. image:: publish-quorum.svg\n   :alt: Bulk\n" in text
+    assert text.index("image::") < text.index("list-table::")
 
 
 def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
@@ -242,7 +245,10 @@ def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
     ]
     made = results(*rate("pika", 1000, 2000), *rate(OURS, 20_000), *series)
     names = plots.write(made, tmp_path)
-    assert names == ["publish-quorum.svg", "prefetch.svg"]
+    assert list(names) == ["headline-publish.svg", "publish-quorum.svg", "prefetch.svg"]
+    assert names["headline-publish.svg"] == (
+        "Publishing in bulk: 13 times the best synchronous client"
+    )
     for name in names:
         root = ET.parse(tmp_path / name).getroot()
         words = " ".join(root.itertext())
@@ -369,3 +375,58 @@ def test_without_a_broker_a_sample_fails(unused_port: int) -> None:
     url = f"amqp://127.0.0.1:{unused_port}/"
     with pytest.raises(samples.SampleFailed, match="connection"):
         samples.take(BY_NAME[OURS], scenario, scenario.variants[0], url, None)
+
+
+# --- the outbox ----------------------------------------------------------------------------------
+
+OURS_IN = {each.title: each for each in outbox.MEASURED[:2]}
+
+
+@pytest.mark.parametrize(
+    ("take", "title", "keys"),
+    [
+        (outbox.relay, "this library, Django", {"relay"}),
+        (outbox.latency, "this library, SQLAlchemy", {"p50", "p99"}),
+        (outbox.cost, "this library, Django", {"without", "after more", "outbox more"}),
+    ],
+)
+def test_the_outbox_is_measured(
+    take: Any, title: str, keys: set[str], broker_url: str, postgresql_server: Server
+) -> None:
+    """Relayed events are counted in a queue; handled ones are waited for."""
+    few = outbox.Effort(rounds=1, relayed=150, rate=100, committed=20, transactions=25)
+    place = outbox.Place(postgresql_server, broker_url)
+    assert set(take(place, OURS_IN[title], few)) == keys
+
+
+def test_a_relay_that_loses_events_has_no_figures(
+    broker_url: str, postgresql_server: Server
+) -> None:
+    """It deletes them all, and is fast."""
+    ours = OURS_IN["this library, SQLAlchemy"]
+    nothing = replace(ours, waiting="domain_events_outbox WHERE false")
+    few = outbox.Effort(rounds=1, relayed=150, rate=100, committed=20, transactions=25)
+    place = outbox.Place(postgresql_server, broker_url)
+    with pytest.raises(samples.SampleFailed, match="0 of 150 events have arrived"):
+        outbox.relay(place, nothing, few, patience=0.0)
+
+
+def test_outboxes_are_shown_with_what_is_missing_and_as_kept(tmp_path: Path) -> None:
+    effort = outbox.Effort.of(quick=False, rounds=None)
+    made = outbox.Outcome(effort, "PostgreSQL 15, RabbitMQ 4.3", running.machine())
+    ours, _, peer, *_ = outbox.MEASURED
+    for rate in (5_000.0, 7_000.0, 6_000.0):
+        made.add(ours.title, {"relay": rate, "p50": rate / 1e6})
+    made.versions[ours.title] = "1.0"
+    made.failed[peer.title] = "cannot be installed: no such version"
+    kept = tmp_path / "kept.json"
+    made.save(kept)
+    text = outbox.as_text(made)
+    assert outbox.as_text(outbox.Outcome.load(kept)) == text
+    assert "6,000 (5,000-7,000)" in text
+    assert "6.00 (5.00-7.00)" in text  # milliseconds
+    assert f"{peer.title}: cannot be installed: no such version" in text
+    assert ".. list-table:: Outboxes in PostgreSQL" in outbox.as_rst(made)
+    kept.write_text("[]")
+    with pytest.raises(ValueError, match="no results of outboxes"):
+        outbox.Outcome.load(kept)

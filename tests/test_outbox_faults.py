@@ -13,6 +13,7 @@ from pathlib import Path
 import outbox_faults
 import pytest
 from databases import PostgreSQL
+from outbox_adapters import ADAPTERS
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +27,7 @@ pytestmark = [
 
 thorough = pytest.mark.skipif(
     not os.environ.get("DOMAIN_EVENTS_TEST_FAULTS"),
-    reason="takes four minutes: set DOMAIN_EVENTS_TEST_FAULTS=1",
+    reason="takes eight minutes: set DOMAIN_EVENTS_TEST_FAULTS=1",
 )
 
 
@@ -43,10 +44,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_outbox_and_inbox_keep_their_promises_while_everything_is_killed(tmp_path: Path) -> None:
-    """Each kind of fault once; `python tests/outbox_faults.py` injects as many as wanted."""
-    file = tmp_path / "report.inc"
-    done = run("--transactions", 240, "--seed", 5, "--report", file)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_outbox_and_inbox_keep_their_promises_while_everything_is_killed(
+    adapter: str, tmp_path: Path
+) -> None:
+    """Each kind of fault once; `make kills` injects as many as wanted."""
+    file, kept = tmp_path / "report.inc", tmp_path / "kept.json"
+    words = ("--adapter", adapter, "--transactions", 240, "--seed", 5)
+    done = run(*words, "--report", file, "--json", kept)
     assert done.returncode == 0, done.stdout
     assert "as promised" in done.stdout
     written = file.read_text()
@@ -54,6 +59,10 @@ def test_outbox_and_inbox_keep_their_promises_while_everything_is_killed(tmp_pat
         assert fault in written
     for fault in ("service killed", "relay killed", "subscriber killed"):
         assert fault in written, "no process was killed at a step"
+    assert outbox_faults.show([kept]) == written
+    assert "   * - transactions\n     - 240\n     - 240\n     - 480\n" in outbox_faults.show(
+        [kept] * 2
+    )
 
 
 #: By what is broken: what the verdict must find.
@@ -67,7 +76,9 @@ FOUND = {
 
 @thorough
 @pytest.mark.parametrize("broken", outbox_faults.BROKEN)
-def test_matrix_finds_what_is_broken_on_purpose(broken: str) -> None:
-    done = run("--transactions", 150, "--seed", 2, "--broken", broken)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_matrix_finds_what_is_broken_on_purpose(adapter: str, broken: str) -> None:
+    words = ("--adapter", adapter, "--transactions", 150, "--seed", 2)
+    done = run(*words, "--broken", broken)
     assert done.returncode == 1, done.stdout
     assert f"NOT AS PROMISED: {FOUND[broken]}" in done.stdout

@@ -186,10 +186,10 @@ def test_readme_publishes_after_a_commit_of_django(person: Any, outbox: bool) ->
 def idempotent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event_broker: EventBroker
 ) -> Iterator[tuple[Recipe, Recipe]]:
-    """The two recipes of the introduction, whose subscribers are registered."""
+    """The two recipes, whose subscribers are registered."""
     assert event_broker.published == []
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks("docs/introduction.rst", "Handlers must be idempotent")
+    blocks = code_blocks("docs/handling.rst", "Handlers must be idempotent")
     counting, invoicing = (
         run(block.replace("subscriber.start_consuming()\n", "").rstrip()) for block in blocks
     )
@@ -267,7 +267,7 @@ def test_recipes_are_all_tried() -> None:
     # The first of them is an ordinary subscriber.
     assert len(code_blocks("docs/migrating.rst", "Queues")) == 2
     assert len(code_blocks("README.rst", TRANSACTIONS)) == 2
-    assert len(code_blocks("docs/introduction.rst", "Handlers must be idempotent")) == 2
+    assert len(code_blocks("docs/handling.rst", "Handlers must be idempotent")) == 2
     assert domain_events.__all__
 
 

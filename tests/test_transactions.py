@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import onlooker
 import pytest
@@ -213,23 +212,3 @@ def test_outbox_needs_nothing_of_a_session(request: pytest.FixtureRequest) -> No
         assert broker.published[-1] == left
         assert len(broker.published) == 2
     engine.dispose()
-
-
-# --- the pictures --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path", sorted(DOCS.glob("transactions-*.svg")), ids=lambda path: path.name
-)
-def test_picture_can_be_read_by_anybody(path: Path) -> None:
-    """On a narrow screen, light or dark, or by its text."""
-    picture = ElementTree.parse(path).getroot()
-    namespace = "{http://www.w3.org/2000/svg}"
-    assert picture.find(f"{namespace}title") is not None
-    width = float(picture.attrib["viewBox"].split()[2])
-    style = picture.findtext(f"{namespace}style") or ""
-    sizes = [float(size) for size in re.findall(r"(\d+)px", style)]
-    assert min(sizes) * min(1.0, 350 / width) >= 11  # of the 390 pixels, the page's margins take 40
-    assert "prefers-color-scheme: dark" in style
-    directive = PAGE.partition(f".. image:: {path.name}\n")[2]
-    assert directive.startswith("   :alt: ")

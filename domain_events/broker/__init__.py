@@ -49,6 +49,12 @@ from domain_events.process import check_fork, on_fork
 
 Result = TypeVar("Result")
 
+#: What to do about something that a subscriber uses, but does not declare.
+TO_APPLY = (
+    "This subscriber declares nothing (declare=False): an operator does, with: "
+    "domain-events topology apply package.module:subscriber"
+)
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -79,6 +85,8 @@ class Queue:
     auto_delete: bool = False
     #: As domain-event-broker declares it; an existing one is used whatever its arguments.
     classic: bool = False
+    #: An operator declares it, with all else that it needs: it is used as it is, never declared.
+    must_exist: bool = False
 
     @property
     def is_temporary(self) -> bool:
@@ -267,7 +275,11 @@ class Consuming(Protocol):
     """
 
     def declare(self, queue: Queue, timeout: float) -> None:
-        """Declare the queue and everything else that its subscriber needs."""
+        """Declare the queue and everything else that its subscriber needs.
+
+        Of one that ``must_exist``, only check that the queues and exchanges exist, as far as this
+        user may.
+        """
 
     def delete(self, names: Sequence[str], exchange: str, timeout: float) -> None:
         """Delete subscribers, with their dead letters, and an exchange, with its delayed events."""
@@ -471,6 +483,11 @@ class Connections:
     def address(self) -> object:
         """Identifies the broker in use; equal for two owners with the same broker."""
         return self._urls if self._broker is self._own_broker else self._broker
+
+    @property
+    def urls(self) -> tuple[str, ...] | None:
+        """The broker's URLs, in or out of a test; None if everything is switched off."""
+        return self._urls
 
     @property
     def shown(self) -> str:

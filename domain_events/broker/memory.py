@@ -44,6 +44,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from domain_events.broker import (
+    TO_APPLY,
     Consumer,
     Exchange,
     OnChange,
@@ -608,6 +609,8 @@ class Store:
         self._exchanges: dict[str, _Exchange] = {}
         self._queues: dict[Place, _Queue] = {}
         self.browsers: set[MemoryBrowser] = set()
+        #: Whether all that subscribers declare exists without their doing so.
+        self.is_applied = False
         #: Whether an outage is simulated.
         self.is_away = False
         #: The connections in use.
@@ -729,8 +732,11 @@ class Store:
     def declare(self, queue: Queue, owner: object) -> _Queue:
         """Make sure that it exists, with its exchange, its bindings, and all else that it needs.
 
-        :raises TopologyError: it exists with other settings, or is another connection's.
+        :raises TopologyError: it exists with other settings, or is another connection's; or it does
+            not exist, and is not to be declared.
         """
+        if queue.must_exist and not self.is_applied:
+            return self._existing(queue, owner)
         exchange = self.declare_exchange(queue.exchange)
         place, dead_letters = ToSubscriber(queue.name), ToDeadLetters(queue.name)
         if queue.delays:
@@ -756,6 +762,20 @@ class Store:
             while found.parked:
                 self.put(dead_letters, found.parked.pop(0))
         return found
+
+    def _existing(self, queue: Queue, user: object) -> _Queue:
+        """The queue of a subscriber that declares nothing, if all of what it needs exists."""
+        if queue.exchange.name not in self._exchanges:
+            raise TopologyError(f"The exchange {queue.exchange.name!r} does not exist. {TO_APPLY}")
+        places: list[Place] = [ToSubscriber(queue.name)]
+        if queue.dead_letters:
+            places.append(ToDeadLetters(queue.name))
+        if queue.delays:
+            places.append(UndeliveredOf(queue.exchange.name))
+        for place in places:
+            if place not in self._queues:
+                raise TopologyError(f"The queue {_name(place)!r} does not exist. {TO_APPLY}")
+        return self.queue(places[0], user)
 
     def delete(self, places: Iterable[Place], exchange: str, user: object) -> None:
         """Delete the queues and the exchange, if they exist.

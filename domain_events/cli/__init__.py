@@ -60,9 +60,8 @@ def _hide_password() -> None:
             del words[at : at + 2]
         else:
             continue
-        # Of `demo`, the option alone means the broker in the environment.
-        if "demo" in words[:at]:
-            words.insert(at, "--broker")
+        # The broker in the environment is meant: `demo` has the option alone for that.
+        words.insert(at, "--broker" if "demo" in words[:at] else "--broker=")
         break
     if "@" not in url or os.name != "posix":
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ def broker_option(command: Command) -> Command:
 
 
 def _masked(_ctx: click.Context, _option: click.Parameter, value: str | None) -> ConnectionSettings:
+    if value == "":  # it was moved there, with its password
+        value = os.environ.get(settings.ENVIRONMENT[0], "")
     return DEFAULT if value is None else settings.masked(value)
 
 

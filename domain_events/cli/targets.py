@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+import uuid
 from typing import Any
 
 import click
 
+from domain_events import broker
+from domain_events.broker.memory import Memory
 from domain_events.cli import exits
+from domain_events.errors import DomainEventsError
 from domain_events.subscriber import Subscriber
 from domain_events.text import printable
 
@@ -30,13 +34,27 @@ def load_subscriber(target: str) -> Subscriber:
     """
     found = _load(target)
     if not isinstance(found, Subscriber) and callable(found):
-        found = found()
+        try:
+            found = found()
+        except DomainEventsError:
+            raise
+        except Exception as error:
+            raise NotImported(_with_traceback(target, error)) from error
     if not isinstance(found, Subscriber):
         raise NotImported(
             f"{target} is of type {type(found).__name__}; name a Subscriber, or a function without "
             "parameters that returns one."
         )
     return found
+
+
+def load_offline(target: str) -> Subscriber:
+    """As `load_subscriber`, for a look: whatever it declares or publishes meanwhile, it does not.
+
+    Not at the broker, that is, but at an embedded one, which nobody else uses.
+    """
+    with broker.overridden(Memory((f"memory://{uuid.uuid4()}",))):
+        return load_subscriber(target)
 
 
 def _load(target: str) -> Any:

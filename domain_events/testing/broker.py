@@ -65,6 +65,8 @@ class EventBroker:
             raise RuntimeError("This EventBroker is switched on already.")
         self._published = []
         self._store = memory.store(self._name, VirtualTime() if self._virtual_time else None)
+        # Those of Subscriber(declare=False) exist here, too.
+        self._store.is_applied = True
         self._on.callback(memory.forget, self._name)
         self._on.enter_context(overridden(_Recorder(memory.Memory((self.url,)), self._record)))
         return self

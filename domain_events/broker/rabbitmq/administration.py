@@ -26,10 +26,12 @@ from domain_events.broker.rabbitmq.errors import (
     closed_error,
     explain,
     is_different,
+    is_in_use,
     read_error,
 )
 from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import Nodes, check
+from domain_events.broker.rabbitmq.permissions import Permission, probe
 from domain_events.broker.rabbitmq.requests import Refused, Requests, Work
 from domain_events.broker.rabbitmq.topology import (
     Binding,
@@ -99,6 +101,8 @@ class Administration:
         """Reset all state (at first, and in the child of a fork)."""
         self._channels = Channels(self._link)
         self._requests = Requests(self._link, self._channels)
+        #: Why the broker has stopped to read from this connection, an alarm; see `refusal`.
+        self.blocked = ""
 
     def __enter__(self) -> Administration:
         return self
@@ -170,6 +174,30 @@ class Administration:
             return Comparison.UNKNOWN, str(error)
         return Comparison.SAME, ""
 
+    def refusal(self, permission: Permission) -> str:
+        """What the broker answers to a user without this permission; empty if the user has it.
+
+        Changes nothing; see `permissions`. To probe ``write`` on an exchange is to publish, as far
+        as the broker is concerned: during an alarm it blocks the connection, which can then not be
+        used any more (`blocked`).
+        """
+        send = probe(permission)
+
+        def work(channel: Channel, done: Callable[[object], None]) -> None:
+            # The broker sends this before its answer.
+            channel.connection.add_on_connection_blocked_callback(
+                self._link.guarded(self._on_blocked)
+            )
+            send(channel, done)
+
+        try:
+            self._do(work, _permission_error)
+        except _Refused as refusal:
+            return str(refusal)
+        except _Permitted:
+            pass
+        return ""
+
     # --- changing --------------------------------------------------------------------------------
 
     def declare(self, declarations: Topology) -> None:
@@ -237,6 +265,9 @@ class Administration:
         """No connection can be made: all waiting requests fail with the error."""
         self._requests.fail(error)
 
+    def _on_blocked(self, _connection: object, frame: Any) -> None:
+        self.blocked = printable(frame.method.reason) or "an alarm"
+
     # --- private ---------------------------------------------------------------------------------
 
     def _do(
@@ -257,6 +288,21 @@ class _Missing(TopologyError):
 
 class _Different(TopologyError):
     """It exists with other arguments."""
+
+
+class _Refused(ConfigurationError):
+    """The user lacks the permission."""
+
+
+class _Permitted(TopologyError):
+    """The request failed for another reason than the user's permissions."""
+
+
+def _permission_error(error: DomainEventsError, reason: BaseException) -> DomainEventsError:
+    code, text = close_code(reason), printable(explain(reason), 400)
+    if code == ACCESS_REFUSED and not is_in_use(text):
+        return _Refused(text)
+    return _Permitted(text) if code else error
 
 
 def _read_error(name: str, reason: BaseException) -> DomainEventsError:

@@ -61,7 +61,8 @@ _CONFIRMED_DEAD_LETTERING = {
 class Exchange:
     """An exchange; durable. One that exists with the same type is used as it is.
 
-    ``strict``: it must have these very arguments. ``shared``: see `is_shared`.
+    ``strict``: it must have these very arguments. ``shared``: see `is_shared`. ``must_exist``: it
+    is only looked for, whatever its type and arguments.
     """
 
     name: str
@@ -69,11 +70,15 @@ class Exchange:
     arguments: Mapping[str, object] = field(default_factory=dict)
     strict: bool = False
     shared: bool = False
+    must_exist: bool = False
 
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue. ``adopt_existing``: when one of that name exists, take it whatever its arguments."""
+    """A queue. ``adopt_existing``: when one of that name exists, take it whatever its arguments.
+
+    ``must_exist``: the same, and a missing one is not declared but an error.
+    """
 
     name: str
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -82,6 +87,7 @@ class Queue:
     auto_delete: bool = False
     adopt_existing: bool = False
     shared: bool = False
+    must_exist: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,17 @@ def dead_letter_queue(name: str, *, classic: bool = False) -> Queue:
 
 
 def needed(queue: broker.Queue) -> list[Declaration]:
-    """All that must exist on the broker for a subscriber."""
+    """All that must exist on the broker for a subscriber.
+
+    For one that declares nothing: its exchanges and queues. Whether a binding exists cannot be seen
+    over AMQP.
+    """
+    if queue.must_exist:
+        declared = needed(replace(queue, must_exist=False))
+        found = [each for each in declared if isinstance(each, Exchange | Queue)]
+        # Its own queue before the others, whose absence says less.
+        found.sort(key=lambda each: each.name != queue.name)
+        return [replace(each, must_exist=True) for each in found]
     name, exchange = queue.name, queue.exchange.name
     topology: list[Declaration] = [Exchange(exchange, queue.exchange.type)]
     if queue.dead_letters:
@@ -286,6 +302,11 @@ def is_shared(declaration: Declaration) -> bool:
     Their names are reserved: no subscriber and no exchange of a user's can have one of them.
     """
     return not isinstance(declaration, Unbinding) and declaration.shared
+
+
+def must_exist(declaration: Declaration) -> bool:
+    """Whether it is not declared, but only looked for."""
+    return isinstance(declaration, Exchange | Queue) and declaration.must_exist
 
 
 def way_back(exchange: str, name: str) -> Binding:
