@@ -319,6 +319,20 @@ def test_export_leaves_everything_and_overwrites_nothing(bench: Bench, terminal:
     assert "all.jsonl exists" in remarks
 
 
+def test_nothing_is_deleted_when_its_copy_cannot_be_written(
+    bench: Bench, terminal: Terminal
+) -> None:
+    """Where there is no such folder, and on a full disk."""
+    queue = bench.names.queue()
+    there = fill(bench, queue, 3)
+    for path in ("nowhere/copy.jsonl", "/dev/full"):
+        discard = "dead-letters", "discard", queue, "--yes", "--to", path
+        _, remarks = terminal.run(*discard, status=2)
+        assert "Copies cannot be written to" in remarks
+        assert len(remarks.splitlines()) == 1
+    assert ids(bench.url, queue) == there
+
+
 # --- kills ---------------------------------------------------------------------------------------
 
 

@@ -312,13 +312,17 @@ def replay(
                     on_replayed=lambda: None if bar is None else bar.advance(bar.task_ids[0]),
                 )
                 try:
-                    replaying.run(wanted.of(dead_letters))
+                    replaying.run(partial(_rest, wanted, replaying))
                 except BaseException:
                     output.remark(f"{replaying.result.number:,} of {name} were replayed.")
                     raise
         if _report(name, replaying, as_json=as_json):
             return exits.PARTIAL
     return exits.OK
+
+
+def _rest(wanted: Choice, replaying: Replay, letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
+    return wanted.less(replaying.result.number).of(letters)
 
 
 def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
@@ -407,10 +411,7 @@ def discard_all(
     def settle() -> None:
         nonlocal number, size
         if copies is not None:
-            try:
-                copies.add(map(entry, batch))
-            except OSError as error:
-                raise click.FileError(str(copies.path), error.strerror or "") from error
+            copies.add(map(entry, batch))
         number += walks.discard_many(batch)
         batch.clear()
         size = 0
@@ -492,19 +493,16 @@ def export(
     # Under its name it is complete.
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    try:
-        with archive.Archive(part.absolute()) as copies:
-            batch: list[dict[str, Any]] = []
-            for name, letter in letters:
-                batch.append(archive.entry(letter, name))
-                number += 1
-                if len(batch) >= _MOST_IN_A_COPY or len(letter.body) >= _MOST_BYTES_IN_A_COPY:
-                    copies.add(batch)
-                    batch.clear()
-            copies.add(batch)
-        part.rename(path)
-    except OSError as error:
-        raise click.FileError(str(path), error.strerror or "") from error
+    with archive.Archive(part.absolute()) as copies:
+        batch: list[dict[str, Any]] = []
+        for name, letter in letters:
+            batch.append(archive.entry(letter, name))
+            number += 1
+            if len(batch) >= _MOST_IN_A_COPY or len(letter.body) >= _MOST_BYTES_IN_A_COPY:
+                copies.add(batch)
+                batch.clear()
+        copies.add(batch)
+    part.rename(path)
     output.remark(f"{number:,} were copied to {path}.")
     return exits.OK
 

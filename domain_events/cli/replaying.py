@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TypeAlias
 
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.errors import DomainEventsError
 from domain_events.message import ToSubscriber
+
+#: Chooses some of the dead letters of a walk.
+Choose: TypeAlias = Callable[[Iterable[DeadLetter]], Iterable[DeadLetter]]
 
 _POLL_INTERVAL = 0.1
 # Seconds that a handler has for the last event of a batch, once its queue is empty.
@@ -69,22 +74,42 @@ class Replay:
         # How often each was replayed with this one.
         self._replays: dict[str, int] = {}
         self._expected = 0
-        self._next_look = self._next_at = 0.0
+        self._next_look = 0.0
+        self._next_at = time.monotonic()
+        self._started = datetime.now(timezone.utc)
+        self._passed_over = False
 
-    def run(self, letters: Iterable[DeadLetter]) -> Replayed:
-        """Replay these.
+    def run(self, choose: Choose = iter) -> Replayed:
+        """Replay what was there when this began, in the order of ``choose``.
 
+        What failed later is left, by its time: looking may have changed the order.
+
+        :param choose: yields some of the dead letters that it gets, such as a filter does.
         :raises DomainEventsError: as `DeadLetter.replay`; that one and the rest are left.
         """
-        letters = iter(letters)
-        self._next_at = time.monotonic()
+        while True:
+            number, self._passed_over = self.result.number, False
+            self._run(iter(choose(self._letters())))
+            # Some that are behind the new ones were not reached.
+            if self.result.stopped or not self._passed_over or self.result.number == number:
+                return self.result
+
+    def _letters(self) -> Iterator[DeadLetter]:
+        for letter in self._dead_letters:
+            is_new = letter.failed_at is not None and letter.failed_at > self._started
+            if is_new or letter.id in self._replays:
+                self._passed_over = True
+            else:
+                yield letter
+
+    def _run(self, letters: Iterator[DeadLetter]) -> None:
         size = 1
         for first in letters:
             if not self.result.number:
                 self._expected = self._dead_letters.count()
             elif not self._may_go_on():
                 self.result.stopped = True
-                return self.result
+                return
             batch = itertools.chain([first], itertools.islice(letters, size - 1))
             if self._rate:
                 self._replay_slowly(batch, self._rate)
@@ -93,7 +118,6 @@ class Replay:
             size = min(size * 2, self._batch)
         if self.result.number:
             self._may_go_on()
-        return self.result
 
     def _replay_slowly(self, letters: Iterable[DeadLetter], rate: float) -> None:
         for letter in letters:
