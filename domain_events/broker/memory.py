@@ -532,6 +532,10 @@ class MemoryBrowser(_Holder):
         if not self.owner.call(ack):
             raise BrokerUnavailable(f"The message was given back to {self.place}; begin again.")
 
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        for delivery in deliveries:
+            self.ack(delivery, timeout)
+
     def rewind(self) -> None:
         self.owner.call(self.begin)
 
