@@ -363,7 +363,7 @@ class Rabbitmqctl:
         status, own = self._status(), self.run("status")
         running = status["running_nodes"]
         names = {*status["disk_nodes"], *status.get("ram_nodes", []), *running}
-        # It has the uptime of the node that it is connected to, which has a log, too.
+        # It has the uptime of one node only, after which that node's folder is named.
         this = own.get("data_directory", "").rpartition("/")[2]
         return [
             NodeFound(name, name in running, own["uptime"] if name == this else None)
