@@ -36,6 +36,8 @@ from typing import Any, Protocol, TypeVar
 from domain_events import ConfigurationError
 from domain_events.checks import flag, refusal, shown, whole_number
 
+__all__ = ["HealthBeat", "HealthServer", "check", "report"]
+
 log = logging.getLogger("domain_events")
 
 # Seconds for a client to send its request, and for systemd to take a notification.
