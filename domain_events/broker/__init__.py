@@ -172,6 +172,12 @@ class Publishing(Protocol):
         Never waits: each call requests a response, which the next one looks for.
         """
 
+    def connect(self) -> None:
+        """Begin to connect, if there is no connection, without waiting for it.
+
+        :raises BrokerUnavailable: it is closed, or no thread can be started.
+        """
+
     def submit(self, publication: Publication) -> None:
         """Send this after all others, as soon as there is a connection with room in its window.
 

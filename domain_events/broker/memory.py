@@ -187,6 +187,10 @@ class MemoryPublishing:
     def silence(self) -> float:
         return 0.0  # it has no thread
 
+    def connect(self) -> None:
+        _check_open(self._is_closed)
+        self._uses.begin()
+
     def submit(self, publication: Publication) -> None:
         if not self._is_closed:
             self._uses.begin()

@@ -10,9 +10,11 @@ install.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from domain_events import settings
 
@@ -21,53 +23,81 @@ _INSTALL = (
     "'domain-events-rabbitmq[cli]'. Without them, there is only: domain-events demo"
 )
 
+# Options whose value may contain a password, and the environment variables that stand for them.
+_SECRETS = {"--broker": settings.ENVIRONMENT[0], "--management": "DOMAIN_EVENTS_MANAGEMENT_URL"}
+# Commands whose arguments may be a database's URL; `env:NAME` stands for that.
+_WITH_DATABASE = ("relay", "outbox")
+_HAS_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*:[^/?#]*@", re.IGNORECASE)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A user's mistake prints one line, no traceback."""
+    _open_standard_streams()
     if arguments is None:
-        _hide_password()
+        _hide_passwords()
         arguments = sys.argv[1:]
-    try:
-        from domain_events.cli.app import run  # noqa: PLC0415 - without the extra, it is not there
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("click", "rich"):
-            raise
-        from domain_events import demo  # noqa: PLC0415
+    if importlib.util.find_spec("click") and importlib.util.find_spec("rich"):
+        from domain_events.cli.app import run  # noqa: PLC0415 - it imports click
 
-        if arguments[:1] == ["demo"]:
-            return demo.main(arguments[1:])
-        print(_INSTALL, file=sys.stderr)
-        return 2
-    return run(arguments)
+        return run(arguments)
+    from domain_events import demo  # noqa: PLC0415
+
+    if arguments[:1] == ["demo"]:
+        return demo.main(arguments[1:])
+    print(_INSTALL, file=sys.stderr)
+    return 2
 
 
-def _hide_password() -> None:
-    """Re-execute with ``--broker URL`` in the environment, if it has a password.
+def _open_standard_streams() -> None:
+    """Open those that are closed (``>&-``), or the next socket would be the standard output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def _hide_passwords() -> None:
+    """Re-execute with URLs that contain a password in the environment.
 
     All users of a machine can read the arguments of a process; like this, for a moment only.
     """
-    words = sys.orig_argv[1:]
-    url = ""
-    for at, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name != "--broker":
-            continue
-        if equals:
-            url = value
-            del words[at]
-        elif at + 1 < len(words) and "://" in words[at + 1]:
-            url = words[at + 1]
-            del words[at : at + 2]
-        else:
-            continue
-        # The broker in the environment is meant: `demo` has the option alone for that.
-        words.insert(at, "--broker" if "demo" in words[:at] else "--broker=")
-        break
-    if "@" not in url or os.name != "posix":
+    hidden: dict[str, str] = {}
+    words = list(_without_passwords(sys.orig_argv[1:], hidden))
+    if not hidden or os.name != "posix":
         return
     try:
-        os.execve(
-            sys.executable, [sys.executable, *words], {**os.environ, settings.ENVIRONMENT[0]: url}
-        )
+        os.execve(sys.executable, [sys.executable, *words], {**os.environ, **hidden})
     except OSError:
         return
+
+
+def _without_passwords(words: Sequence[str], hidden: dict[str, str]) -> Iterator[str]:
+    """The words of a command line; what is replaced in them goes into ``hidden``."""
+    rest = iter(words)
+    commands: set[str] = set()
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in _SECRETS:
+            if not equals:
+                value = next(rest, "")
+            if "@" in value:
+                hidden[_SECRETS[name]] = value
+                # That in the environment is meant: `demo` has the option alone for that.
+                if name == "--broker":
+                    yield name if "demo" in commands else f"{name}="
+                continue
+            yield word
+            if not equals and value:
+                yield value
+            continue
+        if commands.intersection(_WITH_DATABASE) and _HAS_PASSWORD.search(word):
+            variable = f"DOMAIN_EVENTS_DATABASE_{len(hidden)}"
+            hidden[variable] = word
+            yield f"env:{variable}"
+            continue
+        commands.add(word)
+        yield word

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import click.shell_completion
+from click.shell_completion import CompletionItem
 
 from domain_events import __version__, demo
 from domain_events.cli import exits
@@ -62,6 +64,21 @@ class Commands(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderLeft from None  # else click ends with status 1, without a word
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # That of a group imports every command, for its help.
+        found = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
@@ -105,6 +122,10 @@ def completion(shell: str) -> None:
     click.echo(kind(app, {}, "domain-events", "_DOMAIN_EVENTS_COMPLETE").source())
 
 
+class _ReaderLeft(Exception):
+    """Nobody reads the output any more, as in ``domain-events tail | head``."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: end as on Ctrl-C, so that what is held is given back."""
 
@@ -116,22 +137,30 @@ def run(arguments: Sequence[str]) -> int:
     """
     logging.basicConfig(format="domain-events: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what cannot be encoded is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         status: Any = app.main(list(arguments), "domain-events", standalone_mode=False)
+        sys.stdout.flush()
     except DomainEventsError as error:
         return _fail(f"{printable(error, 2000)}", exits.of(error))
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        context = getattr(error, "ctx", None)
+        see = f" (see {context.command_path} --help)" if context is not None else ""
+        text = _PASSWORD.sub(r"\1...@", error.format_message())
+        return _fail(f"{text}{see}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", exits.INTERRUPTED)
     except Terminated:
         return _fail("terminated", exits.TERMINATED)
-    except BrokenPipeError:
-        # The reader has seen enough, as in `domain-events tail | head`. Nothing may be written to
-        # it at the interpreter's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (_ReaderLeft, BrokenPipeError):
+        discard(sys.stdout)
         return exits.OK
+    except OSError as error:
+        discard(sys.stdout)  # it may be full
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        return _fail(f"{where}{printable(error.strerror or error)}", exits.FILE)
     except Exception:
         logging.getLogger("domain_events.cli").exception(
             "an error of domain-events itself; please report it"
@@ -140,9 +169,18 @@ def run(arguments: Sequence[str]) -> int:
     return exits.OK if status is None else int(status)
 
 
+# Of a URL that was given in a wrong place.
+_PASSWORD = re.compile(r"(://[^:/?#@\s]*:)[^@\s]*@")
+
+
 def _fail(text: str, status: int) -> int:
     click.echo(f"domain-events: {text}", err=True)
     return status
+
+
+def discard(stream: TextIO) -> None:
+    """Write nothing to it any more, also not at the end of the interpreter."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _terminate(_number: int, _frame: object) -> None:

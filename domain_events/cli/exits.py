@@ -34,8 +34,12 @@ TOPOLOGY = 8
 NOT_IMPORTED = 9
 #: Processes crash again and again.
 CRASHING = 10
+#: The database of an outbox cannot be used.
+DATABASE = 11
 #: An error of this program itself.
 INTERNAL = 70
+#: A file, or the standard output, cannot be read or written.
+FILE = 74
 #: Ended by Ctrl-C, and by SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
 

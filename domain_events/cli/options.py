@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from domain_events import settings
+from domain_events.errors import ConfigurationError
 from domain_events.settings import DEFAULT, ConnectionSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -34,6 +35,20 @@ def _masked(_ctx: click.Context, _option: click.Parameter, value: str | None) ->
     if value == "":  # it was moved there, with its password
         value = os.environ.get(settings.ENVIRONMENT[0], "")
     return DEFAULT if value is None else settings.masked(value)
+
+
+def rabbitmq(broker: ConnectionSettings) -> tuple[str, ...]:
+    """The broker's URLs.
+
+    :raises ConfigurationError: it is an embedded one, which no other process sees.
+    """
+    urls = settings.resolve(broker)
+    if urls is None or any(url.startswith("memory:") for url in urls):
+        raise ConfigurationError(
+            "The broker memory:// lives in one process, and this command is another one; name a "
+            f"RabbitMQ by --broker or {settings.ENVIRONMENT[0]}."
+        )
+    return urls
 
 
 def timeout_option(command: Command) -> Command:

@@ -63,7 +63,11 @@ def progress(what: str, total: int | None) -> Iterator[Progress | None]:
         yield None
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    # What goes to stdout meanwhile: above the bar on the same terminal, else where it belongs.
+    console, on_terminal = Console(stderr=True), sys.stdout.isatty()
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, redirect_stdout=on_terminal
+    ) as bar:
         bar.add_task(what, total=total)
         yield bar
 

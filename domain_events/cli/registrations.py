@@ -144,6 +144,9 @@ class _NoConnection:
 class _NoPublishing(_NoConnection):
     trouble = ""
 
+    def connect(self) -> None:
+        """There is nothing to connect to."""
+
     def submit(self, publication: Publication) -> None:
         publication.error = BrokerUnavailable(
             "Nothing is published while registrations are read: the event was not sent. Publish "

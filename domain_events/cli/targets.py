@@ -27,22 +27,33 @@ class NotImported(click.ClickException):
 def load_subscriber(target: str) -> Subscriber:
     """The subscriber named by ``package.module:attribute``, or by a function that returns it.
 
+    :raises NotImported: there is no such module or attribute, or it is something else.
+    """
+    found: Subscriber = load(target, (Subscriber,), "a Subscriber")
+    return found
+
+
+def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
+    """The object named by ``package.module:attribute``, or by a function that returns it.
+
     The current directory is the first place to import from, as with ``python -m``. An error in the
     module itself is shown with its traceback, without the frames of the import.
 
+    :param kinds: what it may be; ``what`` in words.
     :raises NotImported: there is no such module or attribute, or it is something else.
+    :raises DomainEventsError: as `Subscriber.register` does, which the module calls.
     """
-    found = _load(target)
-    if not isinstance(found, Subscriber) and callable(found):
+    found = _load(target, what)
+    if not isinstance(found, kinds) and callable(found):
         try:
             found = found()
         except DomainEventsError:
             raise
         except Exception as error:
             raise NotImported(_with_traceback(target, error)) from error
-    if not isinstance(found, Subscriber):
+    if not isinstance(found, kinds):
         raise NotImported(
-            f"{target} is of type {type(found).__name__}; name a Subscriber, or a function without "
+            f"{target} is of type {type(found).__name__}; name {what}, or a function without "
             "parameters that returns one."
         )
     return found
@@ -57,12 +68,10 @@ def load_offline(target: str) -> Subscriber:
         return load_subscriber(target)
 
 
-def _load(target: str) -> Any:
+def _load(target: str, what: str) -> Any:
     module_name, colon, attribute = target.partition(":")
     if not module_name or not colon or not attribute:
-        raise click.UsageError(
-            f"{target!r} does not name a subscriber; write package.module:subscriber."
-        )
+        raise click.UsageError(f"{target!r} does not name {what}; write package.module:attribute.")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -74,6 +83,8 @@ def _load(target: str) -> Any:
                 "this the right one?"
             ) from error
         raise NotImported(_with_traceback(module_name, error)) from error
+    except DomainEventsError:
+        raise
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module

@@ -209,9 +209,9 @@ def _ways_out(statuses: set[str], targets: tuple[str, ...]) -> Iterator[str]:
 
     named = " ".join(targets)
     ways = {
-        comparing.MISSING: f"Missing: domain-events topology apply {named}",
+        comparing.MISSING: f"Missing: run domain-events topology apply {named}",
         comparing.STALE: (
-            "Stale: once no process lists the key any more, "
+            "Stale: once no process lists the key any more, run "
             f"domain-events topology prune --stale {named}"
         ),
         comparing.DIFFERENT: (
