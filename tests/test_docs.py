@@ -25,6 +25,7 @@ import pytest
 
 import domain_events
 from domain_events import DomainEvent, Publisher, Reject, Subscriber
+from domain_events.outbox import close_couriers
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,7 @@ def _brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     domain_events.configure()
     domain_events.close_publishers()
+    close_couriers()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     logging.root.handlers[:] = handlers
@@ -160,10 +162,37 @@ def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
             exec(compile(each.code, each.name, "exec"), names)
 
 
+def target(text: str, variant: str) -> str:
+    """What was measured of a target, in the table of the documentation."""
+    table = (ROOT / "docs" / "performance-4.3.inc").read_text()
+    found = re.search(rf"\* - {re.escape(text)}\n +- {variant}\n +- .+\n +- (.+)x\n", table)
+    assert found, text
+    return found[1]
+
+
+def test_figures_of_the_readme_are_those_that_were_measured() -> None:
+    readme = PAGES[0].read_text()
+    bulk = target("Bulk publishing, of the best synchronous peer's", "quorum")
+    assert f"- {bulk} times as many confirmed events a second" in readme
+    consumed = target("Consuming, of the best Python peer's, default options", "quorum")
+    assert f"and {consumed} times as many consumed" in readme
+    faults = (ROOT / "docs" / "faults.inc").read_text()
+    mixed = faults.partition("**mixed**")[2].partition("\n**")[0]
+    row = re.search(r"events whose publish returned\n((?: +- [\d,]+\n)+)", mixed)
+    lost = re.search(r"LOST \(must be 0\)\n((?: +- \d+\n)+)", mixed)
+    assert row
+    assert lost
+    events, losses = (
+        sum(int(each.replace(",", "")) for each in re.findall(r"[\d,]+", found[1]))
+        for found in (row, lost)
+    )
+    assert f"- {losses} of {events:,} events lost" in readme
+
+
 def test_all_pages_are_looked_at() -> None:
     """A mistake in the search would find nothing, and pass."""
     assert len(list(blocks())) > 50
-    assert {block.page.name for block in blocks()} > {"README.rst", "handling.rst", "django.rst"}
+    assert {block.page.name for block in blocks()} > {"README.rst", "handling.rst", "health.rst"}
     assert sum(block.comment.startswith("not run:") for block in blocks()) < 8
     for block in blocks():
         if block.comment.startswith("run by "):
