@@ -71,8 +71,8 @@ def fill(bench: Bench, queue: str, number: int, error: str = "ValueError") -> li
     with bench.subscriber() as subscriber:
         subscriber.register(print, queue, ["none"])
     events = [DomainEvent("user.registered", {"n": n}) for n in range(number)]
+    there = onlooker.count(bench.url, f"{queue}-dl")
     with onlooker.channel(bench.url) as channel:
-        channel.confirm_delivery()
         for event in events:
             headers = {
                 envelope.ROUTING_KEY: event.routing_key,
@@ -82,6 +82,7 @@ def fill(bench: Bench, queue: str, number: int, error: str = "ValueError") -> li
             }
             properties = Properties(headers=headers, message_id=event.uuid_string, delivery_mode=2)
             channel.basic_publish("", f"{queue}-dl", event.to_json().encode(), properties)
+    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == there + number, 120)
     return [event.uuid_string for event in events]
 
 
