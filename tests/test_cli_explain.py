@@ -93,7 +93,7 @@ Nearly:
         (["user.*", "orders:subscriber"], 2, "'user.*' is a binding key; give the routing key"),
         (["a.b", "orders:missing"], 9, "'orders' has no 'missing'"),
         (["a.b", "missing:subscriber"], 9, "There is no module 'missing'"),
-        (["a.b", "orders"], 2, "'orders' does not name a subscriber"),
+        (["a.b", "orders"], 2, "'orders' does not name a Subscriber"),
         (["a.b", "orders:send_mail"], 9, "cannot be imported"),
         (["a.b"], 2, "bindings cannot be read: the management plugin at http://localhost:15672"),
         (["a.b", "--broker", "memory://"], 2, "Only a RabbitMQ has bindings"),
