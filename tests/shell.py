@@ -125,12 +125,16 @@ def running(
 
 @contextmanager
 def on_terminal(
-    url: str, *arguments: object, columns: int = 80, more: Mapping[str, str] | None = None
+    url: str,
+    *arguments: object,
+    columns: int = 80,
+    more: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     """It runs on a terminal of its own, as wide as this; its lines are in ``out``."""
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    streams = {"stdin": secondary, "stdout": secondary, "stderr": secondary}
+    streams = {"stdin": secondary, "stdout": secondary, "stderr": secondary, **options}
     terminal = {"TERM": "xterm-256color", **(more or {})}
     with running(url, *arguments, more=terminal, **streams) as command:
         os.close(secondary)

@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,14 @@ def test_operation_that_fails_for_lack_of_a_permission_is_named(patient: Patient
             changed = list(enough)
             changed[action] = rf"(?!^{re.escape(lacking)}$)" + changed[action]
             assert errors((changed[0], changed[1], changed[2])) == operations, lacking
+    # One that declares nothing may do without configure.
+    queue = replace(patient.subscribed.queue, must_exist=True)
+    with patient.node.user("mailer", ("^$", *enough[1:])) as url:
+        subscribed = [replace(patient.subscribed, queue=queue)]
+        found = patient.check("permissions", subscribed, sources=[], url=url)
+        assert not any(each.is_bad for each in found)
+        found = patient.check("permissions", sources=[], url=url)
+        assert any(each.is_bad for each in found)
     with patient.node.user("reader", (".*", "^$", ".*")) as url:
         found = patient.check("permissions", [], sources=[], url=url)
         assert one(found).severity is ERROR

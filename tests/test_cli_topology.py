@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pty
 import re
 import shlex
+import signal
+import subprocess
 import textwrap
 import time
 import urllib.request
@@ -23,7 +27,7 @@ from xml.etree import ElementTree
 import onlooker
 import pytest
 from bench import running
-from commands import ROOT, Ended, run
+from commands import ROOT, Ended, command, environment, run
 from rabbitmq_node import Node, free_port
 from support import Names, wait_until
 
@@ -124,9 +128,13 @@ class Shop:
             f"{body}\n"
         )
 
+    @property
+    def plugin(self) -> tuple[str, str]:
+        return "--management", self.managed.management
+
     def run(self, *arguments: str, management: bool = True, url: str | None = None) -> Ended:
         if management:
-            arguments = (*arguments, "--management", self.managed.management)
+            arguments = (*arguments, *self.plugin)
         return run(*arguments, folder=self.folder, url=url or self.managed.url)
 
     def named(self, text: str) -> str:
@@ -488,8 +496,8 @@ def test_what_cannot_be_found_out_is_never_fine_silently(shop: Shop) -> None:
 def test_broker_that_is_away_ends_it_with_a_status_of_its_own(shop: Shop) -> None:
     shop.write(TWO)
     url = f"amqp://guest:hunter2@127.0.0.1:{free_port()}"
-    for command in ("check", "apply"):
-        done = shop.run("topology", command, "shop:subscriber", "--timeout", "0.5", url=url)
+    for name in ("check", "apply"):
+        done = shop.run("topology", name, "shop:subscriber", "--timeout", "0.5", url=url)
         assert (done.status, done.output) == (4, "")
         assert done.errors.splitlines()[-1].startswith("domain-events: No broker within 0.5 s.")
         assert "hunter2" not in done.errors
@@ -599,6 +607,91 @@ deleted  MAILS-dl
     done = shop.run(*unbind, *exchange, management=False)
     assert (done.status, done.errors) == (0, "")
     assert not onlooker.exists(url, shop.crm)
+
+
+@contextmanager
+def retiring(shop: Shop) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to delete a queue, which it has just unbound."""
+    shop.write(TWO)
+    shop.run("topology", "apply", "shop:subscriber")
+    process = subprocess.Popen(
+        command("topology", "prune", "--retire", shop.mails, "--yes", *shop.plugin),
+        cwd=shop.folder,
+        env=environment(shop.managed.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith(
+                f"unbound  {shop.mails} from {shop.exchange}.due"
+            ):
+                assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def test_event_that_arrives_while_a_subscriber_is_retired_is_kept(shop: Shop) -> None:
+    """It ends halfway, with a status of its own; once the queue is empty, it can be run again."""
+    with retiring(shop) as process:
+        onlooker.publish(shop.managed.url, "", shop.mails, b"late")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3
+    assert f"stopped halfway. The queue '{shop.mails}' has 1 message" in errors
+    assert onlooker.take_all(shop.managed.url, shop.mails) == [b"late"]
+    again = shop.run("topology", "prune", "--retire", shop.mails, "--yes")
+    assert again.output.splitlines()[-2:] == [f"deleted  {shop.mails}", f"deleted  {shop.mails}-dl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_retirement_that_was_interrupted_goes_on_when_it_is_run_again(
+    shop: Shop, number: signal.Signals
+) -> None:
+    with retiring(shop) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    assert onlooker.exists(shop.managed.url, shop.mails)
+    again = shop.run("topology", "prune", "--retire", shop.mails, "--yes")
+    assert (again.status, again.output) == (
+        0,
+        shop.named(
+            "delete  MAILS, if it is empty\ndelete  MAILS-dl, if it is empty\n"
+            "deleted  MAILS\ndeleted  MAILS-dl\n"
+        ),
+    )
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n", 130), ("y", 0)])
+def test_terminal_is_asked_before_anything_is_pruned(shop: Shop, answer: str, status: int) -> None:
+    """On a real terminal. Without one, it wants --yes."""
+    shop.write(TWO)
+    shop.run("topology", "apply", "shop:subscriber")
+    terminal, side = pty.openpty()
+    arguments = ("--exchange", shop.exchange, "--unbind", f"{shop.crm}=user.#", *shop.plugin)
+    process = subprocess.Popen(
+        command("topology", "prune", *arguments),
+        cwd=shop.folder,
+        env=environment(shop.managed.url),
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+    )
+    os.close(side)
+    seen = b""
+    with process:
+        while b"Do this?" not in seen:
+            seen += os.read(terminal, 1000)
+        assert shop.managed.keys(shop.crm) == {"user.#"}
+        os.write(terminal, f"{answer}\n".encode())
+        assert process.wait(60) == status
+    os.close(terminal)
+    assert b"no consumer is connected" in seen
+    assert shop.managed.keys(shop.crm) == ({"user.#"} if answer == "n" else set())
 
 
 @pytest.mark.parametrize(
@@ -711,9 +804,9 @@ def test_hundred_subscribers_with_fifty_keys_each_are_applied_and_checked_quickl
         "    keys = [f'area{n}.thing{m}.*' for m in range(50)]\n"
         "    subscriber.register(print, name, keys, max_retries=1)"
     )
-    for command in ("apply", "check"):
+    for name in ("apply", "check"):
         begun = time.monotonic()
-        done = shop.run("topology", command, "shop:subscriber")
+        done = shop.run("topology", name, "shop:subscriber")
         assert (done.status, done.errors) == (0, "")
         assert time.monotonic() - begun < 20
     assert done.output == f"{1 + 100 * 53 + 100} of {1 + 100 * 53 + 100} are as they should be.\n"

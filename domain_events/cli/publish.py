@@ -25,7 +25,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, NamedTuple
@@ -431,7 +430,7 @@ class _Run(Middleware):
                     failure = error
                 self._show()
             if failure is None and self._lines.next(0) is None and self._lines.ended:
-                output.remark(f"{self._published:,} events are published.")
+                output.remark(f"Published: {self._published:,}")
                 return exits.OK
             self._report(failure, file)
         if failure is not None:
@@ -492,14 +491,14 @@ class _Run(Middleware):
         """Report what became of the lines, and write those that were not published."""
         perhaps, not_sent = self._left(failure)
         left = sorted([*perhaps, *not_sent])
-        output.remark(f"Confirmed: {self._published:,} events{_confirmed(left, self._lines.taken)}")
+        output.remark(f"Confirmed: {self._published:,}{_confirmed(left, self._lines.taken)}")
         if perhaps:
             output.remark(f"Perhaps sent: {_ranges([each.number for each in perhaps])}")
         after = f"{_ranges([each.number for each in not_sent])}, and " if not_sent else ""
         output.remark(f"Not sent: {after}all from line {self._lines.taken + 1:,} on")
         with _new_rest() if file is None else nullcontext(file) as rest:
             complete = self._write(left, rest)
-        name = printable(Path(rest.name).resolve(), 4096)
+        name = printable(rest.name, 4096)
         output.remark(f"What was not confirmed is in {name}, with the same ids. To go on:")
         output.remark(f"domain-events publish --lines {shlex.quote(name)}")
         if not complete:
@@ -591,13 +590,12 @@ def _ranges(numbers: Iterable[int]) -> str:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    return "lines " + ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in ranges)
+    what = "line" if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "lines"
+    return f"{what} " + ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in ranges)
 
 
 def _confirmed(left: Sequence[_Line], taken: int) -> str:
     """In words, which lines are confirmed: all that were taken and are not left."""
-    edges = [0, *(each.number for each in left), taken + 1]
-    gaps = [(a + 1, b - 1) for a, b in pairwise(edges) if b > a + 1]
-    if not gaps:
-        return ""
-    return ": lines " + ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in gaps)
+    others = {each.number for each in left}
+    numbers = (number for number in range(1, taken + 1) if number not in others)
+    return f" ({_ranges(numbers)})" if taken > len(others) else ""

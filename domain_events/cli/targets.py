@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-import uuid
 from typing import Any
 
 import click
 
-from domain_events import broker
-from domain_events.broker.memory import Memory
 from domain_events.cli import exits
 from domain_events.errors import DomainEventsError
 from domain_events.subscriber import Subscriber
@@ -57,15 +54,6 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
             "parameters that returns one."
         )
     return found
-
-
-def load_offline(target: str) -> Subscriber:
-    """As `load_subscriber`, for a look: whatever it declares or publishes meanwhile, it does not.
-
-    Not at the broker, that is, but at an embedded one, which nobody else uses.
-    """
-    with broker.overridden(Memory((f"memory://{uuid.uuid4()}",))):
-        return load_subscriber(target)
 
 
 def _load(target: str, what: str) -> Any:

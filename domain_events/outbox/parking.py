@@ -66,6 +66,7 @@ def retry(execute: Execute, ids: Iterable[int] | None = None) -> int:
     :param execute: in a transaction. On SQLite, nothing was executed in it before.
     :param ids: which; all if left out.
     :return: how many; others are not parked, or no longer.
+    :raises Exception: of the database. After a deadlock nothing is decided; repeat it.
     """
     mark = _mark(execute, ids)
     number = int(execute(f"SELECT COUNT(*) FROM {OUTBOX} {_MARKED}", mark)[0][0])
