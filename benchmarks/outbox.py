@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,9 @@ def measure(release: str, effort: Effort) -> Outcome:
     install([release])
     install_databases(["postgresql"])
     taking_part = []
-    outcome = Outcome(effort, "", machine())
+    # What else the machine does: a figure of a busy one is worth less.
+    load = f"{os.getloadavg()[0]:.1f}"
+    outcome = Outcome(effort, "", machine() | {"load": load})
     for measured in MEASURED:
         try:
             environments.command(measured.peer)
@@ -310,21 +313,30 @@ def measure(release: str, effort: Effort) -> Outcome:
         place = Place(server, node.url, stomp)
         turns = [
             (take, number, measured)
-            for take in _SAMPLES
             for number in range(1, effort.rounds + 1)
+            for take in _SAMPLES
             for measured in shuffled(taking_part, f"{take.__name__} {number}")
         ]
-        for progress, (take, number, measured) in enumerate(turns, 1):
-            where = f"[{progress}/{len(turns)}] {take.__name__}, {measured.title}, round {number}"
-            try:
-                figures = take(place, measured, effort)
-            except (SampleFailed, brokerside.ConnectionFailed, psycopg.Error) as error:
-                outcome.failed[measured.title] = f"{take.__name__}: {error}"
-                say(f"{where}: FAILED, {error}")
-                continue
-            outcome.add(measured.title, figures)
-            say(f"{where}: {', '.join(f'{key} {short(value)}' for key, value in figures.items())}")
+        try:
+            _take_turns(place, turns, outcome)
+        except KeyboardInterrupt:
+            say("interrupted; partial results follow")
     return outcome
+
+
+def _take_turns(
+    place: Place, turns: Sequence[tuple[_Take, int, Measured]], outcome: Outcome
+) -> None:
+    for progress, (take, number, measured) in enumerate(turns, 1):
+        where = f"[{progress}/{len(turns)}] {take.__name__}, {measured.title}, round {number}"
+        try:
+            figures = take(place, measured, outcome.effort)
+        except (SampleFailed, brokerside.ConnectionFailed, psycopg.Error) as error:
+            outcome.failed[measured.title] = f"{take.__name__}: {error}"
+            say(f"{where}: FAILED, {error}")
+            continue
+        outcome.add(measured.title, figures)
+        say(f"{where}: {', '.join(f'{key} {short(value)}' for key, value in figures.items())}")
 
 
 def _version(server: Server) -> str:
@@ -350,10 +362,11 @@ def heading(outcome: Outcome) -> str:
     effort, here = outcome.effort, outcome.machine
     return (
         f"{outcome.servers}, Python {here['python']}, {here['cores']} cores of "
-        f"{here['processor']}, for both servers and all programs. {effort.relayed:,} events of "
+        f"{here['processor']}, for both servers and all programs, with a load average of "
+        f"{here.get('load', '?')} before the run. {effort.relayed:,} events of "
         f"about 200 bytes wait for the relay; {effort.rate} transactions/s from commit to handler; "
         f"{effort.transactions} transactions of each kind, one after the other. Median "
-        f"(lowest-highest) of {effort.rounds} interleaved rounds."
+        f"(lowest-highest) of at most {effort.rounds} interleaved rounds."
     )
 
 

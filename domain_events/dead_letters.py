@@ -7,22 +7,23 @@ arrive. How walks work: `domain_events.walks`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from domain_events import message as messages
 from domain_events import settings
+from domain_events.broker import confirm_each
 from domain_events.checks import refusal, shown
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
 from domain_events.log import Log
-from domain_events.message import Delivery, ToDeadLetters
+from domain_events.message import Delivery, Message, ToDeadLetters
 from domain_events.names import check_name
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.text import printable
-from domain_events.walks import Walks
+from domain_events.walks import MOST_AT_ONCE, Walks
 
 log = Log("domain_events")
 
@@ -100,8 +101,9 @@ class DeadLetters(Walks):
                     letter.replay()
 
     Those neither replayed nor discarded are left, in their order. The dead letters that a walk has
-    passed are held until the next one begins or `close` is called; until then they can be settled,
-    and others do not see them. Their bodies are only kept by each `DeadLetter`.
+    passed, and a few hundred ahead of it, are held until the next one begins or `release` or
+    `close` is called; until then they can be settled, and others do not see them. Their bodies are
+    only kept by each `DeadLetter`.
 
     Up to RabbitMQ 4.2 browsing counts as a delivery. Before a queue's delivery limit could delete
     them, the next walk republishes all of them to their queue, which requires the permission to
@@ -138,20 +140,78 @@ class DeadLetters(Walks):
 
     def replay_all(self) -> int:
         """Replay all that are there now, in their order. Returns how many were replayed."""
-        return self._all(DeadLetter.replay)
+        return self.replay_many(self)
 
     def discard_all(self) -> int:
         """Delete all that are there now, for good. Returns how many were deleted."""
-        return self._all(DeadLetter.discard)
+        return self.discard_many(self)
 
-    def _all(self, action: Callable[[DeadLetter], None]) -> int:
+    def replay_many(
+        self,
+        letters: Iterable[DeadLetter],
+        replayed: Callable[[DeadLetter], None] = lambda _letter: None,
+    ) -> int:
+        """Replay these of the current walk, in their order, many under way at a time.
+
+        When the process is killed, up to a hundred may be in both queues.
+
+        :param letters: such as a filter over this walk.
+        :param replayed: called for each one, once it was confirmed.
+        :return: how many were replayed.
+        :raises DomainEventsError: as `DeadLetter.replay`; what was not confirmed is left.
+        """
         number = 0
-        for letter in self:
-            action(letter)
-            number += 1
+        if settings.middleware():  # it is to see the outcome of each one
+            for letter in letters:
+                letter.replay()
+                replayed(letter)
+                number += 1
+            return number
+        done: list[DeadLetter] = []
+
+        def settle() -> None:
+            nonlocal number
+            settled, done[:] = done[:], []
+            self._settle_all([letter._delivery for letter in settled])
+            number += len(settled)
+            for letter in settled:
+                replayed(letter)
+
+        def confirmed(letter: DeadLetter) -> None:
+            done.append(letter)
+            if len(done) >= MOST_AT_ONCE:
+                settle()
+
+        def messages_of() -> Iterator[tuple[Message, DeadLetter]]:
+            for letter in letters:
+                self._check(letter._delivery)
+                yield messages.replay(letter._delivery, self.name), letter
+
+        try:
+            if self._consuming() is not None:
+                confirm_each(self._publishing(), messages_of(), self._timeout, confirmed)
+        except EventUnroutable as error:
+            raise self._missing_error() from error
+        finally:
+            settle()
         return number
 
     def _replay(self, delivery: Delivery) -> None:
+        self._check(delivery)
+        try:
+            self._replayed(messages.replay(delivery, self.name), _event(delivery), self.name)
+        except EventUnroutable as error:
+            raise self._missing_error() from error
+        self._settle(delivery)
+
+    def _missing_error(self) -> TopologyError:
+        return TopologyError(
+            f"There is no queue {self.name!r} to replay into: its subscriber must have "
+            "registered first. The dead letter is left."
+        )
+
+    def _check(self, delivery: Delivery) -> None:
+        """Before it is replayed."""
         if not delivery.is_verified:
             log.warning(
                 "%s: the broker itself moved %s to the dead letters. Before RabbitMQ 4.0 its "
@@ -162,14 +222,6 @@ class DeadLetters(Walks):
                 about=messages.about(delivery, self.name),
             )
         self._check_held(delivery)
-        try:
-            self._replayed(messages.replay(delivery, self.name), _event(delivery), self.name)
-        except EventUnroutable as error:
-            raise TopologyError(
-                f"There is no queue {self.name!r} to replay into: its subscriber must have "
-                "registered first. The dead letter is left."
-            ) from error
-        self._settle(delivery)
 
     def _letter(self, delivery: Delivery) -> DeadLetter:
         return DeadLetter(

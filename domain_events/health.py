@@ -205,6 +205,8 @@ class SubscriberHealth(_Health):
     subscriptions: tuple[SubscriptionHealth, ...]
     #: The handlers that run, the oldest first.
     handlers: tuple[RunningHandler, ...]
+    #: How many deliveries this ``start_consuming`` has handled, whatever became of them.
+    handled: int = 0
 
     @property
     def oldest_handler(self) -> RunningHandler | None:
@@ -243,6 +245,7 @@ class SubscriberHealth(_Health):
             "subscriptions": [
                 {"consuming": each.consuming, **asdict(each)} for each in self.subscriptions
             ],
+            "handled": self.handled,
             "running_handlers": len(self.handlers),
             "oldest_handler": None if oldest is None else asdict(oldest),
         }

@@ -372,6 +372,7 @@ class Subscriber(Owner):
                 for each in self.subscriptions.copy()
             ),
             handlers=() if worker is None else worker.handlers(),
+            handled=0 if worker is None else worker.handled,
         )
 
     def close(self) -> None:

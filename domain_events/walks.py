@@ -8,9 +8,9 @@ are kept here, and no bodies. For its speed a walk takes messages ahead, a few h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from domain_events import message as messages
 from domain_events import settings
@@ -26,6 +26,16 @@ from domain_events.settings import ConnectionSettings
 log = Log("domain_events")
 
 _CLOSE_TIMEOUT = 10.0
+#: So many are settled together.
+MOST_AT_ONCE = 50
+
+
+class Found(Protocol):
+    """What a walk yields."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """The message itself."""
 
 
 class Walks(Owner):
@@ -62,6 +72,19 @@ class Walks(Owner):
             self._warn_of_another_walk()
         ahead = self._browser.ahead if self._browser is not None else 0
         return consuming.count(self._place, self._timeout) + len(self._held) + ahead
+
+    def discard_many(self, letters: Iterable[Found]) -> int:
+        """Delete these of the current walk, for good. Returns how many were deleted."""
+        number = 0
+        some: list[Delivery] = []
+        for letter in letters:
+            some.append(letter.delivery)
+            if len(some) >= MOST_AT_ONCE:
+                self._settle_all(some)
+                number += len(some)
+                some.clear()
+        self._settle_all(some)
+        return number + len(some)
 
     def release(self) -> None:
         """End the current walk: requeue the messages that it holds, in their order."""
@@ -165,10 +188,17 @@ class Walks(Owner):
 
     def _settle(self, delivery: Delivery) -> None:
         """Remove it from the queue."""
-        self._check_held(delivery)
+        self._settle_all([delivery])
+
+    def _settle_all(self, deliveries: Sequence[Delivery]) -> None:
+        """Remove them from the queue."""
+        for delivery in deliveries:
+            self._check_held(delivery)
+        if not deliveries:
+            return
         assert self._browser is not None
-        self._browser.ack(delivery, self._timeout)
-        self._held.discard(delivery.receipt)
+        self._browser.ack_all(deliveries, self._timeout)
+        self._held.difference_update(delivery.receipt for delivery in deliveries)
 
     def _check_held(self, delivery: Delivery) -> None:
         if delivery.receipt not in self._held:

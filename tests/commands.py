@@ -28,6 +28,26 @@ def run(*arguments: str, folder: Path, url: str | None = None, path: str | None 
     :param url: the broker in the environment; none, if left out.
     :param path: where programs such as rabbitmqctl are found; nowhere, if left out.
     """
+    done = subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment(url, path),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "domain_events", *arguments]
+
+
+def environment(url: str | None = None, path: str | None = None) -> dict[str, str]:
+    """That of this process, but for what names a broker."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -37,15 +57,4 @@ def run(*arguments: str, folder: Path, url: str | None = None, path: str | None 
     environment["PATH"] = path or "/nowhere"
     if url is not None:
         environment[settings.ENVIRONMENT[0]] = url
-    done = subprocess.run(
-        [sys.executable, "-m", "domain_events", *arguments],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return environment

@@ -59,6 +59,7 @@ ON_ONE_WORKER = (
     "test_fault_runs.py",
     "test_benchmarks.py",
     "test_cli_doctor.py",
+    "test_cli_topology.py",
     "test_databases.py",
     "test_security.py",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -126,3 +127,18 @@ def test_letters_that_arrive_during_a_walk_are_not_held(bench: Bench) -> None:
             onlooker.publish(bench.url, "", f"{queue}-dl", body)
         assert len(list(walk)) == 39
         assert numbers(second) == list(range(100, 200))
+
+
+def test_acks_of_thousands_are_not_lost_by_the_end_of_a_walk(bench: Bench) -> None:
+    """All that was discarded is gone, and what was left is there in its order."""
+    queue = bench.names.queue()
+    fill(bench, queue, [10] * 6000)
+    with DeadLetters(queue, bench.url) as dead_letters:
+        some = (letter for letter in dead_letters if letter.event and letter.event.data["number"])
+        assert dead_letters.discard_many(itertools.islice(some, 5900)) == 5900
+    left = [0, *range(5901, 6000)]
+    with DeadLetters(queue, bench.url) as dead_letters:
+        assert numbers(dead_letters) == left
+    with DeadLetters(queue, bench.url) as dead_letters:
+        assert dead_letters.discard_all() == 100
+    assert onlooker.count(bench.url, f"{queue}-dl") == 0

@@ -13,10 +13,12 @@ import onlooker
 import pika.connection
 import pytest
 from bench import Bench, Events, running
+from pika.channel import Channel
 from support import DELAY_LEVELS, wait_until
 
 from domain_events import DomainEvent, DomainEventsError, Retry, Subscriber, TopologyError
 from domain_events.broker.rabbitmq import channel as channel_module
+from domain_events.broker.rabbitmq.administration import Administration
 from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.topology import delays, undelivered_name
 from domain_events.broker.rabbitmq.transport import Connection
@@ -283,3 +285,21 @@ def test_release_that_demands_configure_for_looking_is_not_asked_twice(
     monkeypatch.setattr(channel_module, "ACCESS_REFUSED", 404)
     with Subscriber(bench.url, bench.exchange, declare=False) as subscriber:
         subscriber.register(print, bench.names.queue("missing"), ["a.*"], max_retries=3)
+
+
+def test_reply_that_arrives_while_the_connection_is_closed_is_no_internal_error(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a request that a signal interrupts: its caller closes the connection at once."""
+    queue = bench.names.queue()
+    onlooker.bind_queue(bench.url, queue, bench.exchange, "a")
+
+    def look_and_close(channel: Channel, done: Callable[[object], None]) -> None:
+        channel.queue_declare(queue, passive=True, callback=done)
+        channel.connection.close()
+
+    with Administration(bench.url) as administration:
+        frame = administration._do(look_and_close)
+        assert frame.method.queue == queue
+        assert administration.queue(queue) is not None
+    assert "Internal error" not in caplog.text

@@ -71,8 +71,8 @@ def fill(bench: Bench, queue: str, number: int, error: str = "ValueError") -> li
     with bench.subscriber() as subscriber:
         subscriber.register(print, queue, ["none"])
     events = [DomainEvent("user.registered", {"n": n}) for n in range(number)]
+    there = onlooker.count(bench.url, f"{queue}-dl")
     with onlooker.channel(bench.url) as channel:
-        channel.confirm_delivery()
         for event in events:
             headers = {
                 envelope.ROUTING_KEY: event.routing_key,
@@ -82,6 +82,7 @@ def fill(bench: Bench, queue: str, number: int, error: str = "ValueError") -> li
             }
             properties = Properties(headers=headers, message_id=event.uuid_string, delivery_mode=2)
             channel.basic_publish("", f"{queue}-dl", event.to_json().encode(), properties)
+    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == there + number, 120)
     return [event.uuid_string for event in events]
 
 
@@ -115,7 +116,9 @@ def test_last_ten_of_an_error_are_listed_and_replayed_slowly(
     replay = "dead-letters", "replay", mailer, *chosen, "--rate", "5", "--patience", "0", "--yes"
     _, remarks = terminal.run(*replay)
     assert time.monotonic() - begun >= 9 / 5
-    assert remarks == f"10 of {mailer} were replayed.\n"
+    assert remarks == (
+        f"10 of {mailer} were replayed; 10 wait in its queue (is the subscriber running?).\n"
+    )
     assert taken(bench.url, mailer) == wanted[::-1]
     assert len(ids(bench.url, mailer)) == 2 + len(others)
 
@@ -259,6 +262,7 @@ def test_replay_is_not_stopped_by_failures_of_others(bench: Bench, terminal: Ter
         "subscriber": queue,
         "replayed": 60,
         "failed_again": {},
+        "waiting": 0,
         "stopped": False,
     }
 
@@ -314,6 +318,20 @@ def test_export_leaves_everything_and_overwrites_nothing(bench: Bench, terminal:
     assert [json.loads(line)["id"] for line in copied] == there == ids(bench.url, queue)
     _, remarks = terminal.run(*export, status=2)
     assert "all.jsonl exists" in remarks
+
+
+def test_nothing_is_deleted_when_its_copy_cannot_be_written(
+    bench: Bench, terminal: Terminal
+) -> None:
+    """Where there is no such folder, and on a full disk."""
+    queue = bench.names.queue()
+    there = fill(bench, queue, 3)
+    for path in ("nowhere/copy.jsonl", "/dev/full"):
+        discard = "dead-letters", "discard", queue, "--yes", "--to", path
+        _, remarks = terminal.run(*discard, status=2)
+        assert "Copies cannot be written to" in remarks
+        assert len(remarks.splitlines()) == 1
+    assert ids(bench.url, queue) == there
 
 
 # --- kills ---------------------------------------------------------------------------------------

@@ -5,11 +5,19 @@ One node of this file's own, with the management plugin: that shows bindings.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import pty
 import re
+import shlex
+import signal
+import subprocess
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +27,18 @@ from xml.etree import ElementTree
 import onlooker
 import pytest
 from bench import running
-from commands import ROOT, Ended, run
+from commands import ROOT, Ended, command, environment, run
 from rabbitmq_node import Node, free_port
 from support import Names, wait_until
 
 from domain_events import DeadLetters, DomainEvent, Publisher, Retry, Subscriber
+from domain_events.broker.rabbitmq.topology import subscriber_queue
 from domain_events.cli import drawing
 
 EXAMPLES = ROOT / "docs" / "examples"
 PICTURE = ROOT / "docs" / "topology-example.svg"
+# The arguments of a subscriber's queue.
+QUORUM = dict(subscriber_queue("mails").arguments)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -41,10 +52,32 @@ class Managed:
         self._api = f"http://127.0.0.1:{port}/api/"
 
     def get(self, path: str) -> Any:
-        request = urllib.request.Request(self._api + path)
+        return self._request("GET", path)
+
+    def _request(self, method: str, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._api + path, data, method=method)
         request.add_header("Authorization", "Basic Z3Vlc3Q6Z3Vlc3Q=")
+        request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    @contextmanager
+    def user(self, name: str, configure: str, write: str, read: str) -> Iterator[str]:
+        """A user with these permissions; its URL."""
+        self._request("PUT", f"users/{name}", {"password": "hunter2", "tags": ""})
+        permissions = {"configure": configure, "write": write, "read": read}
+        self._request("PUT", f"permissions/%2F/{name}", permissions)
+        yield self.url.replace("guest:guest", f"{name}:hunter2")
+        self._request("DELETE", f"users/{name}")
+
+    def close_connections(self, user: str) -> int:
+        """Close those of the user; how many there were."""
+        found = [each["name"] for each in self.get("connections") if each["user"] == user]
+        for name in found:
+            self._request("DELETE", f"connections/{quote(name)}")
+        return len(found)
 
     def keys(self, queue: str) -> set[str]:
         """The keys by which a queue is bound, but for those of its retries."""
@@ -95,9 +128,13 @@ class Shop:
             f"{body}\n"
         )
 
+    @property
+    def plugin(self) -> tuple[str, str]:
+        return "--management", self.managed.management
+
     def run(self, *arguments: str, management: bool = True, url: str | None = None) -> Ended:
         if management:
-            arguments = (*arguments, "--management", self.managed.management)
+            arguments = (*arguments, *self.plugin)
         return run(*arguments, folder=self.folder, url=url or self.managed.url)
 
     def named(self, text: str) -> str:
@@ -236,12 +273,12 @@ orders  direct exchange
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ("subscriber.register(print, 'q', ['a'])\nsubscriber.start_consuming()", 9, "__main__"),
-        ("subscriber.register(print, 'q', [])", 9, "binding_keys is empty"),
+        ("subscriber.register(print, 'q', ['a'])\nsubscriber.start_consuming()", 2, "__main__"),
+        ("subscriber.register(print, 'q', [])", 2, "binding_keys is empty"),
         ("", 2, "nothing is registered"),
         (
             "from domain_events import publish_domain_event\npublish_domain_event('a.b', 1)",
-            9,
+            4,
             "sent",
         ),
     ],
@@ -298,6 +335,36 @@ two.register(print, 'short', ['#'])
         assert part in shown
 
 
+# ------------------------------------------------------------------ the documentation
+
+
+def test_documentation_shows_what_the_commands_print(managed: Managed) -> None:
+    """All of its commands in their order, word by word."""
+    page = (ROOT / "docs" / "operating-topology.inc").read_text()
+    names = Names(managed.url, "")
+    names.add(exchange="domain-events")
+    for queue in ("invoices", "mails"):
+        names.add(queue=queue)
+        names.add(queue=f"{queue}-dl")
+    played = []
+    for block in page.split(".. code-block:: console\n\n")[1:]:
+        lines = itertools.takewhile(lambda line: not line or line[0] == " ", block.splitlines())
+        command, *expected = textwrap.dedent("\n".join(lines)).strip().splitlines()
+        assert command.startswith("$ domain-events ")
+        arguments = shlex.split(command)[2:]
+        if "check" in arguments:  # the earlier release of the text
+            onlooker.bind_queue(managed.url, "mails", "domain-events", "user.deleted", **QUORUM)
+        if arguments[0] == "topology" and arguments[1] != "show":
+            arguments += ["--management", managed.management]
+        done = run(*arguments, folder=EXAMPLES, url=managed.url)
+        assert not done.errors
+        played.append((command, expected, done.output.splitlines()))
+    names.delete()
+    for command, expected, output in played:
+        assert (command, expected) == (command, output)
+    assert len(played) == 7
+
+
 # ------------------------------------------------------------------ check
 
 
@@ -321,7 +388,7 @@ missing  exchange  26 exchanges of the delay levels, such as X.undelivered
 missing  queue     25 queues of the delay levels, such as X.undelivered
 missing  binding   49 bindings of the delay levels
 
-Missing: domain-events topology apply shop:subscriber
+Missing: run domain-events topology apply shop:subscriber
 
 0 of 109 are as they should be.
 """
@@ -415,26 +482,22 @@ def test_what_cannot_be_found_out_is_never_fine_silently(shop: Shop) -> None:
     strict = shop.run("topology", "check", "shop:subscriber", "--strict", management=False)
     assert (strict.status, strict.output) == (1, done.output)
     name = f"u-{shop.crm[-12:]}"
-    user = shop.managed.node
-    user.ctl("add_user", name, "hunter2")
-    user.ctl("set_permissions", name, "^$", "^$", "^$")
-    url = shop.managed.url.replace("guest:guest", f"{name}:hunter2")
-    done = shop.run("topology", "check", "shop:subscriber", "--strict", "--broker", url)
+    with shop.managed.user(name, "^$", "^$", "^$") as url:
+        done = shop.run("topology", "check", "shop:subscriber", "--strict", "--broker", url)
+        refused = shop.run("topology", "apply", "shop:subscriber", url=url)
     assert done.status == 1
     assert "hunter2" not in done.output + done.errors
     assert done.output.startswith(f"unknown  exchange  {shop.exchange}: ")
     assert done.output.endswith("53 of 109 are as they should be.\n")
-    refused = shop.run("topology", "apply", "shop:subscriber", url=url)
     assert refused.status == 2
     assert "may not be declared by this user" in refused.errors
-    user.ctl("delete_user", name)
 
 
 def test_broker_that_is_away_ends_it_with_a_status_of_its_own(shop: Shop) -> None:
     shop.write(TWO)
     url = f"amqp://guest:hunter2@127.0.0.1:{free_port()}"
-    for command in ("check", "apply"):
-        done = shop.run("topology", command, "shop:subscriber", "--timeout", "0.5", url=url)
+    for name in ("check", "apply"):
+        done = shop.run("topology", name, "shop:subscriber", "--timeout", "0.5", url=url)
         assert (done.status, done.output) == (4, "")
         assert done.errors.splitlines()[-1].startswith("domain-events: No broker within 0.5 s.")
         assert "hunter2" not in done.errors
@@ -458,11 +521,8 @@ def test_service_whose_user_may_configure_nothing_runs_on_what_was_applied(shop:
     """With retries, dead letters, a replay, and after the broker has closed its connections."""
     body = "subscriber.register(print, mails, ['user.*'], max_retries=1)"
     shop.write(body, ", declare=False")
-    node, name = shop.managed.node, f"u-{shop.crm[-12:]}"
-    node.ctl("add_user", name, "hunter2")
+    name = f"u-{shop.crm[-12:]}"
     write = rf"^(amq\.default|{shop.exchange}\.delay\.\d\d)$"
-    node.ctl("set_permissions", name, "^$", write, f"^{shop.mails}(-dl)?$")
-    url = shop.managed.url.replace("guest:guest", f"{name}:hunter2")
     seen: list[int] = []
 
     def handle(event: DomainEvent) -> None:
@@ -470,27 +530,25 @@ def test_service_whose_user_may_configure_nothing_runs_on_what_was_applied(shop:
         raise Retry(0.1)
 
     assert shop.run("topology", "apply", "shop:subscriber").status == 0
-    subscriber = Subscriber(url, shop.exchange, declare=False)
-    subscriber.register(handle, shop.mails, ["user.*"], max_retries=1)
-    with (
-        subscriber,
-        running(subscriber),
-        Publisher(shop.managed.url, shop.exchange) as publisher,
-        DeadLetters(shop.mails, url) as letters,
-    ):
-        publisher.publish(DomainEvent("user.left"))
-        wait_until(lambda: letters.count() == 1)
-        node.ctl(
-            "eval",
-            '[rabbit_networking:close_connection(P, "test") || '
-            "P <- rabbit_networking:connections()].",
-        )
-        wait_until(lambda: letters.count() == 1)
-        assert letters.replay_all() == 1
-        wait_until(lambda: len(seen) == 4)
-        wait_until(lambda: letters.count() == 1)
+    with shop.managed.user(name, "^$", write, f"^{shop.mails}(-dl)?$") as url:
+        subscriber = Subscriber(url, shop.exchange, declare=False)
+        subscriber.register(handle, shop.mails, ["user.*"], max_retries=1)
+        with (
+            subscriber,
+            running(subscriber),
+            Publisher(shop.managed.url, shop.exchange) as publisher,
+            DeadLetters(shop.mails, url) as letters,
+        ):
+            publisher.publish(DomainEvent("user.left"))
+            wait_until(lambda: letters.count() == 1)
+            # The consuming one, the publishing one, and that of the dead letters.
+            wait_until(lambda: shop.managed.close_connections(name) >= 3)
+            wait_until(partial(onlooker.consumers, shop.managed.url, shop.mails))
+            wait_until(lambda: letters.count() == 1)
+            assert letters.replay_all() == 1
+            wait_until(lambda: len(seen) == 4)
+            wait_until(lambda: letters.count() == 1)
     assert seen == [0, 1, 0, 1]
-    node.ctl("delete_user", name)
 
 
 # ------------------------------------------------------------------ prune
@@ -549,6 +607,91 @@ deleted  MAILS-dl
     done = shop.run(*unbind, *exchange, management=False)
     assert (done.status, done.errors) == (0, "")
     assert not onlooker.exists(url, shop.crm)
+
+
+@contextmanager
+def retiring(shop: Shop) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to delete a queue, which it has just unbound."""
+    shop.write(TWO)
+    shop.run("topology", "apply", "shop:subscriber")
+    process = subprocess.Popen(
+        command("topology", "prune", "--retire", shop.mails, "--yes", *shop.plugin),
+        cwd=shop.folder,
+        env=environment(shop.managed.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith(
+                f"unbound  {shop.mails} from {shop.exchange}.due"
+            ):
+                assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def test_event_that_arrives_while_a_subscriber_is_retired_is_kept(shop: Shop) -> None:
+    """It ends halfway, with a status of its own; once the queue is empty, it can be run again."""
+    with retiring(shop) as process:
+        onlooker.publish(shop.managed.url, "", shop.mails, b"late")
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3
+    assert f"stopped halfway. The queue '{shop.mails}' has 1 message" in errors
+    assert onlooker.take_all(shop.managed.url, shop.mails) == [b"late"]
+    again = shop.run("topology", "prune", "--retire", shop.mails, "--yes")
+    assert again.output.splitlines()[-2:] == [f"deleted  {shop.mails}", f"deleted  {shop.mails}-dl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_retirement_that_was_interrupted_goes_on_when_it_is_run_again(
+    shop: Shop, number: signal.Signals
+) -> None:
+    with retiring(shop) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    assert onlooker.exists(shop.managed.url, shop.mails)
+    again = shop.run("topology", "prune", "--retire", shop.mails, "--yes")
+    assert (again.status, again.output) == (
+        0,
+        shop.named(
+            "delete  MAILS, if it is empty\ndelete  MAILS-dl, if it is empty\n"
+            "deleted  MAILS\ndeleted  MAILS-dl\n"
+        ),
+    )
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n", 130), ("y", 0)])
+def test_terminal_is_asked_before_anything_is_pruned(shop: Shop, answer: str, status: int) -> None:
+    """On a real terminal. Without one, it wants --yes."""
+    shop.write(TWO)
+    shop.run("topology", "apply", "shop:subscriber")
+    terminal, side = pty.openpty()
+    arguments = ("--exchange", shop.exchange, "--unbind", f"{shop.crm}=user.#", *shop.plugin)
+    process = subprocess.Popen(
+        command("topology", "prune", *arguments),
+        cwd=shop.folder,
+        env=environment(shop.managed.url),
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+    )
+    os.close(side)
+    seen = b""
+    with process:
+        while b"Do this?" not in seen:
+            seen += os.read(terminal, 1000)
+        assert shop.managed.keys(shop.crm) == {"user.#"}
+        os.write(terminal, f"{answer}\n".encode())
+        assert process.wait(60) == status
+    os.close(terminal)
+    assert b"no consumer is connected" in seen
+    assert shop.managed.keys(shop.crm) == ({"user.#"} if answer == "n" else set())
 
 
 @pytest.mark.parametrize(
@@ -613,9 +756,44 @@ def test_explanation_compares_the_code_with_the_broker(shop: Shop, there: Names)
     assert found["user.registered", other]["note"] == "not one of these subscribers"
 
 
+def test_bindings_are_read_by_rabbitmqctl_where_the_plugin_is_not(shop: Shop, there: Names) -> None:
+    """With types of exchanges, temporary queues, and the proof of who consumes."""
+    node, programs = shop.managed.node, shop.folder / "bin"
+    programs.mkdir()
+    words = node._command("rabbitmqctl")
+    variables = [f"{name}={value}" for name, value in node._environment().items()]
+    script = programs / "rabbitmqctl"
+    script.write_text(f'#!/bin/sh\nexec /usr/bin/env -i {shlex.join([*variables, *words])} "$@"\n')
+    script.chmod(0o755)
+    shop.write("subscriber.register(print, mails, ['user.left'])")
+    url, path = shop.managed.url, f"{programs}:/usr/bin:/bin"
+    old = Subscriber(url, shop.exchange)
+    old.register(print, shop.mails, ["user.*"])
+    old.register(print, there.queue("audit"), ["#"], durable=False)
+    with old, running(old):
+        wait_until(partial(onlooker.consumers, url, shop.mails))
+        checked = run(
+            "topology", "check", "shop:subscriber", folder=shop.folder, url=url, path=path
+        )
+    assert (checked.status, checked.errors) == (1, "")
+    assert checked.output.startswith(
+        shop.named(
+            "missing  binding   MAILS by user.left\nstale    binding   MAILS by user.*: "
+            "listed by none of these subscribers; 1 consumer is connected\n"
+        )
+    )
+    explained = run(
+        "explain", "user.a", "--exchange", shop.exchange, folder=shop.folder, url=url, path=path
+    )
+    assert explained.status == 0
+    assert f"{shop.mails}" in explained.output
+    assert "a temporary queue, so only while it runs" in explained.output
+
+
 # ------------------------------------------------------------------ speed
 
 
+@pytest.mark.slow
 def test_hundred_subscribers_with_fifty_keys_each_are_applied_and_checked_quickly(
     shop: Shop, there: Names
 ) -> None:
@@ -626,9 +804,9 @@ def test_hundred_subscribers_with_fifty_keys_each_are_applied_and_checked_quickl
         "    keys = [f'area{n}.thing{m}.*' for m in range(50)]\n"
         "    subscriber.register(print, name, keys, max_retries=1)"
     )
-    for command in ("apply", "check"):
+    for name in ("apply", "check"):
         begun = time.monotonic()
-        done = shop.run("topology", command, "shop:subscriber")
+        done = shop.run("topology", name, "shop:subscriber")
         assert (done.status, done.errors) == (0, "")
         assert time.monotonic() - begun < 20
     assert done.output == f"{1 + 100 * 53 + 100} of {1 + 100 * 53 + 100} are as they should be.\n"

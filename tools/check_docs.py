@@ -72,8 +72,8 @@ def _public(module: ModuleType) -> list[str]:
     return list(getattr(module, "__all__", None) or own)
 
 
-#: Not for users, though their names have no underscore: other rooms of the package use them.
-INTERNAL = {"connections", "HasHealth", "main"}
+#: Not for users, though their names have no underscore: others call them.
+INTERNAL = {"collect", "connections", "describe"}
 
 
 def _members(kind: type) -> Iterator[str]:

@@ -19,10 +19,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -170,6 +172,12 @@ class Publishing(Protocol):
         Never waits: each call requests a response, which the next one looks for.
         """
 
+    def connect(self) -> None:
+        """Begin to connect, if there is no connection, without waiting for it.
+
+        :raises BrokerUnavailable: it is closed, or no thread can be started.
+        """
+
     def submit(self, publication: Publication) -> None:
         """Send this after all others, as soon as there is a connection with room in its window.
 
@@ -253,6 +261,9 @@ class Browser(Protocol):
 
         :raises BrokerUnavailable: the connection was lost; the message was requeued.
         """
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        """Remove these messages, as `ack`."""
 
     def rewind(self) -> None:
         """Begin another walk: requeue all unacked messages, in their order."""
@@ -650,6 +661,13 @@ class Owner:
 _Owner = TypeVar("_Owner", bound=Owner)
 
 
+# The most that `confirm_each` has under way at a time.
+_MOST_UNDER_WAY = 100
+_MOST_BYTES_UNDER_WAY = 4 * 2**20
+
+_Item = TypeVar("_Item")
+
+
 def confirm(publishing: Publishing, message: Message, timeout: float) -> None:
     """Publish one message and wait until it is confirmed.
 
@@ -672,6 +690,56 @@ def confirm(publishing: Publishing, message: Message, timeout: float) -> None:
             raise error
         finally:
             del error, publication  # this frame is in its traceback
+
+
+def confirm_each(
+    publishing: Publishing,
+    messages: Iterable[tuple[Message, _Item]],
+    timeout: float,
+    confirmed: Callable[[_Item], None],
+) -> None:
+    """Publish messages, many under way at a time, and wait until all are confirmed.
+
+    After an error or an interruption, those that are under way are waited for, too.
+
+    :param messages: each one with something that stands for it.
+    :param timeout: seconds within which each one must be confirmed.
+    :param confirmed: called with what stands for a message that was confirmed, in their order.
+    :raises DomainEventsError: when one is not; see `Publisher.publish`.
+    """
+    under_way: deque[tuple[Publication, threading.Event, _Item]] = deque()
+    size = 0
+
+    def await_first(timeout: float) -> None:
+        nonlocal size
+        publication, known, item = under_way.popleft()
+        size -= len(publication.message.body)
+        if not known.wait(timeout) and publishing.withdraw(publication):
+            raise _timeout(publishing, publication, timeout)
+        if publication.error is not None:
+            raise publication.error
+        confirmed(item)
+
+    try:
+        for message, item in messages:
+            known = threading.Event()
+            publication = Publication(message, partial(_set, known))
+            publishing.submit(publication)
+            under_way.append((publication, known, item))
+            size += len(message.body)
+            while len(under_way) >= _MOST_UNDER_WAY or size > _MOST_BYTES_UNDER_WAY:
+                await_first(timeout)
+        while under_way:
+            await_first(timeout)
+    finally:
+        deadline = time.monotonic() + timeout
+        while under_way:
+            with suppress(DomainEventsError):
+                await_first(max(0.0, deadline - time.monotonic()))
+
+
+def _set(known: threading.Event, _publication: Publication) -> None:
+    known.set()
 
 
 def _timeout(publishing: Publishing, publication: Publication, timeout: float) -> DomainEventsError:

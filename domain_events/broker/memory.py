@@ -187,6 +187,10 @@ class MemoryPublishing:
     def silence(self) -> float:
         return 0.0  # it has no thread
 
+    def connect(self) -> None:
+        _check_open(self._is_closed)
+        self._uses.begin()
+
     def submit(self, publication: Publication) -> None:
         if not self._is_closed:
             self._uses.begin()
@@ -527,6 +531,10 @@ class MemoryBrowser(_Holder):
 
         if not self.owner.call(ack):
             raise BrokerUnavailable(f"The message was given back to {self.place}; begin again.")
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        for delivery in deliveries:
+            self.ack(delivery, timeout)
 
     def rewind(self) -> None:
         self.owner.call(self.begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from domain_events.dead_letters import DeadLetter
-from domain_events.errors import InvalidEvent
+from domain_events.errors import ConfigurationError, InvalidEvent
 from domain_events.message import (
     Delivery,
     Destination,
@@ -20,6 +21,7 @@ from domain_events.message import (
     Message,
     is_header,
 )
+from domain_events.text import printable
 from domain_events.undelivered import UndeliveredEvent
 
 
@@ -146,12 +148,19 @@ class Archive:
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Add these.
 
-        :raises OSError: it cannot be written.
+        :raises ConfigurationError: the file cannot be written.
         """
-        file = self._file or self._open()
-        file.write(b"".join(json.dumps(each).encode() + b"\n" for each in entries))
-        file.flush()
-        os.fsync(file.fileno())
+        lines = b"".join(json.dumps(each).encode() + b"\n" for each in entries)
+        try:
+            file = self._file or self._open()
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise ConfigurationError(
+                f"Copies cannot be written to {printable(self.path)}: {error.strerror}. No dead "
+                "letter is deleted without its copy; name another file with --to."
+            ) from error
 
     def _open(self) -> IO[bytes]:
         # Events are nobody else's business, so other users must not read it.
@@ -173,7 +182,8 @@ class Archive:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of what could not be written, `add` has raised
+                self._file.close()
 
     def __enter__(self) -> Archive:
         return self

@@ -187,6 +187,14 @@ def _operations(subscribed: Subscribed) -> dict[str, tuple[list[Permission], boo
             ],
             True,
         )
+    if queue.must_exist:  # an operator declares it, and binds it
+        found = {
+            operation: (
+                [each for each in needed if each.action != "configure" and not each.queue],
+                is_own,
+            )
+            for operation, (needed, is_own) in found.items()
+        }
     return found
 
 

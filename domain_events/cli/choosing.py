@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -36,6 +36,10 @@ class Choice:
     selection: Selection
     limit: int | None = None
     newest: bool = False
+
+    def less(self, number: int) -> Choice:
+        """What is left of it, after so many."""
+        return self if self.limit is None else replace(self, limit=self.limit - number)
 
     def of(self, letters: Iterable[AnyLetter]) -> Iterator[AnyLetter]:
         """Those that are chosen, in their order."""

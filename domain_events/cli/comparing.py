@@ -162,14 +162,15 @@ class Broker:
         clients: list[str] = []
         if self.source is not None:
             try:
-                clients = [c.connection for c in self.source.consumers() if c.queue == queue]
+                clients = [c.client for c in self.source.consumers() if c.queue == queue]
             except Unavailable:
                 clients = []
         state = self.administration.queue(queue)
         number = max(len(clients), state.consumers if state is not None else 0)
         if not number:
             return "no consumer is connected"
-        named = ", ".join(printable(client) for client in sorted(set(clients))[:_MOST_CONSUMERS])
+        known = sorted({printable(client) for client in clients if client})
+        named = ", ".join(known[:_MOST_CONSUMERS])
         text = "1 consumer is connected" if number == 1 else f"{number} consumers are connected"
         return f"{text}: {named}" if named else text
 

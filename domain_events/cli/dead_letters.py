@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
@@ -13,11 +13,10 @@ from typing import IO, Any
 
 import click
 
-from domain_events import settings
-from domain_events.broker import Connections, confirm
 from domain_events.cli import archive, exits, output
 from domain_events.cli.choosing import (
     COLUMNS,
+    AnyLetter,
     Choice,
     acting_options,
     approved,
@@ -26,15 +25,14 @@ from domain_events.cli.choosing import (
     walked,
     when,
 )
+from domain_events.cli.importing import Import
 from domain_events.cli.options import broker_option, json_option, timeout_option
 from domain_events.cli.replaying import Replay
 from domain_events.cli.selection import KEYS, grouped
 from domain_events.dead_letters import DeadLetter, DeadLetters
-from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
-from domain_events.message import ToDeadLetters, ToSubscriber
-from domain_events.names import check_name
 from domain_events.settings import ConnectionSettings
 from domain_events.text import printable
+from domain_events.walks import Walks
 
 # So many are copied to the file before they are deleted, or so many bytes.
 _MOST_IN_A_COPY, _MOST_BYTES_IN_A_COPY = 100, 2**20
@@ -146,7 +144,10 @@ def show(
     broker: ConnectionSettings,
     timeout: float,
 ) -> None:
-    """Show all of a dead letter: event, headers, traceback, errors; by default the oldest one."""
+    """Show all of a dead letter.
+
+    The event, its headers, the errors and the traceback; by default of the oldest one.
+    """
     if not interactive:
         found = False
         for name, letter in _chosen(names, choice, broker, timeout):
@@ -288,10 +289,10 @@ def replay(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Return dead letters to the queue of their subscriber, the oldest first.
+    """Return dead letters to their subscriber.
 
-    Begins with one event, then two, four and so on; after each batch it looks which of them are
-    dead letters again, and stops when these are too many (exit status 3).
+    The oldest first. Begins with one event, then two, four and so on; after each batch it looks
+    which of them are dead letters again, and stops when these are too many (exit status 3).
     """
     if dry_run:
         return _dry_run("replayed", names, choice, broker, timeout)
@@ -311,13 +312,17 @@ def replay(
                     on_replayed=lambda: None if bar is None else bar.advance(bar.task_ids[0]),
                 )
                 try:
-                    replaying.run(wanted.of(dead_letters))
+                    replaying.run(partial(_rest, wanted, replaying))
                 except BaseException:
                     output.remark(f"{replaying.result.number:,} of {name} were replayed.")
                     raise
         if _report(name, replaying, as_json=as_json):
             return exits.PARTIAL
     return exits.OK
+
+
+def _rest(wanted: Choice, replaying: Replay, letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
+    return wanted.less(replaying.result.number).of(letters)
 
 
 def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
@@ -330,6 +335,7 @@ def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
                 "subscriber": name,
                 "replayed": result.number,
                 "failed_again": result.failed_again,
+                "waiting": result.waiting,
                 "stopped": result.stopped,
             }
         )
@@ -339,6 +345,8 @@ def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
         text += f"; {again:,} of these failed again ({printable(kinds)})"
     if result.stopped:
         text += ". Stopped, the rest is left: mend the cause, then replay them"
+    elif result.waiting:
+        text += f"; {result.waiting:,} wait in its queue (is the subscriber running?)"
     output.remark(f"{text}.")
     return result.stopped
 
@@ -367,7 +375,10 @@ def discard(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Delete dead letters, after a copy of them is on the disk; `import` reads the copies."""
+    """Delete dead letters, and keep a copy.
+
+    Each is deleted after its copy is on the disk; `import` reads the copies.
+    """
     if path and no_copy:
         raise click.UsageError("--to and --no-copy exclude each other.")
     if dry_run:
@@ -381,27 +392,27 @@ def discard(
             if not no_copy:
                 copies = stack.enter_context(archive.Archive(path or default_path(name)))
             letters = wanted.of(walked(dead_letters, dead_letters, f"discarding {name}"))
-            number = discard_all(letters, partial(archive.entry, queue=name), copies)
+            number = discard_all(dead_letters, letters, partial(archive.entry, queue=name), copies)
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
         output.remark(f"{number:,} of {name} were discarded{where}.")
     return exits.OK
 
 
-def discard_all(letters: Iterator[Any], entry: Any, copies: archive.Archive | None) -> int:
+def discard_all(
+    walks: Walks,
+    letters: Iterable[AnyLetter],
+    entry: Callable[[AnyLetter], dict[str, Any]],
+    copies: archive.Archive | None,
+) -> int:
     """Delete them, each one after its copy is on the disk. Returns how many."""
     number = size = 0
-    batch: list[Any] = []
+    batch: list[AnyLetter] = []
 
     def settle() -> None:
         nonlocal number, size
         if copies is not None:
-            try:
-                copies.add(map(entry, batch))
-            except OSError as error:
-                raise click.FileError(str(copies.path), error.strerror or "") from error
-        for letter in batch:
-            letter.discard()
-            number += 1
+            copies.add(map(entry, batch))
+        number += walks.discard_many(batch)
         batch.clear()
         size = 0
 
@@ -467,7 +478,10 @@ def export(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Write copies of dead letters as JSON lines, and leave them where they are."""
+    """Write copies as JSON lines.
+
+    The dead letters are left where they are.
+    """
     letters = _chosen(names, choice, broker, timeout)
     if path is None:
         for name, letter in letters:
@@ -479,19 +493,16 @@ def export(
     # Under its name it is complete.
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    try:
-        with archive.Archive(part.absolute()) as copies:
-            batch: list[dict[str, Any]] = []
-            for name, letter in letters:
-                batch.append(archive.entry(letter, name))
-                number += 1
-                if len(batch) >= _MOST_IN_A_COPY or len(letter.body) >= _MOST_BYTES_IN_A_COPY:
-                    copies.add(batch)
-                    batch.clear()
-            copies.add(batch)
-        part.rename(path)
-    except OSError as error:
-        raise click.FileError(str(path), error.strerror or "") from error
+    with archive.Archive(part.absolute()) as copies:
+        batch: list[dict[str, Any]] = []
+        for name, letter in letters:
+            batch.append(archive.entry(letter, name))
+            number += 1
+            if len(batch) >= _MOST_IN_A_COPY or len(letter.body) >= _MOST_BYTES_IN_A_COPY:
+                copies.add(batch)
+                batch.clear()
+        copies.add(batch)
+    part.rename(path)
     output.remark(f"{number:,} were copied to {path}.")
     return exits.OK
 
@@ -511,59 +522,32 @@ def import_letters(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Make dead letters of the copies in each FILE (- is stdin) again.
+    """Make dead letters of copies again.
 
-    Those whose ids are among the dead letters already are left out, so that an import can be
-    repeated after an interruption.
+    Of those in each FILE; - is stdin. Those whose ids are among the dead letters already are left
+    out, so that an import can be repeated after an interruption.
     """
-    connections = Connections(settings.resolve(broker), "import")
-    there: dict[str, set[str]] = {}
-    number = skipped = 0
-    broken: list[str] = []
-    try:
-        publishing = connections.publishing()
-        if publishing is None:
-            return exits.OK
+    where, broken = "", 0
+
+    def copies() -> Iterator[dict[str, Any] | None]:
+        nonlocal where
         for file in files:
             for line, saved in output.tracked(archive.read(file), "importing", None):
                 where = f"{printable(file.name)}:{line}"
-                try:
-                    if saved is None:
-                        raise InvalidEvent("the line is not complete JSON")
-                    name = check_name(subscriber or saved.get("queue"), "subscriber")
-                    to = ToSubscriber(name) if replay else ToDeadLetters(name)
-                    message = archive.message(saved, to, replay=replay)
-                except InvalidEvent as error:
-                    broken.append(where)
-                    output.remark(f"{where} was left out: {printable(error)}")
-                    continue
-                if name not in there:
-                    there[name] = _ids_of(name, broker, timeout)
-                if message.message_id in there[name]:
-                    skipped += 1
-                    if as_json:
-                        output.record({"id": message.message_id, "is": "there already"})
-                    continue
-                try:
-                    confirm(publishing, message, timeout)
-                except EventUnroutable as error:
-                    raise TopologyError(
-                        f"There is no queue for {to}: its subscriber must have registered first."
-                    ) from error
-                number += 1
-                if message.message_id is not None:
-                    there[name].add(message.message_id)
-                if as_json:
-                    output.record({"id": message.message_id, "is": "imported"})
+                yield saved
+
+    def report(event_id: str | None, what: str) -> None:
+        nonlocal broken
+        if event_id is None and what != "imported":
+            broken += 1
+            output.remark(f"{where} was left out: {printable(what)}")
+        elif as_json:
+            output.record({"id": event_id, "is": what})
+
+    importing = Import(broker, timeout, subscriber=subscriber, replay=replay, report=report)
+    try:
+        importing.run(copies())
     finally:
-        output.remark(f"{number:,} were imported; {skipped:,} were there already.")
-        connections.close(timeout)
+        numbers = importing.number, importing.skipped
+        output.remark("{:,} were imported; {:,} were there already.".format(*numbers))
     return exits.PARTIAL if broken else exits.OK
-
-
-def _ids_of(name: str, broker: ConnectionSettings, timeout: float) -> set[str]:
-    with DeadLetters(name, broker, timeout=timeout) as dead_letters:
-        found = (
-            each.delivery.message_id or each.id for each in walked(dead_letters, dead_letters, name)
-        )
-        return {each for each in found if each is not None}

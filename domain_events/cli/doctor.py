@@ -57,7 +57,7 @@ def command(
         of_target,
     )
     from domain_events.cli.management import find_all  # noqa: PLC0415
-    from domain_events.cli.targets import load_offline  # noqa: PLC0415
+    from domain_events.cli.offline import load_offline  # noqa: PLC0415
 
     exchange = check_name(exchange, "exchange")
     subscribed: list[Subscribed] = []

@@ -140,7 +140,10 @@ def _bound(broker: ConnectionSettings, management: str | None, exchange: str) ->
 def _routes(source: Source, exchange: str) -> list[Route]:
     from domain_events.cli.routing import Route  # noqa: PLC0415
 
-    kind = next((each["type"] for each in source.exchanges() if each["name"] == exchange), "topic")
+    kinds = {each["name"]: str(each["type"]) for each in source.exchanges()}
+    if exchange not in kinds:
+        remark(f"Note: there is no exchange {printable(exchange)} on the broker.")
+    kind = kinds.get(exchange, "topic")
     keys: dict[str, list[str]] = {}
     for binding in source.bindings():
         if binding.exchange == exchange:

@@ -43,11 +43,11 @@ class BindingFound:
 class ConsumerFound:
     """A consumer of a queue.
 
-    :ivar connection: its client's address or process, as far as it is known.
+    :ivar client: its address; empty if it is unknown.
     """
 
     queue: str
-    connection: str
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -279,29 +279,32 @@ class Rabbitmqctl:
     def __init__(self, broker: str) -> None:
         self._vhost = unquote(urlsplit(broker).path.lstrip("/")) or "/"
 
-    def run(self, *arguments: str) -> Any:
+    def run(self, *arguments: str, program: str = "rabbitmqctl") -> Any:
         """The JSON that ``rabbitmqctl ARGUMENTS`` prints.
 
         :raises Unavailable: it is not installed, or has failed.
         """
-        program = shutil.which("rabbitmqctl")
-        if program is None:
-            raise Unavailable("rabbitmqctl is not installed here")
+        path = shutil.which(program)
+        if path is None:
+            raise Unavailable(f"{program} is not installed here")
         try:
             done = subprocess.run(
-                [program, "--quiet", "--formatter", "json", *arguments],
+                [path, "--quiet", "--formatter", "json", *arguments],
                 capture_output=True,
                 text=True,
                 timeout=60,
                 check=False,
                 stdin=subprocess.DEVNULL,
             )
-            if done.returncode:
-                first = next(filter(None, done.stderr.splitlines()), "it has failed")
-                raise Unavailable(f"rabbitmqctl: {printable(first).rstrip('.')}")
-            return json.loads(done.stdout)
+            if not done.returncode:
+                return json.loads(done.stdout)
+            # A check that finds something fails, and prints it to stderr.
+            if done.stderr.startswith("{"):
+                return json.loads(done.stderr)
+            first = next(filter(None, done.stderr.splitlines()), "it has failed")
+            raise Unavailable(f"{program}: {printable(first).rstrip('.')}")
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"rabbitmqctl: {printable(error)}") from None
+            raise Unavailable(f"{program}: {printable(error)}") from None
 
     def _list(self, command: str, *columns: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.run(command, "--vhost", self._vhost, *columns)
@@ -336,11 +339,9 @@ class Rabbitmqctl:
         )
 
     def consumers(self) -> list[ConsumerFound]:
-        columns = "queue_name", "channel_pid"
-        return [
-            ConsumerFound(each["queue_name"], each["channel_pid"])
-            for each in self._list("list_consumers", *columns)
-        ]
+        # It names their channels only, not their clients.
+        found = self._list("list_consumers", "queue_name")
+        return [ConsumerFound(each["queue_name"]) for each in found]
 
     def exchanges(self) -> list[dict[str, Any]]:
         return self._with_arguments("list_exchanges", "name", "type", "arguments")
@@ -362,7 +363,7 @@ class Rabbitmqctl:
         status, own = self._status(), self.run("status")
         running = status["running_nodes"]
         names = {*status["disk_nodes"], *status.get("ram_nodes", []), *running}
-        # It has the uptime of the node that it is connected to, which has a log, too.
+        # It has the uptime of one node only, after which that node's folder is named.
         this = own.get("data_directory", "").rpartition("/")[2]
         return [
             NodeFound(name, name in running, own["uptime"] if name == this else None)
@@ -373,7 +374,12 @@ class Rabbitmqctl:
         return _disabled(self.run("list_feature_flags", "name", "state", "stability"))
 
     def deprecated_in_use(self) -> list[str]:
-        return [each["name"] for each in self.run("list_deprecated_features", "--used")]
+        # Not `rabbitmqctl list_deprecated_features --used`, which lists none on 4.0 and 4.3.
+        check = "check_if_any_deprecated_features_are_used"
+        found = self.run(check, program="rabbitmq-diagnostics")
+        if found.get("result") != "ok" and "deprecated_features" not in found:
+            raise Unavailable(f"rabbitmq-diagnostics: {printable(found.get('message', found))}")
+        return list(found.get("deprecated_features", []))
 
     def default_queue_type(self) -> str:
         return _default_queue_type(

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from domain_events import settings
-from domain_events.broker import (
-    Consumer,
-    Exchange,
-    OnChange,
-    Publication,
-    Queue,
-    ignore_change,
-    overridden,
-)
-from domain_events.cli.targets import load_subscriber
-from domain_events.errors import BrokerUnavailable, ConfigurationError
+from domain_events.broker import Queue
+from domain_events.cli.offline import load_offline
 from domain_events.handling import Subscription
-from domain_events.message import Delivery
 from domain_events.options import Options
 from domain_events.settings import DEFAULT, ConnectionSettings
 
@@ -82,8 +72,7 @@ def read(targets: Sequence[str]) -> Found:
     registrations: list[Registration] = []
     brokers: list[tuple[str, ...]] = []
     for target in dict.fromkeys(targets):
-        with overridden(_NoBroker()):
-            subscriber = load_subscriber(target)
+        subscriber = load_offline(target)
         subscriber.connections.close_soon()
         registrations += [_registration(target, each, subscriber) for each in _all(subscriber)]
         urls = subscriber.connections.urls
@@ -114,65 +103,3 @@ def _place(handler: Any) -> str:
     if not hasattr(handler, "__qualname__"):
         handler = type(handler)  # an instance with __call__
     return f"{getattr(handler, '__module__', None) or 'builtins'}:{handler.__qualname__}"
-
-
-class _NoBroker:
-    """Accepts declarations, and does nothing with them. Nothing is published or consumed."""
-
-    def publishing(
-        self, name: str, declare: Exchange | None = None, on_change: OnChange = ignore_change
-    ) -> _NoPublishing:
-        return _NoPublishing()
-
-    def consuming(
-        self, name: str, on_failure: Callable[[], None], on_change: OnChange = ignore_change
-    ) -> Any:
-        return _NoConsuming()
-
-
-class _NoConnection:
-    def silence(self) -> float:
-        return 0.0
-
-    def close(self, timeout: float) -> None:
-        pass
-
-    def close_soon(self) -> bool:
-        return False
-
-
-class _NoPublishing(_NoConnection):
-    trouble = ""
-
-    def submit(self, publication: Publication) -> None:
-        publication.error = BrokerUnavailable(
-            "Nothing is published while registrations are read: the event was not sent. Publish "
-            "it where the program runs, not where its modules are imported."
-        )
-        publication.done = True
-        publication.on_done(publication)
-
-    def withdraw(self, publication: Publication) -> bool:
-        return False
-
-
-class _NoConsuming(_NoConnection):
-    def declare(self, queue: Queue, timeout: float) -> None:
-        pass
-
-    def failure(self) -> None:
-        return None
-
-    def consume(
-        self, queue: Queue, prefetch_count: int, deliver: Callable[[Delivery, Consumer], None]
-    ) -> Consumer:
-        raise ConfigurationError(
-            f"{queue.name}: the module consumes when it is imported; call start_consuming() under "
-            "if __name__ == '__main__', so that its registrations can be read."
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        raise ConfigurationError(
-            f"The module uses its broker when it is imported ({name}); do that where the program "
-            "runs, so that its registrations can be read."
-        )

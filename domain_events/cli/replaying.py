@@ -7,13 +7,19 @@ fail meanwhile do not matter. The first batch is a single event, each further on
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TypeAlias
 
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.errors import DomainEventsError
 from domain_events.message import ToSubscriber
+
+#: Chooses some of the dead letters of a walk.
+Choose: TypeAlias = Callable[[Iterable[DeadLetter]], Iterable[DeadLetter]]
 
 _POLL_INTERVAL = 0.1
 # Seconds that a handler has for the last event of a batch, once its queue is empty.
@@ -26,11 +32,14 @@ class Replayed:
 
     :ivar number: how many were replayed.
     :ivar failed_again: of these, the ids of those that are dead letters again, with the reason.
+    :ivar waiting: how many events were in the subscriber's queue at the last look; None if this
+        user may not look.
     :ivar stopped: whether it ended because of them, before all were replayed.
     """
 
     number: int = 0
     failed_again: dict[str, str] = field(default_factory=dict)
+    waiting: int | None = None
     stopped: bool = False
 
 
@@ -66,34 +75,63 @@ class Replay:
         self._replays: dict[str, int] = {}
         self._expected = 0
         self._next_look = 0.0
+        self._next_at = time.monotonic()
+        self._started = datetime.now(timezone.utc)
+        self._passed_over = False
 
-    def run(self, letters: Iterable[DeadLetter]) -> Replayed:
-        """Replay these.
+    def run(self, choose: Choose = iter) -> Replayed:
+        """Replay what was there when this began, in the order of ``choose``.
 
+        What failed later is left, by its time: looking may have changed the order.
+
+        :param choose: yields some of the dead letters that it gets, such as a filter does.
         :raises DomainEventsError: as `DeadLetter.replay`; that one and the rest are left.
         """
-        size = in_batch = 0
-        next_at = time.monotonic()
-        for letter in letters:
-            if in_batch == size:
-                if size and not self._may_go_on():
-                    self.result.stopped = True
-                    return self.result
-                size, in_batch = min(max(1, size * 2), self._batch), 0
-            if self._rate:
-                time.sleep(max(0.0, next_at - time.monotonic()))
-                next_at = max(next_at, time.monotonic() - 1.0) + 1.0 / self._rate
+        while True:
+            number, self._passed_over = self.result.number, False
+            self._run(iter(choose(self._letters())))
+            # Some that are behind the new ones were not reached.
+            if self.result.stopped or not self._passed_over or self.result.number == number:
+                return self.result
+
+    def _letters(self) -> Iterator[DeadLetter]:
+        for letter in self._dead_letters:
+            is_new = letter.failed_at is not None and letter.failed_at > self._started
+            if is_new or letter.id in self._replays:
+                self._passed_over = True
+            else:
+                yield letter
+
+    def _run(self, letters: Iterator[DeadLetter]) -> None:
+        size = 1
+        for first in letters:
             if not self.result.number:
                 self._expected = self._dead_letters.count()
-            letter.replay()
-            if letter.id is not None:
-                self._replays[letter.id] = letter.replays + 1
-            in_batch += 1
-            self.result.number += 1
-            self._on_replayed()
+            elif not self._may_go_on():
+                self.result.stopped = True
+                return
+            batch = itertools.chain([first], itertools.islice(letters, size - 1))
+            if self._rate:
+                self._replay_slowly(batch, self._rate)
+            else:
+                self._dead_letters.replay_many(batch, self._replayed)
+            size = min(size * 2, self._batch)
         if self.result.number:
             self._may_go_on()
-        return self.result
+
+    def _replay_slowly(self, letters: Iterable[DeadLetter], rate: float) -> None:
+        for letter in letters:
+            time.sleep(max(0.0, self._next_at - time.monotonic()))
+            # What was late for a moment is made up for, and a long wait is not.
+            self._next_at = max(self._next_at, time.monotonic() - 1.0) + 1.0 / rate
+            letter.replay()
+            self._replayed(letter)
+
+    def _replayed(self, letter: DeadLetter) -> None:
+        if letter.id is not None:
+            self._replays[letter.id] = letter.replays + 1
+        self.result.number += 1
+        self._on_replayed()
 
     def _may_go_on(self) -> bool:
         """Wait until the subscriber has taken them, then look."""
@@ -120,10 +158,12 @@ class Replay:
     def _is_taken(self) -> bool:
         consuming = self._dead_letters.connections.consuming()
         assert consuming is not None
+        place = ToSubscriber(self._dead_letters.name)
         try:
-            return not consuming.count(ToSubscriber(self._dead_letters.name), self._patience + 1.0)
+            self.result.waiting = consuming.count(place, self._patience + 1.0)
         except DomainEventsError:
-            return False  # perhaps this user may not; then the time is waited for
+            self.result.waiting = None  # perhaps this user may not; then the time is waited for
+        return self.result.waiting == 0
 
     def _arrived(self) -> bool:
         """Whether there are more dead letters than at the last look."""

@@ -212,7 +212,10 @@ class Selection:
 # --- groups --------------------------------------------------------------------------------------
 
 _FRAME = re.compile(r'^[ |+]*File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
-_OF_OTHERS = re.compile(r"site-packages|dist-packages|[/\\]lib[/\\]python\d|[/\\]Lib[/\\]|^<")
+_OF_OTHERS = re.compile(
+    r"site-packages|dist-packages|[/\\]lib[/\\]python\d|[/\\]Lib[/\\]|^<"
+    r"|[/\\]domain_events[/\\]handling\.py"
+)
 
 
 def innermost_frame(traceback: str | None) -> str | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-import uuid
 from typing import Any
 
 import click
 
-from domain_events import broker
-from domain_events.broker.memory import Memory
 from domain_events.cli import exits
 from domain_events.errors import DomainEventsError
 from domain_events.subscriber import Subscriber
@@ -41,6 +38,7 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
 
     :param kinds: what it may be; ``what`` in words.
     :raises NotImported: there is no such module or attribute, or it is something else.
+    :raises DomainEventsError: as `Subscriber.register` does, which the module calls.
     """
     found = _load(target, what)
     if not isinstance(found, kinds) and callable(found):
@@ -58,15 +56,6 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
     return found
 
 
-def load_offline(target: str) -> Subscriber:
-    """As `load_subscriber`, for a look: whatever it declares or publishes meanwhile, it does not.
-
-    Not at the broker, that is, but at an embedded one, which nobody else uses.
-    """
-    with broker.overridden(Memory((f"memory://{uuid.uuid4()}",))):
-        return load_subscriber(target)
-
-
 def _load(target: str, what: str) -> Any:
     module_name, colon, attribute = target.partition(":")
     if not module_name or not colon or not attribute:
@@ -82,6 +71,8 @@ def _load(target: str, what: str) -> Any:
                 "this the right one?"
             ) from error
         raise NotImported(_with_traceback(module_name, error)) from error
+    except DomainEventsError:
+        raise
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module

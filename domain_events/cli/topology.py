@@ -209,14 +209,14 @@ def _ways_out(statuses: set[str], targets: tuple[str, ...]) -> Iterator[str]:
 
     named = " ".join(targets)
     ways = {
-        comparing.MISSING: f"Missing: domain-events topology apply {named}",
+        comparing.MISSING: f"Missing: run domain-events topology apply {named}",
         comparing.STALE: (
-            "Stale: once no process lists the key any more, "
+            "Stale: once no process lists the key any more, run "
             f"domain-events topology prune --stale {named}"
         ),
         comparing.DIFFERENT: (
-            "Different: arguments cannot change. Register under another name; or delete the queue "
-            "once it is empty; or use it as it is, with queue_type='classic'."
+            "Different: types and arguments cannot change. Use what exists (exchange_type=..., "
+            "queue_type='classic'), register under another name, or delete it once it is empty."
         ),
         comparing.UNKNOWN: (
             "Unknown: give the management plugin's URL (--management), or a user with more "

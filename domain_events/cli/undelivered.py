@@ -83,7 +83,10 @@ def return_events(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Return them to the queue of each subscriber NAME, which must have registered again."""
+    """Return them to their subscribers.
+
+    To the queue of each subscriber NAME, which must have registered again.
+    """
     with Undelivered(exchange, broker, timeout=timeout) as undelivered:
 
         def theirs() -> Iterator[UndeliveredEvent]:
@@ -147,7 +150,10 @@ def discard(
     broker: ConnectionSettings,
     timeout: float,
 ) -> int:
-    """Delete them, after a copy of them is on the disk; `dead-letters import` reads the copies."""
+    """Delete them, and keep a copy.
+
+    Each is deleted after its copy is on the disk; `dead-letters import` reads the copies.
+    """
     if path and no_copy:
         raise click.UsageError("--to and --no-copy exclude each other.")
     with Undelivered(exchange, broker, timeout=timeout) as undelivered, ExitStack() as stack:
@@ -169,7 +175,10 @@ def discard(
             target = path or default_path(exchange, "undelivered")
             copies = stack.enter_context(archive.Archive(target))
         number = discard_all(
-            wanted.of(entries()), lambda each: archive.entry(each, each.subscriber), copies
+            undelivered,
+            wanted.of(entries()),
+            lambda each: archive.entry(each, each.subscriber),
+            copies,
         )
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
         output.remark(f"{number:,} were discarded{where}.")

@@ -316,6 +316,7 @@ class _RecordingPublishing:
         self._record = record
         self.trouble = ""
         self.silence = publishing.silence
+        self.connect = publishing.connect
         self.withdraw = publishing.withdraw
         self.close = publishing.close
         self.close_soon = publishing.close_soon

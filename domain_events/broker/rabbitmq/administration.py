@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from pika.channel import Channel
+from pika.spec import Basic
 
 from domain_events import settings
 from domain_events.broker.rabbitmq.channel import Channels
@@ -142,6 +143,20 @@ class Administration:
             return None
         return QueueState(int(frame.method.message_count), int(frame.method.consumer_count))
 
+    def is_empty(self, name: str) -> bool:
+        """Whether no message is ready in the queue, for sure.
+
+        `queue` gives 0 for a quorum queue without a leader (``stat`` in rabbit_quorum_queue.erl);
+        only the leader answers this.
+        """
+
+        def work(channel: Channel, done: Callable[[object], None]) -> None:
+            channel.add_callback(lambda _frame: done(True), [Basic.GetEmpty])
+            # Not acked: it is requeued as the channel is closed.
+            channel.basic_get(name, lambda *_: done(False))
+
+        return bool(self._do(work, lambda _error, reason: _read_error(name, reason)))
+
     def has_exchange(self, name: str) -> bool:
         """Whether there is an exchange of that name."""
         try:
@@ -235,6 +250,36 @@ class Administration:
                 f"{state.consumers} consumers."
             )
         self._do(lambda channel, done: channel.queue_delete(name, callback=done))
+
+    def replace_classic(self, queue: Queue, *, if_unused: bool) -> bool:
+        """Delete the classic queue of that name if it is empty, and declare this one at once.
+
+        The broker itself checks that it is empty, and unused. It refuses this for a quorum queue,
+        so that one which is there already is never deleted.
+
+        :returns: whether it was done; otherwise check what there is.
+        """
+        tried = False
+
+        def work(channel: Channel, done: Callable[[object], None]) -> None:
+            nonlocal tried
+            if tried:  # the connection was lost meanwhile: perhaps it was done
+                done(False)
+                return
+            tried = True
+            # Without a callback there is no reply, so that nothing is sent in between.
+            channel.queue_delete(queue.name, if_unused, True)
+            channel.queue_declare(
+                queue.name,
+                durable=True,
+                arguments=dict(queue.arguments),
+                callback=lambda _frame: done(True),
+            )
+
+        try:
+            return bool(self._do(work))
+        except TopologyError:
+            return False
 
     def delete_exchange(self, name: str) -> None:
         """Delete it, unless something is bound to it; one that does not exist is not an error.

@@ -18,6 +18,11 @@ that itself (checked on 3.10, 4.0 and 4.3 by the tests of walks in tests/test_de
 - Requeued messages go to the front, but after those that were requeued before and not taken since.
   So an interrupted walk first takes the rest of those, to requeue all of them together.
 
+**Acking.** While many acks are under way, the queue's client keeps further ones back, and forgets
+them when its channel is closed: the messages would be there again. So before that, two messages
+more are taken, and requeued with the others. Each is a command that is answered when those before
+it were performed: the first waits for the acks that were sent, the second for those kept back.
+
 When the channel or the connection is lost, all messages are requeued at once, perhaps in another
 order.
 """
@@ -87,6 +92,7 @@ class RabbitBrowser:
         self._to_do: deque[tuple[Callable[[], None], Answer]] = deque()
         # Taken and not settled, in order: the number of the window that each tag belongs to.
         self._tags: dict[int, int] = {}
+        self._acked = False  # since the last requeuing
         self._window = 0
         self._missing = 0  # how many of this window have not arrived
         self._behind = 0  # how many more there are
@@ -121,21 +127,30 @@ class RabbitBrowser:
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
         """Remove the message from the queue."""
-        channel, tag = delivery.receipt
+        self.ack_all([delivery], timeout)
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        """Remove the messages from the queue."""
+        receipts = [delivery.receipt for delivery in deliveries]
+        are_current = all(channel is self._channel for channel, _ in receipts)
 
         def ack() -> None:
-            if channel is self._channel:
-                channel.basic_ack(tag)
-            self._answered(channel is self._channel)
+            if are_current:
+                for _, tag in receipts:
+                    self._channel.basic_ack(tag)
+                    self._tags.pop(tag, None)
+            self._answered(are_current)
 
+        self._acked = True
         if not self._request(ack, timeout):
             raise self._lost_error()
-        self._tags.pop(tag, None)
 
     def rewind(self) -> None:
         """Requeue all unacked messages; `next` then returns them again."""
         if not self._is_open():
             raise self._lost_error()
+        if self._acked:
+            self._await_acks()
         if not self._tags:
             return
         deadline = time.monotonic() + _TAKE_REST_TIMEOUT
@@ -163,6 +178,13 @@ class RabbitBrowser:
         with contextlib.suppress(BrokerUnavailable):
             self.rewind()
             self._call(self._close, timeout)
+
+    def _await_acks(self) -> None:
+        """Wait until the queue has got the acks; see the module's docstring."""
+        for _ in range(2):
+            taken = partial(self._answered, None)
+            self._request(partial(self._take_more, 1, taken, keep=False), self._timeout)
+        self._acked = False
 
     # --- the caller's thread ---------------------------------------------------------------------
 

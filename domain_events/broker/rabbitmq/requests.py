@@ -167,7 +167,8 @@ class Requests:
             def done(result: object) -> None:
                 setup.usable()
                 answer.succeed(result)
-                channel.close()
+                if channel.is_open:  # not while the connection is being closed
+                    channel.close()
 
             work(channel, self._link.guarded(done))
 

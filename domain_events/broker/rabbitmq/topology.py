@@ -314,6 +314,83 @@ def way_back(exchange: str, name: str) -> Binding:
     return Binding(due_name(exchange), name, "*." * LEVELS + name)
 
 
+@dataclass(frozen=True)
+class Moving:
+    """What exists while an operator moves a subscriber's queue; see `domain_events.cli.moving`.
+
+    The fanout exchanges carry the messages to where they are moved: through them each keeps its
+    routing key, and does not seem to be one that this library forwarded.
+    """
+
+    #: The subscriber whose queue is moved.
+    name: str
+
+    @property
+    def waiting(self) -> Queue:
+        """Holds what is published meanwhile."""
+        return self._holding("new")
+
+    @property
+    def drained(self) -> Queue:
+        """Holds what was in the queue before."""
+        return self._holding("old")
+
+    @property
+    def dead_letters(self) -> Queue:
+        """Holds the dead letters."""
+        return self._holding("dl")
+
+    @property
+    def lock(self) -> Queue:
+        """Exists as long as the connection that moves it."""
+        return temporary_queue(f"{self.name}.migrate.lock", exclusive=True, auto_delete=False)
+
+    @property
+    def to_drained(self) -> Exchange:
+        """The exchange to the queue `drained`."""
+        return Exchange(f"{self.name}.migrate.old", "fanout", strict=True)
+
+    @property
+    def to_new(self) -> Exchange:
+        """The exchange to the new queue."""
+        return Exchange(f"{self.name}.migrate", "fanout", strict=True)
+
+    @property
+    def to_held_dead_letters(self) -> Exchange:
+        """The exchange to the queue `dead_letters`."""
+        return Exchange(f"{self.name}.migrate.dl", "fanout", strict=True)
+
+    @property
+    def to_dead_letters(self) -> Exchange:
+        """The exchange to the new dead-letter queue."""
+        return Exchange(f"{self.name}.migrate.dlx", "fanout", strict=True)
+
+    def _holding(self, what: str) -> Queue:
+        queue = _quorum_queue(f"{self.name}.migrate.{what}")
+        # A policy's length limit must not make it drop the oldest.
+        return replace(queue, arguments={**queue.arguments, "x-overflow": "reject-publish"})
+
+
+def old_broker_names(name: str) -> tuple[str, str]:
+    """domain-event-broker's exchanges of a subscriber: of its retries, and of its dead letters."""
+    return f"{name}-retry", f"{name}-dlx"
+
+
+def known_classic(name: str) -> Iterator[Queue]:
+    """The classic queues of a subscriber, as domain-event-broker and this library declare them.
+
+    With their type, since the vhost's default may be another one.
+    """
+    for dead_letter in (True, False):
+        queue = replace(classic_queue(name, dead_letter), adopt_existing=False)
+        yield replace(queue, arguments={"x-queue-type": "classic", **queue.arguments})
+
+
+def classic_dead_letters(name: str) -> Queue:
+    """The same for its dead letters."""
+    return Queue(dead_letter_name(name), {"x-queue-type": "classic"})
+
+
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:
     """The exchange and the routing key that bring a message to ``name`` after ``delay`` seconds.
 
