@@ -22,7 +22,7 @@ nitpicky = True
 # Types of the standard library, and names of ours that are explained where they are used. No
 # intersphinx: it would need the network at each build.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|types|typing|uuid)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|threading|types|typing|uuid)\..*"),
     (r"py:.*", r"(prometheus_client\.registry\.)?CollectorRegistry"),
     (r"py:obj", r"Delivery"),
     (r"py:.*", r"(domain_events\.probes\.)?HasHealth"),
@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
     (r"py:.*", r"(opentelemetry\..*)?(TracerProvider|MeterProvider|TextMapPropagator)"),
     (r"py:.*", r"(sqlalchemy\..*|Engine|Connection|InvalidRequestError)"),
-    (r"py:.*", r"(domain_events\.outbox\.(\w+\.)?)?(Parked|Relay|Waiting)"),
+    (r"py:.*", r"(domain_events\.outbox\.(\w+\.)?)?(Parked|Relay|Result|Waiting)"),
 ]
 
 autodoc_member_order = "bysource"

@@ -44,16 +44,21 @@ class DeadLetter:
     routing_key: str
     #: The subscriber that failed on it.
     subscriber: str | None
-    #: The exception: its class, its message, its traceback.
+    #: The class of the exception, with its import path.
     error_type: str | None
+    #: Its message.
     error_message: str | None
+    #: The end of its traceback.
     traceback: str | None
-    #: When it failed, where (the host's name), and after how many retries.
+    #: When it failed.
     failed_at: datetime | None
+    #: Where: the name of the host.
     host: str | None
+    #: After how many retries.
     retries: int
-    #: The error of its first delivery, if it was retried afterwards.
+    #: The class of its first delivery's exception, if it was retried afterwards.
     first_error_type: str | None
+    #: That one's message.
     first_error_message: str | None
     #: How often it was replayed before, and failed again.
     replays: int

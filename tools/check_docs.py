@@ -84,7 +84,11 @@ def _members(kind: type) -> Iterator[str]:
         if issubclass(base, BaseException) and base is not kind:
             continue  # they are described with the error that has them
         for name, value in vars(base).items():
-            private = name.startswith("_") or ":meta private:" in (inspect.getdoc(value) or "")
+            private = (
+                name.startswith("_")
+                or name in INTERNAL
+                or ":meta private:" in (inspect.getdoc(value) or "")
+            )
             if not private and (callable(value) or isinstance(value, property | classmethod)):
                 yield name
         yield from (

@@ -64,12 +64,12 @@ class Courier:
     While the broker is known to be away, rows are left to a relay at once.
 
     :param database: the outbox's.
-    :param connection_settings: the broker's; see `configure`.
+    :param connection_settings: the broker's; see `domain_events.configure`.
     :param lease: seconds after which a relay takes over the rows of a process that has died: more
         than ``timeout``, and at most an hour. A row whose transaction takes longer is a relay's,
         too.
     :param timeout: seconds without any confirm that are an outage.
-    :param middleware: within that of `configure`.
+    :param middleware: within that of `domain_events.configure`.
     :raises ConfigurationError: for options that cannot work.
     """
 

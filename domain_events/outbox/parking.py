@@ -26,9 +26,11 @@ _COLUMNS = "id, event_id, exchange, routing_key, object_key, body, details, crea
 class Parked:
     """A row that was set aside."""
 
+    #: The event as it was written.
     row: Row
-    #: When it was written, and when it was parked, in Unix seconds of the database's clock.
+    #: When it was written, in Unix seconds of the database's clock.
     created: float
+    #: When it was parked, likewise.
     parked: float
     #: Why.
     error: str
