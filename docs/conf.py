@@ -22,7 +22,8 @@ nitpicky = True
 # Types of the standard library, and names of ours that are explained where they are used. No
 # intersphinx: it would need the network at each build.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|threading|types|typing|uuid)\..*"),
+    (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|types|typing|uuid)\..*"),
+    (r"py:.*", r"threading\..*"),
     (r"py:.*", r"(prometheus_client\.registry\.)?CollectorRegistry"),
     (r"py:obj", r"Delivery"),
     (r"py:.*", r"(domain_events\.probes\.)?HasHealth"),
