@@ -157,10 +157,12 @@ def test_all_of_a_dead_letter_is_shown(bench: Bench, terminal: Terminal) -> None
         'raise Reject("no \\x1b[2Jluck")',
     ):
         assert line in lines
-    output, _ = terminal.run("dead-letters", "show", queue, "--json")
+    output, _ = terminal.run("dead-letters", "show", queue, cause.uuid_string, "--json")
     found = json.loads(output)
     assert found["event"] == cause.event_data
     assert found["replays"] == 1
+    _, remarks = terminal.run("dead-letters", "show", queue, "another")
+    assert remarks == f"Nothing matches among the dead letters of {queue}.\n"
     [row] = terminal.rows("dead-letters", "list", queue, "--group-by", "error,frame")
     assert row["ERROR"] == "domain_events.retry.Reject"
     assert f"{Path(__file__).name}:" in row["FRAME"]

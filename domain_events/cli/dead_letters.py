@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,8 @@ def _chosen(
 
 
 @commands.command()
-@names_argument
+@click.argument("name")
+@click.argument("only", metavar="[ID]...", nargs=-1)
 @choice_options(limit=1)
 @click.option(
     "--interactive", "-i", is_flag=True, help="Ask after each one: replay, discard, leave, quit."
@@ -136,7 +138,8 @@ def _chosen(
 @broker_option
 @timeout_option
 def show(
-    names: Sequence[str],
+    name: str,
+    only: Sequence[str],
     choice: Choice,
     interactive: bool,
     path: Path | None,
@@ -148,33 +151,33 @@ def show(
 
     The event, its headers, the errors and the traceback; by default of the oldest one.
     """
+    source = click.get_current_context().get_parameter_source("limit")
+    if source is click.core.ParameterSource.DEFAULT and not choice.newest and (only or interactive):
+        choice = replace(choice, limit=None)  # all of them
+    if only:
+        ids = choice.selection.ids | set(only)
+        choice = replace(choice, selection=replace(choice.selection, ids=ids))
     if not interactive:
         found = False
-        for name, letter in _chosen(names, choice, broker, timeout):
+        for _, letter in _chosen([name], choice, broker, timeout):
             found = True
             if as_json:
                 output.record(archive.as_json(letter, name))
             else:
                 click.echo("\n".join(_shown(letter, name)) + "\n")
         if not found:
-            output.remark(f"Nothing matches among the dead letters of {', '.join(names)}.")
+            output.remark(f"Nothing matches among the dead letters of {name}.")
         return
     if not sys.stdin.isatty():
         raise click.UsageError("--interactive needs a terminal.")
-    source = click.get_current_context().get_parameter_source("limit")
-    if source is click.core.ParameterSource.DEFAULT and not choice.newest:
-        choice = Choice(choice.selection)  # all of them
-    for name in names:
-        with (
-            DeadLetters(name, broker, timeout=timeout) as dead_letters,
-            archive.Archive(path or default_path(name)) as copies,
-        ):
-            if not _ask_about_each(choice.of(dead_letters), name, copies):
-                return
+    with (
+        DeadLetters(name, broker, timeout=timeout) as dead_letters,
+        archive.Archive(path or default_path(name)) as copies,
+    ):
+        _ask_about_each(choice.of(dead_letters), name, copies)
 
 
-def _ask_about_each(letters: Iterator[DeadLetter], name: str, copies: archive.Archive) -> bool:
-    """False: the user wants to end."""
+def _ask_about_each(letters: Iterator[DeadLetter], name: str, copies: archive.Archive) -> None:
     for letter in letters:
         click.echo("\n".join(_shown(letter, name)))
         answer = click.prompt(
@@ -191,10 +194,9 @@ def _ask_about_each(letters: Iterator[DeadLetter], name: str, copies: archive.Ar
             letter.discard()
             output.remark(f"Discarded; a copy is in {copies.path}.")
         elif answer == "q":
-            return False
+            return
         click.echo()
     output.remark(f"These were all of {name}.")
-    return True
 
 
 def _shown(letter: DeadLetter, name: str) -> Iterator[str]:
