@@ -68,8 +68,10 @@ types: .venv/.ready ## mypy --strict, and pyright as strict on what users import
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-docs: .venv/.ready ## the documentation, to docs/_build/html; a warning is an error
+docs: .venv/.ready ## the documentation, to docs/_build/html: links, spelling, every public name
+	$(BIN)/codespell README.rst CHANGELOG.rst CONTRIBUTING.rst docs domain_events
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python tools/check_docs.py docs/_build/html
 
 build: .venv/.ready ## source distribution and wheel, to dist/
 	rm -rf dist

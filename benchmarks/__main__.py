@@ -205,10 +205,14 @@ def _measure(options: argparse.Namespace) -> Results:
 def _show(results: Results, options: argparse.Namespace) -> None:
     if options.json:
         results.save(options.json)
-    names = plots.write(results, options.svg) if options.svg else []
+    titles = plots.write(results, options.svg) if options.svg else {}
     if options.rst:
         # As seen from the page that includes the tables.
-        paths = [os.path.relpath(options.svg / name, options.rst.parent) for name in names]
+        paths = {
+            os.path.relpath(options.svg / name, options.rst.parent): title
+            for name, title in titles.items()
+            if not name.startswith("headline-")
+        }
         options.rst.write_text(tables.as_rst(results, paths))
     print(tables.as_text(results))
 

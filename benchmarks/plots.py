@@ -1,33 +1,54 @@
-"""Results as SVG plots, written by hand, because they consist only of bars and lines."""
+"""Results as SVG plots: bars and lines, in the style of the documentation's other pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from benchmarks.registry import BY_NAME, OURS, PEERS
+from sheet import WIDTH, Sheet
+
+from benchmarks.registry import BY_NAME, OURS, PEERS, Peer
 from benchmarks.results import Results
 from benchmarks.scenarios import Scenario, scenarios
 from benchmarks.summary import Summary, short
 
-_WIDTH = 760
-_LABELS = 170  # space for the names on the left
+_LABELS = 150  # space for the names on the left
 _BAR = 16
-_FONT = "font-family='sans-serif' font-size='12'"
-_OURS, _OTHERS, _INK, _GRID = "#c0392b", "#7f8c9b", "#333", "#ddd"
-_LINES = ("#c0392b", "#2c6fbb", "#3a8f4d", "#b8860b", "#7d3c98", "#16858a", "#777", "#a0522d")
+_APART = 42  # between the numbers of an axis
+_LINES = (
+    ("#c0392b", "#ff8a7a"),
+    ("#2563eb", "#6ea8fe"),
+    ("#15803d", "#4ade80"),
+    ("#b7791f", "#e0b35c"),
+    ("#7d3c98", "#c99be0"),
+    ("#0e7c86", "#4fd1d9"),
+    ("#6b7280", "#b3bac5"),
+    ("#a0522d", "#d99b73"),
+)
+_RULES = (
+    (".ours", "fill: #c0392b", "fill: #e0604f"),
+    (".other", "fill: #9aa4b2", "fill: #5b6470"),
+    (".line", "stroke: #1f2937; fill: none", "stroke: #e5e7eb"),
+    (".grid", "stroke: #dfe3e8; fill: none", "stroke: #2b313a"),
+    *(
+        (f".c{number}", f"stroke: {light}; fill: none; stroke-width: 2", f"stroke: {dark}")
+        for number, (light, dark) in enumerate(_LINES)
+    ),
+    *(
+        (f".dot.c{number}", f"fill: {light}", f"fill: {dark}")
+        for number, (light, dark) in enumerate(_LINES)
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Bar:
     """A peer's figure, with the range of its samples."""
 
-    label: str
+    peer: Peer
     summary: Summary
-    is_ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,18 +59,50 @@ class Line:
     points: tuple[tuple[float, float], ...]
 
 
-def write(results: Results, folder: Path) -> list[str]:
-    """Write one plot for each scenario and kind of queue; returns the file names."""
+def write(results: Results, folder: Path) -> dict[str, str]:
+    """Write one plot for each scenario and kind of queue, and those of the headlines.
+
+    :return: the title of each, by its file's name; those of the headlines come first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, picture in pictures(results):
+    titles = {}
+    for name, title, picture in (*headlines(results), *pictures(results)):
         (folder / name).write_text(picture)
-        names.append(name)
-    return names
+        titles[name] = title
+    return titles
 
 
-def pictures(results: Results) -> Iterator[tuple[str, str]]:
-    """Name and content of each."""
+def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
+    """Name, title and content of three that state their point in the title.
+
+    From quorum queues, which are the default, and without the clients that promise less.
+    """
+    for name, point in (
+        ("publish", "Publishing in bulk: {:.2g} times the best synchronous client"),
+        ("threads", "Publishing from 16 threads: {:.2g} times the best client with threads"),
+        ("consume", "Consuming: {:.2g} times the best Python client"),
+    ):
+        scenario = next(each for each in scenarios() if each.name == name)
+        bars = [
+            bar
+            for bar in _bars_of(results, scenario, "quorum")
+            if bar.peer.is_ours or bar.peer.is_c or not bar.peer.lacks
+        ]
+        ours = [bar.summary.median for bar in bars if bar.peer.is_ours]
+        theirs = [bar.summary.median for bar in bars if _competes(bar.peer, name)]
+        if ours and theirs:
+            title = point.format(ours[0] / max(theirs))
+            yield f"headline-{name}.svg", title, bar_chart(title, bars, "Confirmed events/s")
+
+
+def _competes(peer: Peer, scenario: str) -> bool:
+    if peer.is_ours or peer.is_c:
+        return False
+    return {"publish": peer.synchronous, "threads": peer.has_threads}.get(scenario, True)
+
+
+def pictures(results: Results) -> Iterator[tuple[str, str, str]]:
+    """Name, title and content of each."""
     for scenario in scenarios(quick=results.quick):
         figure = scenario.figures[0]
         unit = f"{figure.title}{'' if figure.unit[:1] == '/' else ', '}{figure.unit}"
@@ -57,14 +110,15 @@ def pictures(results: Results) -> Iterator[tuple[str, str]]:
             lines = _lines_of(results, scenario)
             if lines:
                 title = f"{scenario.title} ({unit})"
-                yield f"{scenario.name}.svg", line_chart(title, scenario.series, lines)
+                yield f"{scenario.name}.svg", title, line_chart(title, scenario.series, lines)
             continue
         for variant in results.variants(scenario.name):
             bars = _bars_of(results, scenario, variant)
             if bars:
                 name = f"{scenario.name}-{variant}.svg" if variant else f"{scenario.name}.svg"
                 where = f", {variant} queue" if variant else ""
-                yield name, bar_chart(f"{scenario.title}{where} ({unit})", bars)
+                title = f"{scenario.title}{where} ({unit})"
+                yield name, title, bar_chart(title, bars)
 
 
 def _bars_of(results: Results, scenario: Scenario, variant: str) -> list[Bar]:
@@ -79,7 +133,7 @@ def _bars_of(results: Results, scenario: Scenario, variant: str) -> list[Bar]:
                 summary.high * figure.scale,
                 summary.samples,
             )
-            bars.append(Bar(peer.title, scaled, peer.is_ours))
+            bars.append(Bar(peer, scaled))
     bars.sort(key=lambda bar: bar.summary.median, reverse=figure.more_is_better)
     return bars
 
@@ -99,52 +153,67 @@ def _lines_of(results: Results, scenario: Scenario) -> list[Line]:
     return lines
 
 
-def bar_chart(title: str, bars: Sequence[Bar]) -> str:
-    """Horizontal bars from the best to the worst; a thin line is the range of the samples."""
-    height = 40 + len(bars) * (_BAR + 8)
-    room = _WIDTH - _LABELS - 90
+def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
+    """Horizontal bars from the best to the worst; a thin line is the range of the samples.
+
+    :param unit: a line below the title.
+    """
+    order = ", ".join(f"{bar.peer.title} {short(bar.summary.median)}" for bar in bars)
+    sheet = Sheet(title, f"From the best to the worst: {order}.", _RULES)
+    top = sheet.heading(title)
+    if unit:
+        sheet.text(12, top + 6, unit, "faint")
+        top += 18
+    room = WIDTH - _LABELS - 64
     longest = max(bar.summary.high for bar in bars) or 1.0
-    parts = [_text(10, 20, title, weight="bold")]
     for number, bar in enumerate(bars):
-        top = 34 + number * (_BAR + 8)
-        middle = top + _BAR / 2
+        y = top + number * (_BAR + 8)
+        middle = y + _BAR / 2
         width = bar.summary.median / longest * room
         low, high = (
             _LABELS + edge / longest * room for edge in (bar.summary.low, bar.summary.high)
         )
-        colour = _OURS if bar.is_ours else _OTHERS
-        parts += [
-            _text(_LABELS - 8, middle + 4, bar.label, anchor="end"),
-            f"<rect x='{_LABELS}' y='{top}' width='{width:.1f}' height='{_BAR}' fill='{colour}'/>",
-            _stroke(low, middle, high, middle, _INK),
-            _text(max(high, _LABELS + width) + 6, middle + 4, short(bar.summary.median)),
-        ]
-    return _svg(height, title, parts)
+        kind = "ours" if bar.peer.is_ours else "other"
+        sheet.text(
+            _LABELS - 8, middle + 4, bar.peer.title, "end bold" if bar.peer.is_ours else "end"
+        )
+        sheet.shape(
+            f'<rect class="{kind}" x="{_LABELS}" y="{y:g}" width="{width:.1f}" height="{_BAR}"/>'
+            f'<path class="line" d="M{low:.1f} {middle:g}H{high:.1f}"/>',
+            y + _BAR,
+        )
+        sheet.text(max(high, _LABELS + width) + 6, middle + 4, short(bar.summary.median))
+    return sheet.svg()
 
 
 def line_chart(title: str, axis: str, lines: Sequence[Line]) -> str:
     """Lines over two logarithmic axes."""
-    height, top, bottom, left, right = 340, 36, 290, 70, _WIDTH - 170
+    sheet = Sheet(title, f"By {axis}: {', '.join(line.label for line in lines)}.", _RULES)
+    top = sheet.heading(title) + 6
+    bottom, left, right = top + 190, 62, WIDTH - 20
     across = _Scale([x for line in lines for x, _ in line.points], left, right)
     up = _Scale([y for line in lines for _, y in line.points], bottom, top)
-    parts = [_text(10, 20, title, weight="bold"), _text(left, bottom + 38, axis)]
     for tick in up.ticks():
-        parts += [
-            _stroke(left, up(tick), right, up(tick), _GRID),
-            _text(left - 6, up(tick) + 4, short(tick), anchor="end"),
-        ]
+        sheet.shape(f'<path class="grid" d="M{left} {up(tick):.1f}H{right}"/>', up(tick))
+        sheet.text(left - 6, up(tick) + 4, short(tick), "end faint")
+    last = -math.inf
     for x in sorted({x for line in lines for x, _ in line.points}):
-        parts.append(_text(across(x), bottom + 18, short(x), anchor="middle"))
+        if across(x) - last > _APART:
+            last = across(x)
+            sheet.text(last, bottom + 16, short(x), "mid faint")
+    sheet.text((left + right) / 2, bottom + 34, axis, "mid faint")
     for number, line in enumerate(lines):
-        colour = _LINES[number % len(_LINES)]
+        colour = f"c{number % len(_LINES)}"
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line.points)
-        parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
-        parts += [
-            f"<circle cx='{across(x):.1f}' cy='{up(y):.1f}' r='3' fill='{colour}'/>"
+        dots = "".join(
+            f'<circle class="dot {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>'
             for x, y in line.points
-        ]
-        parts.append(_text(right + 12, top + 14 + number * 18, line.label, colour=colour))
-    return _svg(height, title, parts)
+        )
+        sheet.shape(f'<polyline class="{colour}" points="{path}"/>{dots}', bottom)
+        y = bottom + 56 + number * 18
+        sheet.shape(f'<path class="{colour}" d="M14 {y - 4:g}H34"/>', y)
+        sheet.text(40, y, line.label, "bold" if number == 0 else "")
+    return sheet.svg()
 
 
 class _Scale:
@@ -165,32 +234,3 @@ class _Scale:
         powers = range(math.floor(self._low), math.ceil(self._high) + 1)
         candidates = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
         return [each for each in candidates if self._low <= math.log10(each) <= self._high]
-
-
-def _text(
-    x: float, y: float, text: str, anchor: str = "start", weight: str = "normal", colour: str = _INK
-) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' {_FONT} text-anchor='{anchor}' font-weight='{weight}' "
-        f"fill='{colour}'>{escape(text)}</text>"
-    )
-
-
-def _stroke(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='{colour}'/>"
-
-
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
-    head = (
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{height}' "
-        f"viewBox='0 0 {_WIDTH} {height}' role='img'>"
-    )
-    return "\n".join(
-        [
-            head,
-            f"<title>{escape(title)}</title>",
-            "<rect width='100%' height='100%' fill='white'/>",
-            *parts,
-            "</svg>\n",
-        ]
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.registry import BY_NAME, PEERS
@@ -145,16 +145,16 @@ def _column_of(cells: Sequence[str]) -> list[str]:
 # --- for the documentation -----------------------------------------------------------------------
 
 
-def as_rst(results: Results, plots: Sequence[str] = ()) -> str:
-    """Tables and plots, to be included by a page of the documentation.
+def as_rst(results: Results, plots: Mapping[str, str] | None = None) -> str:
+    """Plots and tables, to be included by a page of the documentation.
 
-    :param plots: names of image files.
+    :param plots: the title of each image, by the path of its file.
     """
     parts = [heading(results)]
+    parts += [f".. image:: {path}\n   :alt: {title}" for path, title in (plots or {}).items()]
     for table in tables(results):
         parts.append(list_table(table))
         parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
-    parts += [f".. image:: {name}" for name in plots]
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,7 +13,7 @@ project = "domain_events"
 copyright = "domain_events contributors"  # noqa: A001
 version = release = domain_events.__version__
 
-extensions = ["sphinx.ext.autodoc"]
+extensions = ["sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 
 # `Name` in single backticks, as in the docstrings, is a link to what has that name.
@@ -23,6 +23,7 @@ nitpicky = True
 # intersphinx: it would need the network at each build.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|datetime|decimal|enum|os|types|typing|uuid)\..*"),
+    (r"py:.*", r"threading\..*"),
     (r"py:.*", r"(prometheus_client\.registry\.)?CollectorRegistry"),
     (r"py:obj", r"Delivery"),
     (r"py:.*", r"(domain_events\.probes\.)?HasHealth"),
@@ -35,7 +36,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(domain_events\.settings\.)?(ConnectionSettings|_Default.*)"),
     (r"py:.*", r"(opentelemetry\..*)?(TracerProvider|MeterProvider|TextMapPropagator)"),
     (r"py:.*", r"(sqlalchemy\..*|Engine|Connection|InvalidRequestError)"),
-    (r"py:.*", r"(domain_events\.outbox\.(\w+\.)?)?(Parked|Relay|Waiting)"),
+    (r"py:.*", r"(domain_events\.outbox\.(\w+\.)?)?(Parked|Relay|Result|Waiting)"),
 ]
 
 autodoc_member_order = "bysource"

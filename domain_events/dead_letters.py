@@ -7,22 +7,23 @@ arrive. How walks work: `domain_events.walks`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from domain_events import message as messages
 from domain_events import settings
+from domain_events.broker import confirm_each
 from domain_events.checks import refusal, shown
 from domain_events.errors import EventUnroutable, InvalidEvent, TopologyError
 from domain_events.events import DomainEvent
 from domain_events.log import Log
-from domain_events.message import Delivery, ToDeadLetters
+from domain_events.message import Delivery, Message, ToDeadLetters
 from domain_events.names import check_name
 from domain_events.settings import DEFAULT, ConnectionSettings
 from domain_events.text import printable
-from domain_events.walks import Walks
+from domain_events.walks import MOST_AT_ONCE, Walks
 
 log = Log("domain_events")
 
@@ -43,20 +44,37 @@ class DeadLetter:
     routing_key: str
     #: The subscriber that failed on it.
     subscriber: str | None
-    #: The exception: its class, its message, its traceback.
+    #: The class of the exception, with its import path.
     error_type: str | None
+    #: Its message.
     error_message: str | None
+    #: The end of its traceback.
     traceback: str | None
-    #: When it failed, where (the host's name), and after how many retries.
+    #: When it failed.
     failed_at: datetime | None
+    #: Where: the name of the host.
     host: str | None
+    #: After how many retries.
     retries: int
-    #: The error of its first delivery, if it was retried afterwards.
+    #: The class of its first delivery's exception, if it was retried afterwards.
     first_error_type: str | None
+    #: That one's message.
     first_error_message: str | None
+    #: How often it was replayed before, and failed again.
+    replays: int
 
     _delivery: Delivery
     _owner: DeadLetters
+
+    @property
+    def id(self) -> str | None:
+        """The event's id, also if the body cannot be read."""
+        return self.event.uuid_string if self.event is not None else self._delivery.message_id
+
+    @property
+    def delivery(self) -> Delivery:
+        """The message itself: its headers, correlation id, cause."""
+        return self._delivery
 
     def replay(self) -> None:
         """Return it to the subscriber's queue, with ``retries == 0``; remove it from this one.
@@ -88,8 +106,9 @@ class DeadLetters(Walks):
                     letter.replay()
 
     Those neither replayed nor discarded are left, in their order. The dead letters that a walk has
-    passed are held until the next one begins or `close` is called; until then they can be settled,
-    and others do not see them. Their bodies are only kept by each `DeadLetter`.
+    passed, and a few hundred ahead of it, are held until the next one begins or `release` or
+    `close` is called; until then they can be settled, and others do not see them. Their bodies are
+    only kept by each `DeadLetter`.
 
     Up to RabbitMQ 4.2 browsing counts as a delivery. Before a queue's delivery limit could delete
     them, the next walk republishes all of them to their queue, which requires the permission to
@@ -116,22 +135,88 @@ class DeadLetters(Walks):
         for delivery in self._deliveries():
             yield self._letter(delivery)
 
+    def unreached(self) -> Iterator[DeadLetter]:
+        """Those that the current walk has not taken yet, such as have arrived since it began.
+
+        They can be seen, not settled, and are given back as soon as this iteration is over.
+        """
+        for delivery in self._unreached():
+            yield self._letter(delivery)
+
     def replay_all(self) -> int:
         """Replay all that are there now, in their order. Returns how many were replayed."""
-        return self._all(DeadLetter.replay)
+        return self.replay_many(self)
 
     def discard_all(self) -> int:
         """Delete all that are there now, for good. Returns how many were deleted."""
-        return self._all(DeadLetter.discard)
+        return self.discard_many(self)
 
-    def _all(self, action: Callable[[DeadLetter], None]) -> int:
+    def replay_many(
+        self,
+        letters: Iterable[DeadLetter],
+        replayed: Callable[[DeadLetter], None] = lambda _letter: None,
+    ) -> int:
+        """Replay these of the current walk, in their order, many under way at a time.
+
+        When the process is killed, up to a hundred may be in both queues.
+
+        :param letters: such as a filter over this walk.
+        :param replayed: called for each one, once it was confirmed.
+        :return: how many were replayed.
+        :raises DomainEventsError: as `DeadLetter.replay`; what was not confirmed is left.
+        """
         number = 0
-        for letter in self:
-            action(letter)
-            number += 1
+        if settings.middleware():  # it is to see the outcome of each one
+            for letter in letters:
+                letter.replay()
+                replayed(letter)
+                number += 1
+            return number
+        done: list[DeadLetter] = []
+
+        def settle() -> None:
+            nonlocal number
+            settled, done[:] = done[:], []
+            self._settle_all([letter._delivery for letter in settled])
+            number += len(settled)
+            for letter in settled:
+                replayed(letter)
+
+        def confirmed(letter: DeadLetter) -> None:
+            done.append(letter)
+            if len(done) >= MOST_AT_ONCE:
+                settle()
+
+        def messages_of() -> Iterator[tuple[Message, DeadLetter]]:
+            for letter in letters:
+                self._check(letter._delivery)
+                yield messages.replay(letter._delivery, self.name), letter
+
+        try:
+            if self._consuming() is not None:
+                confirm_each(self._publishing(), messages_of(), self._timeout, confirmed)
+        except EventUnroutable as error:
+            raise self._missing_error() from error
+        finally:
+            settle()
         return number
 
     def _replay(self, delivery: Delivery) -> None:
+        self._check(delivery)
+        try:
+            self._replayed(messages.replay(delivery, self.name), _event(delivery), self.name)
+        except EventUnroutable as error:
+            raise self._missing_error() from error
+        self._settle(delivery)
+
+    def _missing_error(self) -> TopologyError:
+        return TopologyError(
+            f"There is no queue {self.name!r} to replay into: its subscriber must have "
+            "registered first. The dead letter is left."
+        )
+
+    def _check(self, delivery: Delivery) -> None:
+        """Before it is replayed."""
         if not delivery.is_verified:
             log.warning(
                 "%s: the broker itself moved %s to the dead letters. Before RabbitMQ 4.0 its "
@@ -142,14 +227,6 @@ class DeadLetters(Walks):
                 about=messages.about(delivery, self.name),
             )
         self._check_held(delivery)
-        try:
-            self._replayed(messages.replay(delivery, self.name), _event(delivery), self.name)
-        except EventUnroutable as error:
-            raise TopologyError(
-                f"There is no queue {self.name!r} to replay into: its subscriber must have "
-                "registered first. The dead letter is left."
-            ) from error
-        self._settle(delivery)
 
     def _letter(self, delivery: Delivery) -> DeadLetter:
         return DeadLetter(
@@ -157,6 +234,7 @@ class DeadLetters(Walks):
             body=delivery.body,
             routing_key=delivery.original_routing_key,
             retries=delivery.retries,
+            replays=delivery.replays,
             _delivery=delivery,
             _owner=self,
             **vars(delivery.failure),

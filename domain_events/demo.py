@@ -7,16 +7,19 @@ at the end.
 
 from __future__ import annotations
 
+import argparse
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from domain_events import log
+from domain_events import log, settings
 from domain_events.address import shown
 from domain_events.broker import connect
 from domain_events.dead_letters import DeadLetters
+from domain_events.errors import DomainEventsError
 from domain_events.events import DomainEvent
 from domain_events.publisher import Publisher
 from domain_events.retry import Retry
@@ -32,6 +35,36 @@ EMBEDDED = ("memory://demo",)
 # Seconds that any step may take; on a slow machine the first declaration of all queues is one.
 _STEP_TIMEOUT = 30.0
 _BROKER_TIMEOUT = 10.0
+
+
+_BROKER_HELP = f"""
+    run it on RabbitMQ: at URL (whose password other users of this machine may see for a moment),
+    else at the URL in the environment ({", ".join(settings.ENVIRONMENT)}), else on localhost.
+    Without this option, run it on an embedded broker, which needs no set-up
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``domain-events demo``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="domain-events demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--broker", metavar="URL", nargs="?", const="", help=_BROKER_HELP)
+    options = parser.parse_args(arguments)
+    try:
+        if options.broker is None:
+            run()
+        else:
+            run(settings.resolve(options.broker) or EMBEDDED)
+    except DomainEventsError as error:
+        print(f"domain-events: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run(urls: Sequence[str] = EMBEDDED) -> None:

@@ -83,7 +83,7 @@ class Subscription:
         self.handler = handler
         self._forwarder = forwarder
         self._middleware = middleware
-        self._payload = payload
+        self.payload = payload
         # Whether an event with this routing key is listed.
         self._listed: dict[str, bool] = {}
         self._has_delays = options.queue.delays
@@ -145,9 +145,9 @@ class Subscription:
             outcome = self._give_up(event, delivery, consumer, limit)
             log.error("%s gave up on %s. %s", name, _named(event), limit, about=self._about(event))
             return Delivered(name, event, outcome, limit)
-        if self._payload is not None:
+        if self.payload is not None:
             try:
-                event = self._payload.read(event)
+                event = self.payload.read(event)
             except BaseException as error:  # noqa: BLE001 - as in `_failed`
                 if ends_the_process(error):
                     return self._exited(event, delivery, consumer, error)
@@ -479,9 +479,12 @@ class Subscription:
                 self._no_delays_until = time.monotonic() + _PAUSE_WITHOUT_DELAYS
                 wait_here()
 
+        queue = self.options.queue
+        # The levels may exist for others, but without a binding back to this queue.
+        never = queue.must_exist and not queue.delays
         if self._has_delays:
             send_delayed()
-        elif time.monotonic() < self._no_delays_until:
+        elif never or time.monotonic() < self._no_delays_until:
             wait_here()
         else:
             # Without retries, this subscriber has not declared the delay levels so far.

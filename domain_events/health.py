@@ -36,6 +36,7 @@ class ConnectionHealth:
     #: Why the broker accepts nothing at the moment, such as being short of memory.
     blocked: str | None = None
     last_error: str | None = None
+    #: When, in Unix seconds.
     last_error_at: float | None = None
     #: For how long its thread has not responded. Each ``health()`` requests a response, which the
     #: next one expects.
@@ -95,6 +96,7 @@ class _Health:
     connections: tuple[ConnectionHealth, ...]
     #: The last error of any connection, also of one that was closed since.
     last_error: str | None
+    #: When, in Unix seconds.
     last_error_at: float | None
 
     @property
@@ -203,6 +205,8 @@ class SubscriberHealth(_Health):
     subscriptions: tuple[SubscriptionHealth, ...]
     #: The handlers that run, the oldest first.
     handlers: tuple[RunningHandler, ...]
+    #: How many deliveries this ``start_consuming`` has handled, whatever became of them.
+    handled: int = 0
 
     @property
     def oldest_handler(self) -> RunningHandler | None:
@@ -241,6 +245,7 @@ class SubscriberHealth(_Health):
             "subscriptions": [
                 {"consuming": each.consuming, **asdict(each)} for each in self.subscriptions
             ],
+            "handled": self.handled,
             "running_handlers": len(self.handlers),
             "oldest_handler": None if oldest is None else asdict(oldest),
         }

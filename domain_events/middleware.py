@@ -65,6 +65,7 @@ _WITH_A_CALLER = (Operation.PUBLISH, Operation.REPLAY)
 class Outgoing:
     """An event on its way out."""
 
+    #: Why it is sent.
     operation: Operation
     #: None for a dead letter that is not an event.
     event: DomainEvent[Any] | None
@@ -105,6 +106,7 @@ class ConnectionState(str, Enum):
 class ConnectionChange:
     """Something has happened to a connection."""
 
+    #: What has happened.
     state: ConnectionState
     #: Whose it is: ``publisher``, ``subscriber`` or ``dead letters``.
     owner: str
@@ -112,6 +114,7 @@ class ConnectionChange:
     purpose: str
     #: The broker's address, without the password.
     address: str
+    #: Why, where it is known.
     reason: str | None = None
     #: Which connection of this process: a number that it has until it is closed by its owner.
     connection: int = 0

@@ -102,6 +102,7 @@ def make_options(
     prefetch_count: int | None,
     ordered: bool,
     handler_limit: float | None = None,
+    declare: bool = True,
 ) -> Options:
     """The options as a user gives them, checked and with their defaults.
 
@@ -117,6 +118,11 @@ def make_options(
     exclusive = flag(exclusive, f"{name}: exclusive")
     auto_delete = flag(auto_delete, f"{name}: auto_delete")
     temporary = exclusive or auto_delete or not durable
+    if temporary and not declare:
+        raise ConfigurationError(
+            f"{name}: each process declares its temporary queue, which Subscriber(declare=False) "
+            "does not do; make it durable, or register it with another Subscriber."
+        )
     max_retries = whole_number(max_retries, f"{name}: max_retries", 0, _MOST_RETRIES)
     kinds = _exceptions(retry_on, f"{name}: retry_on")
     if kinds and not max_retries:
@@ -150,6 +156,7 @@ def make_options(
             exclusive=exclusive,
             auto_delete=auto_delete,
             classic=_queue_type(queue_type, f"{name}: queue_type") == "classic",
+            must_exist=not declare,
         ),
         max_retries,
         kinds,

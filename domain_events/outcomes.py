@@ -38,6 +38,7 @@ class Delivered:
     subscriber: str
     #: The event; None for a message that is not one, which goes to the dead letters unhandled.
     event: DomainEvent[Any] | None
+    #: What became of it.
     outcome: Outcome
     #: What the handler raised, or why it was not called.
     error: BaseException | None = None

@@ -66,6 +66,11 @@ class Payload:
             library = by(kind, f"{subscriber}: the payload {_named(kind)}")
             self._convert, self._problems = library.convert, library.problems
 
+    @property
+    def name(self) -> str | None:
+        """The name of the class or type; None for JSON values that are only upcast."""
+        return None if self._kind is None else _named(self._kind)
+
     def read(self, event: DomainEvent[Any]) -> DomainEvent[Any]:
         """The event with its data as the handler takes it.
 

@@ -33,8 +33,10 @@ from socketserver import TCPServer
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from domain_events import ConfigurationError, PublisherHealth, SubscriberHealth
+from domain_events import ConfigurationError
 from domain_events.checks import flag, refusal, shown, whole_number
+
+__all__ = ["HealthBeat", "HealthServer", "check", "report"]
 
 log = logging.getLogger("domain_events")
 
@@ -42,10 +44,24 @@ log = logging.getLogger("domain_events")
 _PATIENCE = 5.0
 
 
+class Health(Protocol):
+    """A `SubscriberHealth`, a `PublisherHealth`, or that of several processes."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def not_alive(self) -> tuple[str, ...]: ...
+    @property
+    def not_ready(self) -> tuple[str, ...]: ...
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 class HasHealth(Protocol):
     """A `Subscriber` or a `Publisher`."""
 
-    def health(self) -> SubscriberHealth | PublisherHealth:
+    def health(self) -> Health:
         """Whether it is alive and ready."""
 
 
@@ -302,7 +318,7 @@ class HealthBeat(_Probe):
         if not isinstance(every, int | float) or not 0 < every < threading.TIMEOUT_MAX:
             raise ConfigurationError(f"every must be a positive number of seconds, not {every!r}.")
         self._file = None if file is None else Path(file)
-        self._systemd = _Systemd() if systemd else None
+        self._systemd = Systemd() if systemd else None
         self._every = every
         self._failing = False
 
@@ -352,10 +368,10 @@ class HealthBeat(_Probe):
         if self._systemd is not None:
             self._systemd.notify(found)
         if self._file is not None:
-            _replace(self._file, json.dumps(found) + "\n")
+            replace(self._file, json.dumps(found) + "\n")
 
 
-def _replace(file: Path, content: str) -> None:
+def replace(file: Path, content: str) -> None:
     """Write the file so that a reader gets the old or the new one, as a whole."""
     # In the same directory, which a rename must not leave.
     new = file.with_name(f".{file.name}.{os.getpid()}")
@@ -367,14 +383,19 @@ def _replace(file: Path, content: str) -> None:
         raise
 
 
-class _Systemd:
-    """The protocol of sd_notify(3) and sd_watchdog_enabled(3), without their library."""
+class Systemd:
+    """The protocol of sd_notify(3) and sd_watchdog_enabled(3), without their library.
 
-    def __init__(self) -> None:
+    :param patience: seconds for systemd to take a notification.
+    """
+
+    def __init__(self, patience: float = _PATIENCE) -> None:
+        self._patience = patience
         self._address: str | None = None
         #: Seconds within which systemd wants a beat; None if it wants none.
         self.watchdog: float | None = None
         self._was_ready = False
+        self._reloading = False
         self._status = ""
         self._failing = False
 
@@ -392,7 +413,8 @@ class _Systemd:
     def notify(self, found: dict[str, Any]) -> None:
         """Send what is to be sent about this health."""
         lines = []
-        if found["ready"] and not self._was_ready:
+        ready = found["ready"] and not self._reloading
+        if ready and not self._was_ready:
             lines.append("READY=1")
         if found["alive"] and self.watchdog is not None:
             lines.append("WATCHDOG=1")
@@ -401,8 +423,22 @@ class _Systemd:
         if status != self._status:
             lines.append(f"STATUS={status}")
         if lines and self._send(lines):
-            self._was_ready = self._was_ready or found["ready"]
+            self._was_ready = self._was_ready or ready
             self._status = status
+
+    def reloading(self) -> None:
+        """It begins to replace what runs: systemd waits for `reloaded`."""
+        if not self._was_ready:
+            return
+        self._reloading = True
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(["RELOADING=1", f"MONOTONIC_USEC={microseconds}"])
+
+    def reloaded(self) -> None:
+        """It has ended, whether something was replaced or not: ``READY=1`` is sent again."""
+        if self._reloading:
+            self._reloading = False
+            self._was_ready = self._send(["READY=1"])
 
     def end(self) -> None:
         self._send(["STOPPING=1"])
@@ -413,7 +449,7 @@ class _Systemd:
             return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to_systemd:
-                to_systemd.settimeout(_PATIENCE)
+                to_systemd.settimeout(self._patience)
                 to_systemd.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
             if not self._failing:  # logged once, until it succeeds again

@@ -14,6 +14,8 @@ routing key, an id or a text, whose number has no bound.
 It works in the multiprocess mode of prometheus_client, too. A failure here is logged, and does not
 affect events.
 
+`OutboxMetrics` shows the state of outboxes, in the process of a relay.
+
 Needs the extra ``[prometheus]``.
 """
 
@@ -28,11 +30,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 try:
@@ -45,6 +47,7 @@ try:
         Metric,
         make_wsgi_app,
     )
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.multiprocess import MultiProcessCollector
     from prometheus_client.registry import Collector
 except ImportError as error:
@@ -64,8 +67,9 @@ from domain_events import (
     Outgoing,
     Subscriber,
 )
-from domain_events.checks import refusal, shown, whole_number
+from domain_events.checks import refusal, seconds, shown, whole_number
 from domain_events.log import Log
+from domain_events.text import printable
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
@@ -192,7 +196,12 @@ class Prometheus(Middleware):
         self._running: dict[str, dict[object, float]] = {}
         self._connections: dict[tuple[str, str], dict[int, _Connection]] = {}
         self._updates = _Updates(self._start_over)
-        _register([_AtScrape(self._updates, self._show_unsettled), *metrics], registry)
+        _register(
+            [_AtScrape(self._updates, self._show_unsettled), *metrics],
+            registry,
+            "Prometheus(); create one and give it to all that need it, once in "
+            "configure(middleware=[...]) for example",
+        )
 
     def watch(self, subscriber: Subscriber) -> None:
         """Show how many deliveries this Subscriber holds, as ``domain_events_unsettled``.
@@ -293,6 +302,135 @@ class Prometheus(Middleware):
             self._show_connections(key)
 
 
+class Outbox(Protocol):
+    """What has the ``status()`` of an outbox: `domain_events.outbox.Relay`, or the one of
+    `domain_events.sqlalchemy`.
+    """
+
+    def status(self) -> Any:
+        """With ``waiting``, ``oldest`` and ``parked``; of a relay, with ``sent``, too."""
+
+
+class OutboxMetrics(Collector):
+    """Shows how many events wait in outboxes, for how long, and how many are parked.
+
+    ::
+
+        with outbox.relay() as relay:
+            OutboxMetrics({'shop': relay})
+            serve(9000)
+            relay.run()
+
+    Each scrape reads them, on a connection to the database of their own. In multiprocess mode it is
+    not shown; use it in the process of a relay, which is one.
+
+    :param outboxes: relays or outboxes, by the name that is their label ``outbox``.
+    :param registry: where the metrics are registered; that of prometheus_client if left out.
+    :param timeout: seconds for which a scrape waits for the databases. An outbox that cannot be
+        read until then is shown as such, and is logged.
+    :raises ConfigurationError: when they are registered there already, or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        outboxes: Mapping[str, Outbox],
+        registry: CollectorRegistry = REGISTRY,
+        timeout: float = 3.0,
+    ) -> None:
+        _check_registry(registry)
+        if not isinstance(outboxes, Mapping) or not all(
+            isinstance(name, str) and callable(getattr(outbox, "status", None))
+            for name, outbox in outboxes.items()
+        ):
+            raise refusal(outboxes, "outboxes", "a dict of relays or outboxes by their names")
+        self._timeout = seconds(timeout)
+        self._readings = {name: _Reading(name, outbox) for name, outbox in outboxes.items()}
+        _register([self], registry, "OutboxMetrics(); give all outboxes to that one")
+
+    def describe(self) -> list[Metric]:
+        """For the registry, which refuses a second one."""
+        return list(self._families())
+
+    def _families(self) -> tuple[GaugeMetricFamily | CounterMetricFamily, ...]:
+        def gauge(name: str, text: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"domain_events_outbox_{name}", text, labels=["outbox"])
+
+        return (
+            gauge("readable", "1 if the outbox could be read in time, else 0."),
+            gauge("waiting", "Events in the outbox that are to be sent."),
+            gauge("oldest_seconds", "For how long the oldest of them has waited; 0 without any."),
+            gauge("parked", "Events that cannot be sent, until somebody decides about them."),
+            CounterMetricFamily(
+                "domain_events_outbox_relayed_total",
+                "Events that the relay of this process has sent.",
+                labels=["outbox"],
+            ),
+        )
+
+    def collect(self) -> list[Metric]:
+        """Called by the registry with each scrape."""
+        families = self._families()
+        for reading in self._readings.values():
+            reading.begin()
+        deadline = time.monotonic() + self._timeout
+        for name, reading in self._readings.items():
+            status = reading.result(deadline)
+            readable, waiting, oldest, parked, relayed = families
+            readable.add_metric([name], status is not None)
+            if status is not None:
+                waiting.add_metric([name], status.waiting)
+                oldest.add_metric([name], status.oldest)
+                parked.add_metric([name], status.parked)
+                if hasattr(status, "sent"):
+                    relayed.add_metric([name], status.sent)
+        return list(families)
+
+
+class _Reading:
+    """Reads the state of an outbox, on a thread that may take longer than a scrape."""
+
+    def __init__(self, name: str, outbox: Outbox) -> None:
+        self._name = name
+        self._outbox = outbox
+        self._thread: threading.Thread | None = None
+        self._status: Any = None
+        self._logged_at = -math.inf
+
+    def begin(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._status = None
+            self._thread = threading.Thread(
+                target=self._read, name="domain-events-outbox-metrics", daemon=True
+            )
+            self._thread.start()
+
+    def result(self, deadline: float) -> Any:
+        """None if it cannot be read, or not until then."""
+        thread = self._thread
+        assert thread is not None
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            self._log("its database does not answer")
+        return self._status
+
+    def _read(self) -> None:
+        try:
+            self._status = self._outbox.status()
+        except Exception as error:  # noqa: BLE001 - adapters have errors of their own
+            self._log(printable(f"{type(error).__name__}: {error}"))
+
+    def _log(self, why: str) -> None:
+        now = time.monotonic()
+        if now - self._logged_at >= _BETWEEN_LINES:
+            self._logged_at = now
+            log.warning(
+                "The outbox '%s' cannot be read for its metrics: %s. (Logged once a minute at "
+                "most.)",
+                printable(self._name),
+                why,
+            )
+
+
 def _check_registry(registry: object) -> None:
     # Another one would be noticed by the first scrape.
     if not isinstance(registry, CollectorRegistry):
@@ -310,7 +448,7 @@ def _check_multiprocess() -> bool:
     return directory is not None
 
 
-def _register(metrics: Sequence[Collector], registry: CollectorRegistry) -> None:
+def _register(metrics: Sequence[Collector], registry: CollectorRegistry, another: str) -> None:
     registered = []
     try:
         for metric in metrics:
@@ -321,9 +459,7 @@ def _register(metrics: Sequence[Collector], registry: CollectorRegistry) -> None
             registry.unregister(metric)
         raise ConfigurationError(
             "The metrics of domain_events are registered in this registry already, by another "
-            "Prometheus(); create one and give it to all that need it, once in "
-            "configure(middleware=[...]) for example, or give this one a registry of its own: "
-            "Prometheus(registry=CollectorRegistry())."
+            f"{another}, or give this one a registry of its own (registry=CollectorRegistry())."
         ) from error
 
 

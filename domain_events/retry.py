@@ -51,9 +51,13 @@ class Backoff:
     together: a delay of 10 s with a jitter of 0.2 lies between 8 and 10 s.
     """
 
+    #: Seconds before the first retry.
     first: float = 1.0
+    #: How many times as long each further delay is; at least 1.
     factor: float = 2.0
+    #: The longest delay, in seconds.
     maximum: float = 600.0
+    #: The share of each delay that is random; from 0 to 1.
     jitter: float = 0.2
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from domain_events import settings
 from domain_events.broker import Connections, Consumer, Exchange, Owner, weakly
-from domain_events.checks import seconds, whole_number
+from domain_events.checks import flag, seconds, whole_number
 from domain_events.errors import ConfigurationError
 from domain_events.forwarding import Forwarder
 from domain_events.handling import Handler, Subscription
@@ -61,11 +61,15 @@ class Subscriber(Owner):
     own; any number of processes may register the same one, and share its events.
 
     :param connection_settings: an AMQP URL, several, or None; see `configure`.
-    :param exchange: where events are published. It is declared.
+    :param exchange: where events are published. It is declared, unless ``declare`` is false.
     :param exchange_type: its type; binding keys have wildcards with ``topic`` only.
     :param workers: how many handlers run at the same time, each in a thread; up to 1,000.
     :param timeout: seconds within which the broker must answer each request of `register`.
     :param middleware: within that of `configure`; the first is outermost.
+    :param declare: whether `register` declares what it needs, and binds it. If not, an operator
+        does, with ``domain-events topology apply``, and this user may do without the permission to
+        configure anything: `register` only checks that the queues and exchanges exist, and
+        ``retired_keys`` are not unbound.
     :raises ConfigurationError: for settings that cannot work.
     """
 
@@ -78,13 +82,15 @@ class Subscriber(Owner):
         workers: int = 1,
         timeout: float = 10.0,
         middleware: Iterable[Middleware] = (),
+        declare: bool = True,
     ) -> None:
         connection_settings = settings.masked(connection_settings)
         urls = settings.resolve(connection_settings)
         self.exchange: str = check_name(exchange, "exchange")
         self.exchange_type: ExchangeType = check_exchange_type(exchange_type)
-        self._workers = whole_number(workers, "workers", 1, _MOST_WORKERS)
+        self.workers: int = whole_number(workers, "workers", 1, _MOST_WORKERS)
         self._timeout = seconds(timeout)
+        self._declare = flag(declare, "declare")
         # The I/O threads must not keep this alive, so their references are weak.
         self.connections: Connections = Connections(
             urls,
@@ -124,8 +130,9 @@ class Subscriber(Owner):
     ) -> None:
         """Call ``handler`` with every event that one of the binding keys matches.
 
-        The queue and its bindings exist when this returns: events published from then on are
-        kept until ``start_consuming`` (and while the program is down, if ``durable``).
+        The queue and its bindings exist when this returns (with ``declare=False``, if an operator
+        has applied them): events published from then on are kept until ``start_consuming`` (and
+        while the program is down, if ``durable``).
 
         A handler returns when it is done with the event; it may raise `Retry` to have it again
         later, `Reject` to give it up, and any other exception, which gives it up too unless it
@@ -169,7 +176,8 @@ class Subscriber(Owner):
             logs a warning.
         :raises ConfigurationError: options that cannot work; wrong password or permissions.
         :raises BrokerUnavailable: no broker within the subscriber's ``timeout``.
-        :raises TopologyError: the queue exists with other arguments, or is another connection's.
+        :raises TopologyError: the queue exists with other arguments, or is another connection's;
+            with ``declare=False``, it does not exist.
         """
         check_handler(handler, name)
         options = make_options(
@@ -188,6 +196,7 @@ class Subscriber(Owner):
             prefetch_count=prefetch_count,
             ordered=ordered,
             handler_limit=handler_limit,
+            declare=self._declare,
         )
         if any(each.options.name == options.name for each in self.subscriptions):
             raise ConfigurationError(
@@ -279,7 +288,7 @@ class Subscriber(Owner):
                 "Nothing is registered with this Subscriber; call register() before "
                 "start_consuming()."
             )
-        worker = Worker(consuming, self.forwarder, self._workers, timeout)
+        worker = Worker(consuming, self.forwarder, self.workers, timeout)
         with self.running(worker) as subscriptions:
             names = ", ".join(each.options.name for each in subscriptions)
             started = time.monotonic()
@@ -363,6 +372,7 @@ class Subscriber(Owner):
                 for each in self.subscriptions.copy()
             ),
             handlers=() if worker is None else worker.handlers(),
+            handled=0 if worker is None else worker.handled,
         )
 
     def close(self) -> None:
@@ -381,11 +391,11 @@ class Subscriber(Owner):
         log.info(
             "%s: consuming from %s; workers: %d; %s, process %d on %s.",
             ", ".join(
-                f"{each.options.name} (prefetch_count {each.options.prefetch(self._workers)})"
+                f"{each.options.name} (prefetch_count {each.options.prefetch(self.workers)})"
                 for each in subscriptions
             ),
             self.connections.shown,
-            self._workers,
+            self.workers,
             printable(settings.app_id()),
             os.getpid(),
             socket.gethostname(),

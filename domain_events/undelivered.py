@@ -7,7 +7,7 @@ body.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from domain_events import message as messages
@@ -41,6 +41,16 @@ class UndeliveredEvent:
 
     _delivery: Delivery
     _owner: Undelivered
+
+    @property
+    def id(self) -> str | None:
+        """The event's id, also if the body cannot be read."""
+        return self.event.uuid_string if self.event is not None else self._delivery.message_id
+
+    @property
+    def delivery(self) -> Delivery:
+        """The message itself: its headers, correlation id, cause."""
+        return self._delivery
 
     def hand_back(self) -> None:
         """Return it to the subscriber's queue, with its number of retries; remove it from this one.
@@ -101,7 +111,11 @@ class Undelivered(Walks):
         for delivery in self._deliveries():
             yield self._entry(delivery)
 
-    def hand_back_all(self, subscribers: Iterable[str]) -> int:
+    def hand_back_all(
+        self,
+        subscribers: Iterable[str],
+        select: Callable[[UndeliveredEvent], bool] = lambda _entry: True,
+    ) -> int:
         """Hand back the current events of these subscribers, in their order.
 
         Events of others are left, and those that cannot be read or that the broker refuses; the
@@ -109,6 +123,7 @@ class Undelivered(Walks):
 
         :param subscribers: the names of subscribers that have registered again; nothing is
             written to any other queue.
+        :param select: whether to hand back this one of theirs.
         :return: how many were handed back.
         :raises TopologyError: one of them has not registered; nothing was handed back.
         :raises ConfigurationError: not a subscriber's name, or this user may not read from or write
@@ -128,6 +143,8 @@ class Undelivered(Walks):
         for delivery in self._deliveries():
             entry = self._entry(delivery)
             if entry.subscriber is not None and entry.subscriber not in names:
+                continue
+            if not select(entry):
                 continue
             try:
                 self._hand_back(entry)

@@ -2,15 +2,15 @@
 
 A walk gets each current message once, and holds it: it can be settled until the next walk begins,
 and others do not see it. Then all unsettled messages are requeued, in their order. Only receipts
-are kept here, and no bodies.
+are kept here, and no bodies. For its speed a walk takes messages ahead, a few hundred at most.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from domain_events import message as messages
 from domain_events import settings
@@ -26,6 +26,16 @@ from domain_events.settings import ConnectionSettings
 log = Log("domain_events")
 
 _CLOSE_TIMEOUT = 10.0
+#: So many are settled together.
+MOST_AT_ONCE = 50
+
+
+class Found(Protocol):
+    """What a walk yields."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """The message itself."""
 
 
 class Walks(Owner):
@@ -60,7 +70,31 @@ class Walks(Owner):
         # During a walk of this one, the warning was logged when it began.
         if not self._walk and consuming.is_browsed(self._place, self._timeout):
             self._warn_of_another_walk()
-        return consuming.count(self._place, self._timeout) + len(self._held)
+        ahead = self._browser.ahead if self._browser is not None else 0
+        return consuming.count(self._place, self._timeout) + len(self._held) + ahead
+
+    def discard_many(self, letters: Iterable[Found]) -> int:
+        """Delete these of the current walk, for good. Returns how many were deleted."""
+        number = 0
+        some: list[Delivery] = []
+        for letter in letters:
+            some.append(letter.delivery)
+            if len(some) >= MOST_AT_ONCE:
+                self._settle_all(some)
+                number += len(some)
+                some.clear()
+        self._settle_all(some)
+        return number + len(some)
+
+    def release(self) -> None:
+        """End the current walk: requeue the messages that it holds, in their order."""
+        self._walk += 1
+        self._held.clear()
+        browser, self._browser = self._browser, None
+        if browser is not None:
+            with contextlib.suppress(DomainEventsError):  # if it was lost, all are requeued
+                browser.rewind()
+                self._browser = browser
 
     def close(self) -> None:
         """Requeue unsettled messages, and close the connections."""
@@ -78,7 +112,7 @@ class Walks(Owner):
         consuming = self._consuming()
         if consuming is None:
             return
-        self._walk += 1
+        self.release()
         walk = self._walk
         self._begin(consuming)
         delivery = self._next(walk)
@@ -90,14 +124,25 @@ class Walks(Owner):
             delivery = self._next(walk) if behind else None
             behind -= 1
 
+    def _unreached(self) -> Iterator[Delivery]:
+        """The messages that the current walk has not taken, to look at."""
+        consuming = self._consuming()
+        if consuming is None:
+            return
+        publishing = partial(_to_publish, self.connections)
+        browser = consuming.browse(self._place, self._timeout, publishing)
+        try:
+            delivery = browser.next(self._timeout)
+            behind = delivery.message_count if delivery is not None else 0
+            while delivery is not None:
+                yield delivery
+                delivery = browser.next(self._timeout) if behind else None
+                behind -= 1
+        finally:
+            browser.close(self._timeout)
+
     def _begin(self, consuming: Consuming) -> None:
-        """Requeue the messages that the last walk held."""
-        self._held.clear()
-        browser, self._browser = self._browser, None
-        if browser is not None:
-            with contextlib.suppress(DomainEventsError):  # if it was lost, all are requeued
-                browser.rewind()
-                self._browser = browser
+        """Begin another one."""
         if self._browser is None:
             # Not `self._publishing`: a browser that refers to this keeps it from being dropped.
             publishing = partial(_to_publish, self.connections)
@@ -143,10 +188,17 @@ class Walks(Owner):
 
     def _settle(self, delivery: Delivery) -> None:
         """Remove it from the queue."""
-        self._check_held(delivery)
+        self._settle_all([delivery])
+
+    def _settle_all(self, deliveries: Sequence[Delivery]) -> None:
+        """Remove them from the queue."""
+        for delivery in deliveries:
+            self._check_held(delivery)
+        if not deliveries:
+            return
         assert self._browser is not None
-        self._browser.ack(delivery, self._timeout)
-        self._held.discard(delivery.receipt)
+        self._browser.ack_all(deliveries, self._timeout)
+        self._held.difference_update(delivery.receipt for delivery in deliveries)
 
     def _check_held(self, delivery: Delivery) -> None:
         if delivery.receipt not in self._held:

@@ -37,6 +37,7 @@ from bench import Bench
 from databases import Address, MariaDB, PostgreSQL, Server, ServerError
 from faults.broker import HAND_ON
 from hypothesis import settings
+from managed import Managed
 from rabbitmq_node import Node, NodeError
 from support import Names, prefix_of, wait_until
 
@@ -57,6 +58,8 @@ settings.register_profile("thorough", max_examples=300, deadline=None)
 ON_ONE_WORKER = (
     "test_fault_runs.py",
     "test_benchmarks.py",
+    "test_cli_doctor.py",
+    "test_cli_topology.py",
     "test_databases.py",
     "test_security.py",
 )
@@ -254,6 +257,16 @@ def killable_node(_killable_node: Node) -> Node:
     _killable_node.resume()
     _killable_node.start()
     return _killable_node
+
+
+@pytest.fixture(scope="session")
+def managed_node(rabbitmq_release: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A node with the management plugin and a `rabbitmqctl` of its own, for the tests of a worker.
+
+    They leave it as they found it.
+    """
+    with Managed(_new_node, rabbitmq_release, tmp_path_factory.mktemp("programs")) as node:
+        yield node
 
 
 @pytest.fixture

@@ -94,12 +94,12 @@ class SQLAlchemy:
 
     errors: type[Exception] = sqlalchemy.exc.DBAPIError
 
-    def __init__(self, database: Address | Path) -> None:
+    def __init__(self, database: Address | Path, lease: float, timeout: float) -> None:
         from domain_events.sqlalchemy import Outbox
 
         self.engine = make_engine(database)
         self.dialect = self.engine.dialect.name
-        self._outbox = Outbox(self.engine)
+        self._outbox = Outbox(self.engine, lease=lease, timeout=timeout)
 
     def create(self) -> None:
         from domain_events.sqlalchemy import inbox_table, outbox_table
@@ -185,7 +185,7 @@ def make_engine(database: Address | Path) -> Engine:
 class Django:
     """The default database of a project, whose outbox is switched on."""
 
-    def __init__(self, database: Address | Path) -> None:
+    def __init__(self, database: Address | Path, lease: float, timeout: float) -> None:
         import django
         import pymysql
         from django.conf import settings
@@ -207,7 +207,7 @@ class Django:
         settings.configure(
             DATABASES={"default": {**where, "CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": True}},
             INSTALLED_APPS=["domain_events.django"],
-            DOMAIN_EVENTS={"OUTBOX": True},
+            DOMAIN_EVENTS={"OUTBOX": True, "OUTBOX_LEASE": lease, "OUTBOX_TIMEOUT": timeout},
             LOGGING_CONFIG=None,
             USE_TZ=True,
         )
@@ -294,7 +294,7 @@ class Django:
         return adapter.make_subscriber(exchange=exchange)
 
 
-ADAPTERS: dict[str, Callable[[Address | Path], Adapter]] = {
+ADAPTERS: dict[str, Callable[[Address | Path, float, float], Adapter]] = {
     "sqlalchemy": SQLAlchemy,
     "django": Django,
 }

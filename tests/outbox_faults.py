@@ -60,7 +60,7 @@ from domain_events import (
     configure,
     outbox,
 )
-from domain_events.outbox import OUTBOX, Courier, Relay, couriers, writing
+from domain_events.outbox import OUTBOX, Courier, Relay
 from domain_events.outbox.sending import Sender
 
 BROKEN = (
@@ -221,12 +221,6 @@ class Unwanted(Exception):
     """Rolls a transaction back, or a savepoint."""
 
 
-def shorten_leases(seconds: float) -> None:
-    """Those of the rows that this process writes; 30 s otherwise."""
-    for room in (couriers, writing):
-        vars(room)["LEASE"] = seconds
-
-
 def leave_all_to_relays() -> None:
     """As if this process died after each commit."""
 
@@ -238,7 +232,6 @@ def leave_all_to_relays() -> None:
 
 def serve(shared: Shared, settings: Settings, name: str, adapter: Adapter) -> None:
     """A service: its share of the transactions."""
-    shorten_leases(settings.lease)
     if name == LEAVES:
         leave_all_to_relays()
     early = Publisher(exchange=EXCHANGE, timeout=settings.timeout)
@@ -303,7 +296,6 @@ def relay(_shared: Shared, settings: Settings, _name: str, adapter: Adapter) -> 
 
 
 def subscribe(_shared: Shared, settings: Settings, _name: str, adapter: Adapter) -> None:
-    shorten_leases(settings.lease)
 
     def handle(inside: Transaction, event: DomainEvent[Any]) -> None:
         inside.execute(
@@ -400,7 +392,7 @@ class Run:
             self.server = None if kind is None else stack.enter_context(kind())
             self.node = stack.enter_context(Node(options.release))
             database = self.folder / "shop.db" if self.server is None else self.server.address
-            self.adapter = ADAPTERS[options.adapter](database)
+            self.adapter = ADAPTERS[options.adapter](database, options.lease, options.timeout)
             self.settings = Settings(
                 self.node.url,
                 options.seed,

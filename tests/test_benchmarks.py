@@ -231,9 +231,10 @@ def test_a_peer_that_cannot_promise_as_much_is_marked() -> None:
 
 
 def test_the_documentation_gets_tables_and_pictures() -> None:
-    text = tables.as_rst(results(*rate("pika", 1000)), ["publish-quorum.svg"])
+    text = tables.as_rst(results(*rate("pika", 1000)), {"publish-quorum.svg": "Bulk"})
     assert ".. list-table:: Confirmed publishing in bulk" in text
-    assert ".. image:: publish-quorum.svg" in text
+    assert ".. image:: publish-quorum.svg\n   :alt: Bulk\n" in text
+    assert text.index("image::") < text.index("list-table::")
 
 
 def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
@@ -244,7 +245,10 @@ def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
     ]
     made = results(*rate("pika", 1000, 2000), *rate(OURS, 20_000), *series)
     names = plots.write(made, tmp_path)
-    assert names == ["publish-quorum.svg", "prefetch.svg"]
+    assert list(names) == ["headline-publish.svg", "publish-quorum.svg", "prefetch.svg"]
+    assert names["headline-publish.svg"] == (
+        "Publishing in bulk: 13 times the best synchronous client"
+    )
     for name in names:
         root = ET.parse(tmp_path / name).getroot()
         words = " ".join(root.itertext())

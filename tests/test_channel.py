@@ -13,9 +13,12 @@ import onlooker
 import pika.connection
 import pytest
 from bench import Bench, Events, running
-from support import wait_until
+from pika.channel import Channel
+from support import DELAY_LEVELS, wait_until
 
 from domain_events import DomainEvent, DomainEventsError, Retry, Subscriber, TopologyError
+from domain_events.broker.rabbitmq import channel as channel_module
+from domain_events.broker.rabbitmq.administration import Administration
 from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.topology import delays, undelivered_name
 from domain_events.broker.rabbitmq.transport import Connection
@@ -240,4 +243,63 @@ def test_close_while_it_declares_is_no_internal_error(
         subscriber.close()
         thread.join(30)
         subscriber.close()
+    assert "Internal error" not in caplog.text
+
+
+def test_subscriber_that_declares_nothing_sends_no_binding_and_only_passive_declarations(
+    bench: Bench, wire: Wire
+) -> None:
+    """At register, at start, after a reconnect, and when it repairs its queue."""
+    queue = bench.names.queue()
+    with bench.subscriber() as operator:
+        operator.register(print, queue, ["a.*"], max_retries=3)
+    methods: list[Any] = []
+    wire.sent.clear()
+    wire.on_send = methods.append
+    subscriber = Subscriber(bench.url, bench.exchange, declare=False)
+    subscriber.register(lambda _event: None, queue, ["a.*"], max_retries=3)
+    # Not the deliveries' own: what the exchange, the levels, the queue and its dead letters take.
+    assert wire.declarations() == len([*delays("x")]) - 2 * DELAY_LEVELS - 1 + 3
+    repaired: list[bool] = []
+    with subscriber, running(subscriber):
+        wait_until(lambda: wire.sent["Basic.Consume"] == 1)
+        consuming = subscriber.connections.consuming()
+        link = consuming._link  # type: ignore[union-attr]
+        link.wake(link.drop)
+        wait_until(lambda: wire.sent["Basic.Consume"] == 2)
+        consuming._consumers[0].repair(0, repaired.append, delays=True)  # type: ignore[union-attr]
+        wait_until(lambda: repaired == [True])
+    declared = [method for method in methods if method.NAME in DECLARATIONS]
+    assert all(method.passive for method in declared)
+    assert len(declared) > 150
+
+
+def test_release_that_demands_configure_for_looking_is_not_asked_twice(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ 4.2.6 and 4.3.0: what cannot be looked for is taken to exist."""
+    queue = bench.names.queue()
+    with bench.subscriber() as operator:
+        operator.register(print, queue, ["a.*"], max_retries=3)
+    monkeypatch.setattr(channel_module, "NOT_FOUND", 0)
+    monkeypatch.setattr(channel_module, "ACCESS_REFUSED", 404)
+    with Subscriber(bench.url, bench.exchange, declare=False) as subscriber:
+        subscriber.register(print, bench.names.queue("missing"), ["a.*"], max_retries=3)
+
+
+def test_reply_that_arrives_while_the_connection_is_closed_is_no_internal_error(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a request that a signal interrupts: its caller closes the connection at once."""
+    queue = bench.names.queue()
+    onlooker.bind_queue(bench.url, queue, bench.exchange, "a")
+
+    def look_and_close(channel: Channel, done: Callable[[object], None]) -> None:
+        channel.queue_declare(queue, passive=True, callback=done)
+        channel.connection.close()
+
+    with Administration(bench.url) as administration:
+        frame = administration._do(look_and_close)
+        assert frame.method.queue == queue
+        assert administration.queue(queue) is not None
     assert "Internal error" not in caplog.text

@@ -540,8 +540,7 @@ def test_requests_that_were_given_up_leave_nothing(unused_port: int) -> None:
         after = register(300)
         consuming = subscriber.connections.consuming()
         assert consuming is not None
-        assert not consuming._requests  # type: ignore[attr-defined]
-        assert not consuming._running  # type: ignore[attr-defined]
+        assert consuming._requests.is_idle  # type: ignore[attr-defined]
         assert after - before < 300
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import databases
 import pytest
 import sqlalchemy
-from databases import SERVERS, Address, MariaDB, PostgreSQL, Server, ServerError
+from databases import SERVERS, Address, MariaDB, PgBouncer, PostgreSQL, Server, ServerError
 from rabbitmq_node import NodeError
 from sqlalchemy.pool import NullPool
 from support import wait_until
@@ -409,10 +409,11 @@ class Apt:
 
 @pytest.fixture
 def apt(monkeypatch: pytest.MonkeyPatch) -> Apt:
-    """And only MariaDB is installed."""
+    """And all but PostgreSQL is installed."""
     apt = Apt()
     monkeypatch.setattr(databases, "apt_install", apt.install)
-    monkeypatch.setattr(MariaDB, "installed", lambda *_: True)
+    for each in (MariaDB, PgBouncer):
+        monkeypatch.setattr(each, "installed", lambda *_: True)
     monkeypatch.setattr(PostgreSQL, "installed", lambda *_: bool(apt.installed))
     monkeypatch.delenv("DOMAIN_EVENTS_TEST_DATABASES", raising=False)
     return apt

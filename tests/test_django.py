@@ -25,6 +25,7 @@ import pytest
 from databases import Server
 from django.core.exceptions import ImproperlyConfigured
 from support import Names, sooner_than, wait_until
+from test_probes import Systemd
 
 import domain_events
 from domain_events import (
@@ -49,7 +50,7 @@ from django.conf import settings as django_settings  # noqa: E402
 from django.core import checks  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from django.core.management.base import CommandError  # noqa: E402
-from django.db import connections, transaction  # noqa: E402
+from django.db import DatabaseError, connections, transaction  # noqa: E402
 from django.db.transaction import TransactionManagementError  # noqa: E402
 from django.test import override_settings  # noqa: E402
 from django_shop.models import Invoice, Order  # noqa: E402
@@ -595,6 +596,15 @@ def test_invalid_event_leaves_the_transaction_usable(
     assert published(event_broker) == names_of(alias) == ["a", "b"]
 
 
+def test_lease_is_a_setting(shop: None, outbox_on: None, event_broker: EventBroker) -> None:
+    with override_settings(DOMAIN_EVENTS={"OUTBOX": True, "OUTBOX_LEASE": 600}):
+        with transaction.atomic():
+            place("a")
+            (row,) = waiting()
+            assert 599 < row.leased_until - row.created < 601
+        assert published(event_broker) == ["a"]
+
+
 @pytest.mark.usefixtures("no_broker")
 def test_outage_leaves_the_event_in_the_outbox(
     shop: None, outbox_on: None, caplog: pytest.LogCaptureFixture
@@ -602,10 +612,9 @@ def test_outage_leaves_the_event_in_the_outbox(
     """The request does not wait; a relay sends it, with its id, when there is a broker."""
     with sooner_than(10.0), transaction.atomic():
         event = place("a")
-    close_couriers(30)  # it waits for the broker for ten seconds
+    close_couriers(30)
     assert [row.event_id for row in waiting()] == [event.uuid_string]
     assert "was not published" not in caplog.text
-    OutboxEvent.objects.update(leased_until=0)  # as after thirty seconds
     with DjangoEventBroker() as broker:
         output = io.StringIO()
         call_command("relay_domain_events", database=["default"], once=True, stdout=output)
@@ -933,6 +942,45 @@ def test_discarded_event_is_printed(
     assert waiting() == []
 
 
+@pytest.mark.parametrize("arguments", [["--once"], []])
+def test_relay_command_prunes_the_inbox(programs: Shop, arguments: list[str]) -> None:
+    """Notes that are older than thirty days, and no others; also for a cron job."""
+    old, young = time.time() - 31 * 86400, time.time() - 29 * 86400
+    note = "INSERT INTO domain_events_inbox (subscriber, event_id, handled) VALUES ('s', ?, ?)"
+    for number in range(1500):  # more than a batch
+        programs.execute(note, f"old {number}", old)
+    programs.execute(note, "young", young)
+
+    def left() -> list[Any]:
+        return programs.execute("SELECT event_id FROM domain_events_inbox")
+
+    if arguments:
+        done = programs.manage("relay_domain_events", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert left() == [("young",)]
+    else:
+        with programs.running("Relaying: default", "relay_domain_events"):
+            wait_until(lambda: left() == [("young",)])
+
+
+def test_relay_command_serves_metrics(programs: Shop, unused_port: int) -> None:
+    """As Prometheus scrapes them; the command ends without them."""
+    insert = (
+        "INSERT INTO domain_events_outbox (event_id, exchange, routing_key, body, details, created,"
+        " leased_until, parked) VALUES ('e', 'x', 'k', '{}', '{}', 1, 0, 1)"
+    )
+    programs.execute(insert)
+    address = f"http://127.0.0.1:{unused_port}/metrics"
+    with programs.running("Relaying: ", "relay_domain_events", f"--metrics-port={unused_port}"):
+        with urllib.request.urlopen(address, timeout=30) as response:
+            scrape = response.read().decode()
+        assert 'domain_events_outbox_parked{outbox="default"} 1.0' in scrape
+        assert 'domain_events_outbox_waiting{outbox="other"}' not in scrape  # it has no table
+    taken = programs.manage("relay_domain_events", "--metrics-port=65536")
+    assert taken.returncode == 1
+    assert taken.stderr.startswith("CommandError: ConfigurationError: port must be an int")
+
+
 def test_relay_command_names_what_is_missing(made_again: None) -> None:
     with pytest.raises(CommandError, match="There is no database 'x' in the settings"):
         relay("--database=x")
@@ -1099,6 +1147,39 @@ def test_concurrent_duplicate_waits_for_the_first(
     close_couriers()
 
 
+@pytest.mark.parametrize(
+    ("alias", "lose"),
+    [
+        ("postgresql", "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"),
+        ("mariadb", "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"),
+    ],
+    indirect=["alias"],
+)
+def test_handler_whose_transaction_lost_a_race_is_called_again(
+    alias: str, event_broker: EventBroker, lose: str
+) -> None:
+    """A serialization failure, or a deadlock: no dead letter, and its work is done once."""
+    calls: list[str] = []
+
+    @once(using=alias)
+    def handle(event: DomainEvent[Any]) -> None:
+        place(event.data, alias)
+        calls.append("called")
+        if len(calls) == 1:
+            with connections[alias].cursor() as cursor:
+                cursor.execute(lose)
+
+    handle(DomainEvent("order.paid", "a"))
+    assert len(calls) == 2
+    assert names_of(alias) == published(event_broker) == ["a"]
+    # Within a transaction of the caller's, as of a test, that is for the caller to repeat.
+    calls.clear()
+    with pytest.raises(DatabaseError), transaction.atomic(using=alias):
+        handle(DomainEvent("order.paid", "b"))
+    assert len(calls) == 1
+    close_couriers()
+
+
 def test_follow_up_event_comes_once_though_the_process_dies(
     alias: str, event_broker: EventBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1189,6 +1270,8 @@ def test_settings_that_say_nothing_leave_what_the_program_has_configured() -> No
         ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["no.such.Thing"]}}, "No module named 'no'"),
         ({"DOMAIN_EVENTS": {"MIDDLEWARE": ["django_shop.setup"]}}, "middleware must be"),
         ({"DOMAIN_EVENTS": {"URL": None}, "DOMAIN_EVENT_BROKER": None}, "given twice"),
+        ({"DOMAIN_EVENTS": {"OUTBOX_TIMEOUT": 30}}, "lease must be longer than the timeout"),
+        ({"DOMAIN_EVENTS": {"OUTBOX_LEASE": "1h"}}, "lease must be a positive number of seconds"),
     ],
 )
 def test_settings_that_cannot_work_stop_the_start(given: dict[str, Any], words: str) -> None:
@@ -1626,6 +1709,26 @@ def test_command_handles_the_events_of_all_apps_until_sigterm(
         name = f"order of {unique}"
         programs.publish("order.placed", {"name": name})
         programs.wait_for_invoice(name)
+
+
+def test_command_notifies_systemd_and_its_watchdog(programs: Shop) -> None:
+    """Once it consumes, as long as it is alive, and when it ends."""
+    address = str(programs.folder / "notify")
+    systemd = Systemd(address)
+    programs.environment |= {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "200000"}
+    said: list[str] = []
+
+    def next_has(text: str) -> bool:
+        said.extend(systemd.next())
+        return text in said
+
+    with contextlib.closing(systemd.socket):
+        with programs.consuming("--systemd"):
+            wait_until(lambda: next_has("READY=1"), timeout=90)
+            said.clear()
+            wait_until(lambda: next_has("WATCHDOG=1"))
+            assert "STOPPING=1" not in said
+        wait_until(lambda: next_has("STOPPING=1"))
 
 
 def test_command_starts_again_when_a_source_file_is_changed(programs: Shop, unique: str) -> None:

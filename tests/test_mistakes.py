@@ -1170,7 +1170,7 @@ def test_numbers_that_are_more_are_what_they_count() -> None:
     subscriber.register(nop, "counts", ["#"], prefetch_count=Count.TWO, max_retries=Count.TWO)
     options = subscriber.subscriptions[0].options
     assert [type(each) for each in (options.prefetch_count, options.max_retries)] == [int, int]
-    assert (type(subscriber._workers), type(subscriber._timeout)) == (int, float)
+    assert (type(subscriber.workers), type(subscriber._timeout)) == (int, float)
     configure("memory://x", app_id=Safe("shop"))
     assert type(settings.app_id()) is str
     assert settings.app_id() == "shop"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +29,7 @@ from domain_events import (
     BrokerUnavailable,
     ConfigurationError,
     DomainEvent,
+    EventNotConfirmed,
     InvalidEvent,
     Middleware,
     Operation,
@@ -36,6 +40,7 @@ from domain_events import (
     outbox,
 )
 from domain_events.outbox import ORDER_INDEX, OUTBOX, Courier, Execute, Relay, Written
+from domain_events.retry import LONGEST_DELAY
 from domain_events.testing import EventBroker
 
 DIALECTS = ["sqlite", "postgresql", "mariadb"]
@@ -335,6 +340,21 @@ def locking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DbApi]:
         yield database
 
 
+def test_event_that_is_committed_after_one_with_a_larger_id_is_not_passed(
+    locking: DbApi, broker: EventBroker
+) -> None:
+    """By a relay that runs all the time, and has looked beyond it."""
+    with Relay(locking, idle=0.05) as relay, locking.application() as (connection, execute):
+        outbox.write(execute, locking.dialect, about("a", 1))
+        relay.start()
+        for number in range(3):
+            write(locking, about("b", number))
+            wait_until(lambda: len(broker.published) == number + 1)  # noqa: B023
+        connection.commit()
+        wait_until(lambda: numbers(broker.published, "a") == [1])
+    assert rows(locking) == 0
+
+
 def test_rows_that_another_relay_is_locking_are_not_overtaken(
     locking: DbApi, broker: EventBroker
 ) -> None:
@@ -504,6 +524,91 @@ def test_discarded_row_is_returned_and_lets_its_object_go_on(
     assert numbers(broker.published, "a") == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("retry", "retry"), ("retry", "discard"), ("discard", "retry")]
+)
+def test_of_two_operators_at_the_same_time_one_decides(
+    database: DbApi, relay: Relay, broker: EventBroker, first: str, second: str
+) -> None:
+    """The other one is given none of the rows, whatever it would have done with them."""
+    write(database, about("a", 1))
+    ((number,),) = database.run(f"SELECT id FROM {OUTBOX}")
+    database.run(f"UPDATE {OUTBOX} SET parked = 1, error = 'e'")
+    decide: dict[str, Callable[[Execute], int]] = {
+        "retry": lambda execute: outbox.retry(execute, [number]),
+        "discard": lambda execute: len(outbox.discard(execute, [number])),
+    }
+
+    def operator() -> int:
+        with database, database.transaction() as execute:
+            return decide[second](execute)
+
+    with ThreadPoolExecutor() as threads:
+        with database.application() as (connection, execute):
+            assert decide[first](execute) == 1
+            other = threads.submit(operator)
+            # Time to go wrong: the other one must wait, so there is nothing to wait for here.
+            time.sleep(0.3)
+            connection.commit()
+        assert other.result(60) == 0
+    assert relay.sweep() == (1 if first == "retry" else 0)
+    assert rows(database) == 0
+
+
+def test_each_parked_row_is_decided_about_once_beside_a_relay(
+    database: DbApi, broker: EventBroker
+) -> None:
+    """By one of two operators; it is then sent, or discarded, and never both."""
+    refused: set[str] = set()
+    number = 40
+
+    class FailsOnce(Middleware):
+        def publishing(self, outgoing: Outgoing) -> None:
+            assert outgoing.event is not None
+            event_id = outgoing.event.uuid_string
+            if event_id not in refused:
+                refused.add(event_id)
+                raise LookupError
+
+    written = write(database, *(about(each, each) for each in range(number)))
+    retried: list[int] = []
+    discarded: list[str] = []
+
+    def operator(decide: Callable[[Execute], Callable[[], None]]) -> None:
+        with database:
+            deadline = time.monotonic() + 60
+            while rows(database) and time.monotonic() < deadline:
+                try:
+                    with database.transaction() as execute:
+                        committed = decide(execute)
+                except Exception as error:
+                    if not outbox.lost_a_race(error):  # MariaDB's deadlocks: nothing was decided
+                        raise
+                else:
+                    committed()
+
+    def retry(execute: Execute) -> Callable[[], None]:
+        number = outbox.retry(execute)
+        return lambda: retried.append(number)
+
+    def discard(execute: Execute) -> Callable[[], None]:
+        ids = [each.row.id for each in written if each.row]
+        gone = [each.row.event_id for each in outbox.discard(execute, random.sample(ids, 5))]
+        return lambda: discarded.extend(gone)
+
+    with (
+        Relay(database, middleware=[FailsOnce()], batch=5, idle=0.01) as relay,
+        ThreadPoolExecutor() as threads,
+    ):
+        relay.start()
+        for future in [threads.submit(operator, each) for each in (retry, discard)]:
+            future.result(90)
+    assert rows(database) == 0
+    published = [event.uuid_string for event in broker.published]
+    assert sum(retried) == len(published)
+    assert sorted([*published, *discarded]) == sorted(each.event.uuid_string for each in written)
+
+
 def test_event_that_the_broker_refuses_is_parked(
     sqlite: DbApi, broker_url: str, names: Names
 ) -> None:
@@ -525,6 +630,38 @@ def test_event_that_the_broker_refuses_is_parked(
         assert relay.sweep() == 2
     left = [json.loads(body)["data"]["number"] for body in onlooker.take_all(broker_url, queue)]
     assert left == [2, 3]
+
+
+def test_event_that_is_larger_than_the_broker_takes_is_parked_alone(
+    sqlite: DbApi, node_factory: Callable[..., Node], unique: str
+) -> None:
+    """The broker closes the channel, and does not say over which event; all the others are sent."""
+    node = node_factory(config="max_message_size = 100000")
+    node.start()
+    onlooker.bind_queue(node.url, unique, unique, "#")
+
+    def large(key: str) -> list[DomainEvent]:
+        others = [about(f"{key} {number}", number) for number in range(20)]
+        return [about(key, 0), DomainEvent("x", "x" * 200_000, key), about(key, 1), *others]
+
+    courier = Courier(sqlite, node.url)
+    with Relay(sqlite, node.url) as relay:
+        take(courier, write(sqlite, *large("a"), exchange=unique, courier=courier))
+        assert courier.wait(60)
+        write(sqlite, *large("b"), exchange=unique)
+        relay.sweep()
+        with sqlite.transaction() as execute:
+            parked = outbox.parked(execute)
+            assert [each.row.object_key for each in parked] == ["a", "b"]
+            for each in parked:
+                assert re.search("InvalidEvent: .*larger than", each.error)
+                assert len(each.error) < 1000
+        assert rows(sqlite) == 4  # each with the one that waits for it
+        assert onlooker.count(node.url, unique) == 42
+        with sqlite.transaction() as execute:
+            outbox.discard(execute, [each.id for each in parked])
+        assert relay.sweep() == 2
+    courier.close()
 
 
 def test_middleware_that_fails_parks_the_event_that_it_fails_on(
@@ -721,6 +858,92 @@ def test_courier_leaves_its_rows_to_a_relay_at_once_when_there_is_no_broker(
     with Relay(database, broker_url) as relay:
         assert relay.sweep() == 4
     courier.close()
+
+
+def test_courier_gives_up_as_soon_as_it_knows_that_the_broker_is_away(
+    sqlite: DbApi, unused_port: int
+) -> None:
+    """Not only after its timeout, and not once for each exchange."""
+    courier = Courier(sqlite, f"amqp://127.0.0.1:{unused_port}", lease=600, timeout=120)
+    with sooner_than(120):
+        for number in range(3):
+            written = write(sqlite, about("a", number), courier=courier, exchange=f"x{number}")
+            take(courier, written)
+        assert courier.wait(60)
+    assert [row for (row,) in sqlite.run(f"SELECT token FROM {OUTBOX}")] == [None] * 3
+    courier.close()
+
+
+def test_courier_leaves_its_rows_to_a_relay_while_the_broker_accepts_nothing(
+    sqlite: DbApi, killable_node: Node, exchange: str
+) -> None:
+    courier = Courier(sqlite, killable_node.url, lease=600, timeout=120)
+    take(courier, write(sqlite, about("a", 0), courier=courier, exchange=exchange))
+    assert courier.wait(60)
+    assert rows(sqlite) == 0
+    killable_node.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        # A broker informs a connection that it is blocked when that publishes.
+        (publisher,) = courier._sender._publishers.values()
+        with pytest.raises(EventNotConfirmed):
+            publisher.publish(DomainEvent("a"), timeout=1)
+        wait_until(lambda: publisher.health().blocked)
+        with sooner_than(120):
+            take(courier, write(sqlite, about("a", 1), courier=courier, exchange=exchange))
+            assert courier.wait(60)
+        assert [row for (row,) in sqlite.run(f"SELECT token FROM {OUTBOX}")] == [None]
+    finally:
+        killable_node.ctl("set_vm_memory_high_watermark", "0.6")
+        courier.close()
+
+
+def test_courier_that_is_closed_in_an_outage_leaves_nothing_open_and_loses_nothing(
+    sqlite: DbApi, broker_url: str, exchange: str, queue: str
+) -> None:
+    """A host that accepts connections, and never answers on them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        courier = Courier(
+            sqlite, f"amqp://127.0.0.1:{server.getsockname()[1]}", lease=600, timeout=120
+        )
+        before = set(threading.enumerate())
+        written = write(sqlite, *abouts("a", range(3)), courier=courier, exchange=exchange)
+        take(courier, written)
+        wait_until(lambda: any("publishing" in each.name for each in threading.enumerate()))
+        with sooner_than(60):
+            courier.close(1.0)
+        wait_until(lambda: not set(threading.enumerate()) - before)
+        take(courier, written)  # too late: nothing is opened again
+        assert not set(threading.enumerate()) - before
+    with Relay(sqlite, broker_url) as relay:
+        assert relay.sweep() == 3
+    assert onlooker.count(broker_url, queue) == 3
+
+
+def test_lease_of_a_courier_is_an_option(sqlite: DbApi) -> None:
+    courier = outbox.courier(sqlite, lease=600, timeout=20)
+    assert outbox.courier(sqlite, lease=600, timeout=20) is courier
+    assert outbox.courier(sqlite) is not courier
+    write(sqlite, about("a", 1), courier=courier)
+    ((leased,),) = sqlite.run(f"SELECT leased_until - created FROM {OUTBOX}")
+    assert 599 < leased < 601
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lease": 10}, "lease must be longer than the timeout, which is 10 s, and at most 3600 s"),
+        ({"timeout": 30}, "lease must be longer than the timeout, which is 30 s"),
+        ({"lease": 3601}, "at most 3600 s, not 3601"),
+        ({"lease": "30"}, "lease must be a positive number of seconds, not '30'"),
+        ({"timeout": 0}, "timeout must be a positive number of seconds, not 0"),
+    ],
+)
+def test_options_of_a_courier_that_cannot_work_are_errors(
+    sqlite: DbApi, options: dict[str, Any], words: str
+) -> None:
+    for make in (Courier, outbox.courier):
+        with pytest.raises(ConfigurationError, match=re.escape(words)):
+            make(sqlite, **options)
 
 
 def test_courier_takes_no_more_than_it_may_keep(
@@ -1032,6 +1255,42 @@ def test_old_notes_are_pruned_in_batches(database: DbApi) -> None:
     assert [prune(most=2), prune(most=2), prune(most=2)] == [2, 1, 0]
     assert note(database, "mail", "2")
     assert not note(database, "mail", "3")
+
+
+def test_all_old_notes_are_pruned_in_small_transactions(
+    database: DbApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no handler waits for long; and as far as it may go on."""
+    from domain_events.outbox import inbox
+
+    monkeypatch.setattr(inbox, "_BATCH", 2)
+    transactions: list[int] = []
+
+    class Counts(DbApi):
+        @contextlib.contextmanager
+        def transaction(self) -> Iterator[Execute]:
+            transactions.append(notes())
+            with super().transaction() as execute:
+                yield execute
+
+    def notes() -> int:
+        return int(database.run("SELECT COUNT(*) FROM domain_events_inbox")[0][0])
+
+    for number in range(6):
+        note(database, "mail", str(number))
+    database.run("UPDATE domain_events_inbox SET handled = 1 WHERE event_id < '5'")
+    counted = Counts(database.name, database.dialect, database.connect)
+    stopping = threading.Event()
+    stopping.set()
+    assert outbox.prune_all(counted, stopping=stopping) == 0
+    assert outbox.prune_all(counted) == 5
+    assert transactions == [6, 4, 2]
+    assert not note(database, "mail", "5")
+
+
+def test_notes_are_kept_for_longer_than_any_retry_may_wait() -> None:
+    """Else a retry that was handled by a process that died before its ack is handled again."""
+    assert outbox.KEPT > LONGEST_DELAY
 
 
 # --- the database --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import outbox_databases
 import pytest
 import test_servers
 import yaml
@@ -28,7 +30,7 @@ from bench import Bench, running
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from rabbitmq_node import Node, free_port
-from support import Names, wait_until
+from support import Names, sooner_than, wait_until
 
 from domain_events import (
     BrokerUnavailable,
@@ -50,8 +52,10 @@ from domain_events import (
     Subscriber,
     configure,
     demo,
+    outbox,
 )
-from domain_events.prometheus import Prometheus, Server, serve
+from domain_events.prometheus import OutboxMetrics, Prometheus, Server, serve
+from domain_events.testing import EventBroker
 
 DOCS = Path(__file__).parent.parent / "docs" / "prometheus"
 PROMTOOL = shutil.which("promtool")
@@ -346,6 +350,83 @@ def test_broker_that_accepts_nothing_shows_as_blocked(
         wait_until(lambda: scraped(server)("blocked") == 0)
     error = "EventNotConfirmed"
     assert scraped(server)("published_total", outcome="failed", exception=error) == 1
+
+
+# ------------------------------------------------------------------ outboxes
+
+
+@pytest.fixture
+def outbox_database(tmp_path: Path) -> Iterator[outbox_databases.DbApi]:
+    with outbox_databases.sqlite(str(tmp_path / "outbox.sqlite")).create() as database:
+        yield database
+
+
+def test_outbox_is_read_with_each_scrape(
+    outbox_database: outbox_databases.DbApi, registry: CollectorRegistry, server: Server
+) -> None:
+    def read(name: str) -> float:
+        return scraped(server)(f"outbox_{name}", outbox="shop")
+
+    with EventBroker(), outbox.Relay(outbox_database) as relay:
+        OutboxMetrics({"shop": relay}, registry)
+        assert (read("readable"), read("waiting"), read("parked")) == (1, 0, 0)
+        assert read("oldest_seconds") == 0
+        with outbox_database.transaction() as execute:
+            for _ in range(3):
+                outbox.write(execute, "sqlite", DomainEvent("a"))
+        outbox_database.run(
+            f"UPDATE {outbox.OUTBOX} SET created = created - 1000",
+            f"UPDATE {outbox.OUTBOX} SET body = '' WHERE id = 1",
+        )
+        assert read("waiting") == 3
+        assert 1000 <= read("oldest_seconds") < 1100
+        relay.sweep()
+        assert (read("waiting"), read("parked"), read("relayed_total")) == (0, 1, 2)
+
+
+def test_outbox_that_cannot_be_read_is_shown_as_such_and_holds_up_nothing(
+    outbox_database: outbox_databases.DbApi,
+    registry: CollectorRegistry,
+    server: Server,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its database is gone, or does not answer; the others are shown, and it is when it is back."""
+    answers = threading.Event()
+
+    class Silent:
+        def status(self) -> outbox.Waiting:
+            assert answers.wait(60)
+            return outbox.Waiting(1, 2.0, 3)
+
+    relay = outbox.Relay(outbox_database)
+    with outbox_databases.sqlite("/nowhere/at/all") as gone:
+        gone.connect = lambda: sqlite3.connect(gone.name)
+        outboxes: dict[str, Any]
+        outboxes = {"shop": relay, "silent": Silent(), "gone": outbox.Relay(gone)}
+        OutboxMetrics(outboxes, registry, timeout=1.0)
+        with sooner_than(60):
+            scrape = scraped(server)
+    names = [sample.labels["outbox"] for sample in scrape.samples if "waiting" in sample.name]
+    assert names == ["shop"]
+    assert [scrape("outbox_readable", outbox=each) for each in outboxes] == [1, 0, 0]
+    assert "'silent' cannot be read for its metrics: its database does not answer" in caplog.text
+    assert "'gone' cannot be read for its metrics: OperationalError: unable to" in caplog.text
+    assert caplog.text.count("cannot be read") == 2
+    answers.set()
+    wait_until(lambda: scraped(server)("outbox_parked", outbox="silent") == 3)
+    assert caplog.text.count("cannot be read") == 2  # again only after a minute
+
+
+def test_second_one_for_outboxes_is_refused(registry: CollectorRegistry) -> None:
+    OutboxMetrics({}, registry)
+    with pytest.raises(ConfigurationError, match=r"by another OutboxMetrics\(\); give all"):
+        OutboxMetrics({}, registry)
+    others: list[Any] = [None, [], {"shop": None}, {1: outbox.Relay}]
+    for other in others:
+        with pytest.raises(ConfigurationError, match="outboxes must be a dict of relays or outb"):
+            OutboxMetrics(other, CollectorRegistry())
+    with pytest.raises(ConfigurationError, match="timeout must be a positive number"):
+        OutboxMetrics({}, CollectorRegistry(), timeout=0)
 
 
 # ------------------------------------------------------------------ where it is served
@@ -720,6 +801,11 @@ def dashboard_expressions() -> list[str]:
     ]
 
 
+class _SomeOutbox:
+    def status(self) -> outbox.Status:
+        return outbox.Status(1, 1.0, 1, 1, 1.0, {})
+
+
 def labels_by_metric(prometheus: Prometheus, registry: CollectorRegistry) -> dict[str, set[str]]:
     """Every metric that there is, by the name that a query uses, and its labels."""
     event = DomainEvent("a")
@@ -732,6 +818,7 @@ def labels_by_metric(prometheus: Prometheus, registry: CollectorRegistry) -> dic
     subscriber = Subscriber("memory://labels")
     subscriber.register(lambda _: None, "s", ["a"])
     prometheus.watch(subscriber)
+    OutboxMetrics({"o": _SomeOutbox()}, registry)
     samples = [sample for family in registry.collect() for sample in family.samples]
     return {
         sample.name: set(sample.labels)

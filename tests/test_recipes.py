@@ -179,6 +179,58 @@ def test_readme_publishes_after_a_commit_of_django(person: Any, outbox: bool) ->
     assert event.domain_object_id == user.id
 
 
+def test_call_publishes_what_the_hook_before_it_did(engine: sqlalchemy.Engine) -> None:
+    before, after, _ = code_blocks("docs/transactions.rst", "Coming from recipes")
+    published = []
+    for block in (before, after):
+        with engine.begin() as connection:
+            connection.execute(sqlalchemy.delete(User))
+        with EventBroker(virtual_time=False) as broker:
+            recipe = run(block, engine=engine, User=User)
+            if "publish" in recipe:
+                sqlalchemy_event.remove(Session, "after_commit", recipe["publish"])
+            close_couriers(30)
+            published.append([(event.routing_key, event.data) for event in broker.published])
+    assert published == [[("user.registered", {"email": "ada@example.org"})]] * 2
+
+
+class OldRow(Base):
+    """Of an outbox that somebody has written by hand."""
+
+    __tablename__ = "old_outbox"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    routing_key: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(sqlalchemy.JSON)
+    object_id: Mapped[str]
+    event_id: Mapped[str]
+    timestamp: Mapped[float]
+
+
+def test_rows_of_another_outbox_are_moved_with_their_ids(engine: sqlalchemy.Engine) -> None:
+    *_, move = code_blocks("docs/transactions.rst", "Coming from recipes")
+    events = [DomainEvent("order.placed", {"number": n}, "o1", timestamp=n + 0.5) for n in range(5)]
+    with Session(engine) as session, session.begin():
+        for event in events:
+            session.add(
+                OldRow(
+                    routing_key=event.routing_key,
+                    data=event.data,
+                    object_id=event.domain_object_id,
+                    event_id=event.uuid_string,
+                    timestamp=event.timestamp,
+                )
+            )
+            session.flush()
+    outbox = Outbox(engine)
+    with EventBroker(virtual_time=False) as broker:
+        run(move, engine=engine, OldRow=OldRow, outbox=outbox)
+        assert outbox.wait(30)
+        close_couriers(30)
+        assert broker.published == events
+    with Session(engine) as session:
+        assert session.scalars(sqlalchemy.select(OldRow)).all() == []
+
+
 # --- idempotent handlers -------------------------------------------------------------------------
 
 
@@ -186,10 +238,10 @@ def test_readme_publishes_after_a_commit_of_django(person: Any, outbox: bool) ->
 def idempotent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event_broker: EventBroker
 ) -> Iterator[tuple[Recipe, Recipe]]:
-    """The two recipes of the introduction, whose subscribers are registered."""
+    """The two recipes, whose subscribers are registered."""
     assert event_broker.published == []
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks("docs/introduction.rst", "Handlers must be idempotent")
+    blocks = code_blocks("docs/handling.rst", "Handlers must be idempotent")
     counting, invoicing = (
         run(block.replace("subscriber.start_consuming()\n", "").rstrip()) for block in blocks
     )
@@ -267,7 +319,8 @@ def test_recipes_are_all_tried() -> None:
     # The first of them is an ordinary subscriber.
     assert len(code_blocks("docs/migrating.rst", "Queues")) == 2
     assert len(code_blocks("README.rst", TRANSACTIONS)) == 2
-    assert len(code_blocks("docs/introduction.rst", "Handlers must be idempotent")) == 2
+    assert len(code_blocks("docs/transactions.rst", "Coming from recipes")) == 3
+    assert len(code_blocks("docs/handling.rst", "Handlers must be idempotent")) == 2
     assert domain_events.__all__
 
 

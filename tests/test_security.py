@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -20,7 +21,7 @@ import impostor
 import onlooker
 import pytest
 import rabbitmq_node
-from bench import Events
+from bench import Events, running
 from live import consuming
 from rabbitmq_node import Node
 from support import wait_until
@@ -392,10 +393,12 @@ def users(killable_node: Node, unique: str) -> Iterator[Users]:
     users.delete()
 
 
-def work_with_retries(url: str, admin: str, exchange: str, queue: str) -> None:
+def work_with_retries(
+    url: str, admin: str, exchange: str, queue: str, *, declare: bool = True
+) -> None:
     """All that a subscriber does: a retry and a dead letter among it."""
     retries: list[int] = []
-    with Subscriber(url, exchange) as subscriber:
+    with Subscriber(url, exchange, declare=declare) as subscriber:
 
         def handle(event: DomainEvent) -> None:
             retries.append(event.retries)
@@ -410,9 +413,9 @@ def work_with_retries(url: str, admin: str, exchange: str, queue: str) -> None:
     assert onlooker.count(admin, f"{queue}-dl") == 1
 
 
-def work(url: str, admin: str, exchange: str, queue: str) -> None:
+def work(url: str, admin: str, exchange: str, queue: str, *, declare: bool = True) -> None:
     """All that a subscriber without retries does, a dead letter among it."""
-    with Subscriber(url, exchange) as subscriber:
+    with Subscriber(url, exchange, declare=declare) as subscriber:
 
         def handle(event: DomainEvent) -> None:
             subscriber.stop_consuming()
@@ -422,6 +425,22 @@ def work(url: str, admin: str, exchange: str, queue: str) -> None:
         publish(admin, exchange)
         subscriber.start_consuming(timeout=20)
     assert onlooker.count(admin, f"{queue}-dl") == 1
+
+
+def apply(admin: str, exchange: str, queue: str, max_retries: int = 0) -> None:
+    """Declare what a subscriber needs that declares nothing, as an operator does."""
+    with Subscriber(admin, exchange) as subscriber:
+        subscriber.register(print, queue, ["#"], max_retries=max_retries)
+
+
+def work_declaring_nothing(url: str, admin: str, exchange: str, queue: str) -> None:
+    apply(admin, exchange, queue)
+    work(url, admin, exchange, queue, declare=False)
+
+
+def retry_declaring_nothing(url: str, admin: str, exchange: str, queue: str) -> None:
+    apply(admin, exchange, queue, 1)
+    work_with_retries(url, admin, exchange, queue, declare=False)
 
 
 def publish(url: str, exchange: str, number: int = 1) -> None:
@@ -458,8 +477,21 @@ ROLES = {
     "Publisher that may declare it": declare_and_publish,
     "Subscriber without retries": work,
     "Subscriber with ``max_retries``": work_with_retries,
+    "``Subscriber(declare=False)``": work_declaring_nothing,
+    "``Subscriber(declare=False)`` with ``max_retries``": retry_declaring_nothing,
     "For ``DeadLetters``": replay,
 }
+
+# What a subscriber that declares nothing cannot do without. It is logged when it is missing.
+LOGGED = [
+    (role, kind, name)
+    for role in ROLES
+    if "declare=False" in role
+    for kind, name in (("write", "amq.default"), ("read", "Q"))
+] + [
+    ("``Subscriber(declare=False)`` with ``max_retries``", "write", f"X.delay.{level}")
+    for level in ("00", "11", "23")
+]
 
 # What each role cannot do without: the kind and the name. X is the exchange, Q the queue.
 NEEDED = [
@@ -516,6 +548,41 @@ def test_each_documented_permission_is_needed_and_named_when_it_is_missing(
         assert re.search(rf"permissions? .*\b{kind}\b", told), (role, kind, told)
 
 
+def test_permission_that_a_subscriber_misses_later_is_logged_and_nothing_is_lost(
+    killable_node: Node, unique: str, users: Users, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that declares nothing learns of it only when it consumes, or moves an event."""
+    role = "``Subscriber(declare=False)`` with ``max_retries``"
+    cases = [("read", "Q"), ("write", "amq.default"), ("write", "X.delay.00")]
+    named = [(f"{unique}-x{n}", f"{unique}-q{n}") for n in range(len(cases))]
+    missing = [
+        name.replace("X", exchange).replace("Q", queue)
+        for (_, name), (exchange, queue) in zip(cases, named, strict=True)
+    ]
+    urls = users.make(
+        *(
+            documented(role, *each).without(kind, name)
+            for (kind, _), each, name in zip(cases, named, missing, strict=True)
+        )
+    )
+    for (kind, _), url, (exchange, queue), name in zip(cases, urls, named, missing, strict=True):
+        apply(killable_node.url, exchange, queue, 1)
+        publish(killable_node.url, exchange)
+        with Subscriber(url, exchange, declare=False) as subscriber:
+
+            def handle(event: DomainEvent, dead: bool = name == "amq.default") -> None:
+                raise Reject("no") if dead else Retry(0.1)
+
+            subscriber.register(handle, queue, ["#"], max_retries=1)
+
+            def is_named(name: str = name, kind: str = kind) -> bool:
+                return bool(re.search(rf"'{name}'.*\b{kind}\b", caplog.text))
+
+            with running(subscriber):
+                wait_until(is_named, message=f"{kind} on {name} is named")
+        wait_until(partial(onlooker.count, killable_node.url, queue))
+
+
 def test_no_documented_permission_is_more_than_needed(unique: str) -> None:
     """Each name that a documented expression matches is among those that cannot be missed."""
     x, q = f"{unique}-x", f"{unique}-q"
@@ -528,7 +595,7 @@ def test_no_documented_permission_is_more_than_needed(unique: str) -> None:
         permissions = documented(role, x, q)
         needed = {
             (kind, name.replace("X", x).replace("Q", q))
-            for each, kind, name in NEEDED
+            for each, kind, name in [*NEEDED, *LOGGED]
             if each == role
         }
         for kind in permissions._fields:

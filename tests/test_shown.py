@@ -253,6 +253,7 @@ def a_dead_letter(**changed: Any) -> DeadLetter:
         "retries": 0,
         "first_error_type": None,
         "first_error_message": None,
+        "replays": 0,
         "_delivery": None,
         "_owner": None,
     }

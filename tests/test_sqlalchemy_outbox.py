@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ from domain_events.sqlalchemy import (
     inbox_table,
     once,
     outbox_table,
+    prune_inbox,
     publish_at_session_commits,
     publish_on_commit,
 )
@@ -412,6 +414,18 @@ def test_outbox_may_be_given_as_an_argument(sqlite: Engine, broker: EventBroker)
     assert sorted(published(broker)) == [1, 2]
 
 
+def test_lease_is_an_option(sqlite: Engine, broker: EventBroker) -> None:
+    outbox = Outbox(sqlite, lease=600, timeout=20)
+    with Session(sqlite) as session:
+        publish_on_commit(session, "x", {}, outbox=outbox)
+        leased = session.scalar(select(OUTBOX.c.leased_until - OUTBOX.c.created))
+        assert leased is not None
+        assert 599 < leased < 601
+        session.commit()
+    assert outbox.wait(30)
+    assert published(broker) == [{}]
+
+
 def test_what_an_outbox_cannot_do_is_an_error(sqlite: Engine, tmp_path: Path) -> None:
     """At the call."""
     outbox = Outbox(sqlite)
@@ -431,6 +445,8 @@ def test_what_an_outbox_cannot_do_is_an_error(sqlite: Engine, tmp_path: Path) ->
         Outbox(create_async_engine("postgresql+psycopg://localhost/x"))  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="'oracle'"):
         Outbox(_of_oracle())
+    with pytest.raises(ConfigurationError, match="lease must be longer than the timeout"):
+        Outbox(sqlite, timeout=30)
     other.dispose()
 
 
@@ -706,6 +722,129 @@ def test_concurrent_duplicate_waits_for_the_first(
     assert len(committed(engine)) == 1
 
 
+@pytest.fixture(params=["REPEATABLE READ", "SERIALIZABLE"])
+def strict(request: pytest.FixtureRequest, postgres: Engine) -> Iterator[Engine]:
+    """PostgreSQL at the isolation levels at which it makes nobody wait whom it can roll back."""
+    engine = sqlalchemy.create_engine(postgres.url, isolation_level=request.param)
+    yield engine
+    engine_room.close_couriers()
+    engine.dispose()
+
+
+def test_concurrent_duplicate_is_skipped_at_stricter_isolation_levels(
+    strict: Engine, broker: EventBroker
+) -> None:
+    """Where PostgreSQL does not let it go on, but rolls it back: that is not a dead letter."""
+    entered, go_on = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def work(_session: Session, _event: DomainEvent) -> None:
+        calls.append("called")
+        entered.set()
+        assert go_on.wait(60)
+
+    with switched_on(strict) as outbox, ThreadPoolExecutor() as threads:
+        handle = handler_of(strict, work, subscriber="mail")
+        event = DomainEvent("user.registered", "a")
+        first = threads.submit(handle, event)
+        assert entered.wait(60)
+        second = threads.submit(handle, event)
+        wait_until(lambda: _is_waiting(strict, threading.current_thread()))
+        go_on.set()
+        assert first.result(60) is second.result(60) is None
+        assert calls == ["called"]
+        assert outbox.wait(30)
+    assert mails(broker) == ["a"]
+    assert len(committed(strict)) == len(notes(strict)) == 1
+
+
+def test_handlers_that_exclude_each_other_are_all_done_once(strict: Engine) -> None:
+    """Of different events, on the same row."""
+    with strict.begin() as connection:
+        connection.execute(insert(User).values(email="0"))
+    calls: list[str] = []
+    together = threading.Barrier(2)
+
+    @once(strict, subscriber="counter")
+    def count(connection: Connection, event: DomainEvent) -> None:
+        calls.append(str(event.uuid_string))
+        number = int(connection.scalar(select(User.email)) or 0)
+        if len(calls) <= 2:
+            together.wait(60)
+        connection.execute(sqlalchemy.update(User).values(email=str(number + 1)))
+
+    def consume(_worker: int) -> None:
+        for _ in range(10):
+            count(DomainEvent("a"))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(consume, range(2)))
+    assert committed(strict) == ["20"]
+    assert len(calls) > 20
+    assert len(set(calls)) == 20
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_handler_that_is_the_victim_of_a_deadlock_is_called_again(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
+) -> None:
+    with _tables(_engine(request, kind, tmp_path)) as engine:
+        with engine.begin() as connection:
+            for email in "ab":
+                connection.execute(insert(User).values(email=email))
+        together = threading.Barrier(2)
+        calls: list[str] = []
+
+        @once(engine)
+        def lock(connection: Connection, event: DomainEvent) -> None:
+            calls.append(event.data)
+            for email in event.data:
+                user = select(User.id).where(User.email == email).with_for_update()
+                connection.execute(user).all()
+                if len(calls) < 3 and email == event.data[0]:
+                    together.wait(60)
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lock, [DomainEvent("x", "ab"), DomainEvent("x", "ba")]))
+        assert len(calls) >= 3
+        assert len(notes(engine)) == 2
+
+
+def test_handler_that_loses_every_race_is_an_error_in_the_end(
+    postgres: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that fails otherwise is called once."""
+    calls: list[str] = []
+    monkeypatch.setattr("domain_events.outbox.inbox._PAUSES", [0.001] * 5)
+
+    @once(postgres)
+    def handle(connection: Connection, event: DomainEvent) -> None:
+        calls.append(event.data)
+        connection.execute(text(f"DO $$ BEGIN RAISE SQLSTATE '{event.data}'; END $$"))
+
+    for state, times in (("40001", 6), ("40P01", 6), ("55P03", 1), ("23505", 1)):
+        with pytest.raises(DBAPIError):
+            handle(DomainEvent("a", state))
+        assert calls.count(state) == times
+    assert notes(postgres) == []
+
+
+def test_of_two_operators_one_decides_at_stricter_isolation_levels(
+    postgres: Engine, strict: Engine
+) -> None:
+    outbox = Outbox(strict)
+    with Session(postgres) as session:
+        publish_on_commit(session, "x", {}, outbox=Outbox(postgres))
+        session.execute(OUTBOX.update().values(parked=1, token=None, leased_until=0))
+        session.commit()
+    with postgres.connect() as connection, ThreadPoolExecutor() as threads:
+        assert engine_room.retry(executing(connection)) == 1
+        other = threads.submit(outbox.retry)
+        wait_until(lambda: _is_waiting(postgres, threading.current_thread()))
+        connection.commit()
+        assert other.result(60) == 0
+
+
 def _is_waiting(engine: Engine, thread: threading.Thread) -> bool:
     """Whether the server shows one that waits; SQLite shows nothing."""
     question = {
@@ -780,14 +919,39 @@ def test_old_notes_are_deleted_after_a_handler(
     assert len(notes(engine)) == 3
 
 
+def test_old_notes_can_be_pruned_by_hand(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for number in range(3):
+            assert first_time(connection, DomainEvent("x", uuid_string=str(number)), "mail")
+        old = INBOX.c.event_id < "2"
+        age = INBOX.c.handled - 31 * 24 * 3600
+        connection.execute(INBOX.update().where(old).values(handled=age))
+    assert prune_inbox(engine, keep=32 * 24 * 3600) == 0
+    assert prune_inbox(engine) == 2
+    assert [event_id for _, event_id in notes(engine)] == ["2"]
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    for wrong in (Session(engine), None):
+        with pytest.raises(ConfigurationError, match="engine must be an Engine of SQLAlchemy"):
+            prune_inbox(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="keep must be a positive number of seconds"):
+        prune_inbox(engine, keep=0)
+
+
 # --- the example of the documentation ------------------------------------------------------------
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    ("example", "kind"),
+    [
+        ("test_flask_shop.py", "sqlite"),
+        ("test_flask_shop.py", "postgresql"),
+        ("test_fastapi_shop.py", "postgresql"),
+    ],
+)
 def test_example_of_the_documentation_passes_its_tests(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    example: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """As a user runs them."""
     url = f"sqlite:///{tmp_path}/shop.db"
@@ -804,7 +968,7 @@ def test_example_of_the_documentation_passes_its_tests(
                 "-q",
                 "-p",
                 "no:cacheprovider",
-                "test_flask_shop.py",
+                example,
             ],
         ],
         cwd=EXAMPLES,

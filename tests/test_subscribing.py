@@ -108,10 +108,10 @@ def test_deadline_counts_from_the_last_answer(broker_url: str) -> None:
         return lambda answer: step(answer, 1)
 
     try:
-        assert consuming._call(goes_on(8), timeout=2) == "all"
+        assert consuming._requests.call(goes_on(8), timeout=2) == "all"
         begun = time.monotonic()
         with pytest.raises(BrokerUnavailable, match="No broker within 2 s"):
-            consuming._call(goes_on(2), timeout=2)
+            consuming._requests.call(goes_on(2), timeout=2)
         assert time.monotonic() - begun >= 2.4
     finally:
         consuming.close(10)

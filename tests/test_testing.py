@@ -940,3 +940,13 @@ def test_every_test_may_have_the_fixture(
     pytester.makepyfile(PUBLISHING_TESTS)
     result = pytester.runpytest_subprocess("--strict-config")
     result.assert_outcomes(passed=passed, failed=4 - passed)
+
+
+def test_subscriber_that_declares_nothing_gets_its_events_here() -> None:
+    """Its queues exist on this broker, as if an operator had applied them."""
+    seen: list[DomainEvent] = []
+    with EventBroker() as broker, Subscriber(declare=False) as subscriber:
+        subscriber.register(seen.append, "declares-nothing", ["a"], max_retries=1)
+        event = DomainEvent("a", {})
+        broker.deliver(subscriber, event)
+        assert seen == [event]

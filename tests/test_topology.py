@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from decimal import Decimal
 
 import onlooker
@@ -438,3 +439,14 @@ def test_all_that_is_built_from_a_good_name_can_be_declared(exchange: str, name:
             texts.append(declaration.name)
     texts += delay_address(exchange, name, 0.1)
     assert max(len(text.encode()) for text in texts) <= 255
+
+
+def test_subscriber_that_declares_nothing_looks_for_what_another_one_declares() -> None:
+    """For the same exchanges and queues, its own queue before its dead letters."""
+    queue = broker.Queue("q", broker.Exchange("x"), ("a",), ("b",), dead_letters=True, delays=True)
+    found = needed(replace(queue, must_exist=True))
+    assert all(isinstance(each, Exchange | Queue) and each.must_exist for each in found)
+    others = [each for each in needed(queue) if isinstance(each, Exchange | Queue)]
+    assert {*map(str, found)} == {str(replace(each, must_exist=True)) for each in others}
+    names = [each.name for each in found if isinstance(each, Queue)]
+    assert names.index("q") < names.index("q-dl")

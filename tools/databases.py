@@ -10,7 +10,7 @@ As a module::
 
 As a command::
 
-    python tools/databases.py install [postgresql] [mariadb]
+    python tools/databases.py install [postgresql] [mariadb] [pgbouncer]
     python tools/databases.py run [postgresql] [mariadb] -- COMMAND ...
 
 The command gets the servers' URLs in the environment (POSTGRESQL_URL, MARIADB_URL), where other
@@ -568,7 +568,58 @@ class MariaDB(Server):
             return False
 
 
+class PgBouncer(Server):
+    """A pgbouncer before a PostgreSQL, which pools its connections for each transaction."""
+
+    kind = "pgbouncer"
+    title = "pgbouncer"
+    packages = ("pgbouncer",)
+    scheme = "postgresql"
+
+    _PROGRAM = "/usr/sbin/pgbouncer"
+
+    def __init__(self, before: Server, size: int) -> None:
+        super().__init__()
+        self._before = before.address
+        self._size = size
+        self.user, self.password, self.database = before.user, before.password, before.database
+
+    @property
+    def socket(self) -> Path:
+        return self.folder
+
+    @classmethod
+    def installed(cls) -> bool:
+        return Path(cls._PROGRAM).exists()
+
+    def _create(self) -> None:
+        users = self._write("users", f'"{self.user}" "{self.password}"\n')
+        lines = (
+            "[databases]",
+            f"* = host={self._before.host} port={self._before.port}",
+            "[pgbouncer]",
+            "listen_addr = 127.0.0.1",
+            f"listen_port = {self.port}",
+            f"unix_socket_dir = {self.folder}",
+            "auth_type = scram-sha-256",
+            f"auth_file = {users}",
+            "pool_mode = transaction",
+            f"default_pool_size = {self._size}",
+        )
+        self._write("pgbouncer.ini", "".join(f"{line}\n" for line in lines))
+
+    def _command(self) -> Sequence[str]:
+        return [self._PROGRAM, str(self.folder / "pgbouncer.ini")]
+
+    def _stop_signal(self) -> signal.Signals:
+        return signal.SIGINT
+
+    def _answers(self) -> bool:
+        return "process up" in self.log
+
+
 SERVERS: dict[str, type[Server]] = {each.kind: each for each in (PostgreSQL, MariaDB)}
+_INSTALLED: dict[str, type[Server]] = {**SERVERS, PgBouncer.kind: PgBouncer}
 
 _servers: set[Server] = set()
 
@@ -582,9 +633,9 @@ def _close_all() -> None:
 # --------------------------------------------------------------------------- the commands
 
 
-def install(kinds: Sequence[str] = tuple(SERVERS)) -> None:
+def install(kinds: Sequence[str] = tuple(_INSTALLED)) -> None:
     """Install the missing ones of `kinds`, after a message. Raises NodeError if it cannot."""
-    missing = [SERVERS[kind] for kind in kinds if not SERVERS[kind].installed()]
+    missing = [_INSTALLED[kind] for kind in kinds if not _INSTALLED[kind].installed()]
     if not missing or _no_servers():
         return
     packages = [package for each in missing for package in each.packages]
@@ -622,7 +673,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="databases.py",
         description="Private PostgreSQL and MariaDB servers: no root service, no Docker.",
-        epilog=f"SERVER is one of {', '.join(SERVERS)}; both if none is given.",
+        epilog=f"SERVER is one of {', '.join(_INSTALLED)}; all of them if none is given.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "install missing servers (needs root and apt-get)"
@@ -633,10 +684,11 @@ def main() -> int:
     for each in (installing, running):
         each.add_argument("servers", nargs="*", metavar="SERVER", help=", ".join(SERVERS))
     options = parser.parse_args(words)
-    kinds = list(dict.fromkeys(options.servers or SERVERS))
+    known = _INSTALLED if options.command == "install" else SERVERS
+    kinds = list(dict.fromkeys(options.servers or known))
     for kind in kinds:
-        if kind not in SERVERS:
-            parser.error(f"unknown server {kind!r}; known are {', '.join(SERVERS)}")
+        if kind not in known:
+            parser.error(f"unknown server {kind!r}; known are {', '.join(known)}")
     try:
         if options.command == "install":
             install(kinds)

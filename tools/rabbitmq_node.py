@@ -474,6 +474,15 @@ class Node:
         """rabbitmqctl on this node: its output. Takes two to three seconds."""
         return self._run("rabbitmqctl", "--quiet", *arguments)
 
+    def write_programs(self, folder: Path) -> None:
+        """Write the command-line tools for this node there, for the PATH of a program."""
+        environment = [f"{name}={value}" for name, value in self._environment().items()]
+        for name in ("rabbitmqctl", "rabbitmq-diagnostics"):
+            command = shlex.join(["env", "-i", *environment, *self._command(name)])
+            program = folder / name
+            program.write_text(f'#!/bin/sh\ncd / && exec {command} "$@"\n')
+            program.chmod(0o700)
+
     def sync(self) -> None:
         """Write to disk what this node still holds in memory about its quorum queues.
 

@@ -19,10 +19,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -46,6 +48,12 @@ from domain_events.middleware import (
 from domain_events.process import check_fork, on_fork
 
 Result = TypeVar("Result")
+
+#: What to do about something that a subscriber uses, but does not declare.
+TO_APPLY = (
+    "This subscriber declares nothing (declare=False): an operator does, with: "
+    "domain-events topology apply package.module:subscriber"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class Queue:
     auto_delete: bool = False
     #: As domain-event-broker declares it; an existing one is used whatever its arguments.
     classic: bool = False
+    #: An operator declares it, with all else that it needs: it is used as it is, never declared.
+    must_exist: bool = False
 
     @property
     def is_temporary(self) -> bool:
@@ -162,6 +172,12 @@ class Publishing(Protocol):
         Never waits: each call requests a response, which the next one looks for.
         """
 
+    def connect(self) -> None:
+        """Begin to connect, if there is no connection, without waiting for it.
+
+        :raises BrokerUnavailable: it is closed, or no thread can be started.
+        """
+
     def submit(self, publication: Publication) -> None:
         """Send this after all others, as soon as there is a connection with room in its window.
 
@@ -233,6 +249,10 @@ class Browser(Protocol):
 
     shared: bool
 
+    @property
+    def ahead(self) -> int:
+        """How many more messages it holds, which `next` will return."""
+
     def next(self, timeout: float) -> Delivery | None:
         """The next message of this walk, or None when there is none."""
 
@@ -241,6 +261,9 @@ class Browser(Protocol):
 
         :raises BrokerUnavailable: the connection was lost; the message was requeued.
         """
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        """Remove these messages, as `ack`."""
 
     def rewind(self) -> None:
         """Begin another walk: requeue all unacked messages, in their order."""
@@ -258,7 +281,11 @@ class Consuming(Protocol):
     """
 
     def declare(self, queue: Queue, timeout: float) -> None:
-        """Declare the queue and everything else that its subscriber needs."""
+        """Declare the queue and everything else that its subscriber needs.
+
+        Of one that ``must_exist``, only check that the queues and exchanges exist, as far as this
+        user may.
+        """
 
     def delete(self, names: Sequence[str], exchange: str, timeout: float) -> None:
         """Delete subscribers, with their dead letters, and an exchange, with its delayed events."""
@@ -464,6 +491,11 @@ class Connections:
         return self._urls if self._broker is self._own_broker else self._broker
 
     @property
+    def urls(self) -> tuple[str, ...] | None:
+        """The broker's URLs, in or out of a test; None if everything is switched off."""
+        return self._urls
+
+    @property
     def shown(self) -> str:
         """The broker's address, or several, without the password."""
         if _overrides or self._urls is None:
@@ -629,6 +661,13 @@ class Owner:
 _Owner = TypeVar("_Owner", bound=Owner)
 
 
+# The most that `confirm_each` has under way at a time.
+_MOST_UNDER_WAY = 100
+_MOST_BYTES_UNDER_WAY = 4 * 2**20
+
+_Item = TypeVar("_Item")
+
+
 def confirm(publishing: Publishing, message: Message, timeout: float) -> None:
     """Publish one message and wait until it is confirmed.
 
@@ -651,6 +690,56 @@ def confirm(publishing: Publishing, message: Message, timeout: float) -> None:
             raise error
         finally:
             del error, publication  # this frame is in its traceback
+
+
+def confirm_each(
+    publishing: Publishing,
+    messages: Iterable[tuple[Message, _Item]],
+    timeout: float,
+    confirmed: Callable[[_Item], None],
+) -> None:
+    """Publish messages, many under way at a time, and wait until all are confirmed.
+
+    After an error or an interruption, those that are under way are waited for, too.
+
+    :param messages: each one with something that stands for it.
+    :param timeout: seconds within which each one must be confirmed.
+    :param confirmed: called with what stands for a message that was confirmed, in their order.
+    :raises DomainEventsError: when one is not; see `Publisher.publish`.
+    """
+    under_way: deque[tuple[Publication, threading.Event, _Item]] = deque()
+    size = 0
+
+    def await_first(timeout: float) -> None:
+        nonlocal size
+        publication, known, item = under_way.popleft()
+        size -= len(publication.message.body)
+        if not known.wait(timeout) and publishing.withdraw(publication):
+            raise _timeout(publishing, publication, timeout)
+        if publication.error is not None:
+            raise publication.error
+        confirmed(item)
+
+    try:
+        for message, item in messages:
+            known = threading.Event()
+            publication = Publication(message, partial(_set, known))
+            publishing.submit(publication)
+            under_way.append((publication, known, item))
+            size += len(message.body)
+            while len(under_way) >= _MOST_UNDER_WAY or size > _MOST_BYTES_UNDER_WAY:
+                await_first(timeout)
+        while under_way:
+            await_first(timeout)
+    finally:
+        deadline = time.monotonic() + timeout
+        while under_way:
+            with suppress(DomainEventsError):
+                await_first(max(0.0, deadline - time.monotonic()))
+
+
+def _set(known: threading.Event, _publication: Publication) -> None:
+    known.set()
 
 
 def _timeout(publishing: Publishing, publication: Publication, timeout: float) -> DomainEventsError:

@@ -44,6 +44,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from domain_events.broker import (
+    TO_APPLY,
     Consumer,
     Exchange,
     OnChange,
@@ -185,6 +186,10 @@ class MemoryPublishing:
 
     def silence(self) -> float:
         return 0.0  # it has no thread
+
+    def connect(self) -> None:
+        _check_open(self._is_closed)
+        self._uses.begin()
 
     def submit(self, publication: Publication) -> None:
         if not self._is_closed:
@@ -515,6 +520,7 @@ class MemoryBrowser(_Holder):
 
     place: Place
     shared: bool = False
+    ahead: int = field(default=0, init=False)
 
     def next(self, timeout: float) -> Delivery | None:
         return self.owner.call(self._next)
@@ -525,6 +531,10 @@ class MemoryBrowser(_Holder):
 
         if not self.owner.call(ack):
             raise BrokerUnavailable(f"The message was given back to {self.place}; begin again.")
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        for delivery in deliveries:
+            self.ack(delivery, timeout)
 
     def rewind(self) -> None:
         self.owner.call(self.begin)
@@ -603,6 +613,8 @@ class Store:
         self._exchanges: dict[str, _Exchange] = {}
         self._queues: dict[Place, _Queue] = {}
         self.browsers: set[MemoryBrowser] = set()
+        #: Whether all that subscribers declare exists without their doing so.
+        self.is_applied = False
         #: Whether an outage is simulated.
         self.is_away = False
         #: The connections in use.
@@ -724,8 +736,11 @@ class Store:
     def declare(self, queue: Queue, owner: object) -> _Queue:
         """Make sure that it exists, with its exchange, its bindings, and all else that it needs.
 
-        :raises TopologyError: it exists with other settings, or is another connection's.
+        :raises TopologyError: it exists with other settings, or is another connection's; or it does
+            not exist, and is not to be declared.
         """
+        if queue.must_exist and not self.is_applied:
+            return self._existing(queue, owner)
         exchange = self.declare_exchange(queue.exchange)
         place, dead_letters = ToSubscriber(queue.name), ToDeadLetters(queue.name)
         if queue.delays:
@@ -751,6 +766,20 @@ class Store:
             while found.parked:
                 self.put(dead_letters, found.parked.pop(0))
         return found
+
+    def _existing(self, queue: Queue, user: object) -> _Queue:
+        """The queue of a subscriber that declares nothing, if all of what it needs exists."""
+        if queue.exchange.name not in self._exchanges:
+            raise TopologyError(f"The exchange {queue.exchange.name!r} does not exist. {TO_APPLY}")
+        places: list[Place] = [ToSubscriber(queue.name)]
+        if queue.dead_letters:
+            places.append(ToDeadLetters(queue.name))
+        if queue.delays:
+            places.append(UndeliveredOf(queue.exchange.name))
+        for place in places:
+            if place not in self._queues:
+                raise TopologyError(f"The queue {_name(place)!r} does not exist. {TO_APPLY}")
+        return self.queue(places[0], user)
 
     def delete(self, places: Iterable[Place], exchange: str, user: object) -> None:
         """Delete the queues and the exchange, if they exist.

@@ -58,8 +58,9 @@ class OutboxEventAdmin(admin.ModelAdmin):
 
     @admin.action(description="Send the selected parked events again", permissions=["change"])
     def retry(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        ids = _ids(queryset)
         with transaction.atomic(using=queryset.db):
-            number = outbox.retry(_execute(queryset), _ids(queryset))
+            number = outbox.retry(_execute(queryset), ids)
         self.message_user(request, f"{number} parked events are sent again.")
 
     @admin.action(
@@ -67,8 +68,9 @@ class OutboxEventAdmin(admin.ModelAdmin):
     )
     def delete_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """By the name of Django's own action, which would delete what waits to be sent."""
+        ids = _ids(queryset)
         with transaction.atomic(using=queryset.db):
-            discarded = outbox.discard(_execute(queryset), _ids(queryset))
+            discarded = outbox.discard(_execute(queryset), ids)
         for each in discarded:
             log.warning("%s has discarded %r of the outbox.", request.user, each.row)
         self.message_user(
@@ -92,4 +94,5 @@ def _execute(queryset: QuerySet[Any]) -> outbox.Execute:
 
 
 def _ids(queryset: QuerySet[Any]) -> list[int]:
+    # Before the transaction, which on SQLite must not begin by reading.
     return list(queryset.values_list("id", flat=True))

@@ -7,6 +7,7 @@
         'APP_ID': 'shop',
         'MIDDLEWARE': ['domain_events.opentelemetry.Tracing'],
         'OUTBOX': True,                             # or a list of aliases of databases
+        'OUTBOX_LEASE': 30, 'OUTBOX_TIMEOUT': 10,   # seconds; of `domain_events.outbox.Courier`
     }
 
 All of it is optional; without ``URL`` the environment decides, as everywhere.
@@ -24,8 +25,9 @@ from django.utils.module_loading import import_string
 
 import domain_events
 from domain_events import DEFAULT, ConfigurationError, Middleware
+from domain_events.outbox.couriers import LEASE, TIMEOUT, check_times
 
-_KEYS = {"URL", "APP_ID", "MIDDLEWARE", "OUTBOX"}
+_KEYS = {"URL", "APP_ID", "MIDDLEWARE", "OUTBOX", "OUTBOX_LEASE", "OUTBOX_TIMEOUT"}
 # Those of `domain_events.configure`.
 _OF_PROCESS = {"URL", "APP_ID", "MIDDLEWARE"}
 
@@ -55,6 +57,12 @@ def given() -> dict[str, Any]:
             "The OUTBOX of DOMAIN_EVENTS must be True, False, or a list of aliases of DATABASES, "
             f"not {outbox!r}."
         )
+    try:
+        _times(values)
+    except ConfigurationError as error:
+        raise ImproperlyConfigured(
+            f"The OUTBOX_LEASE and OUTBOX_TIMEOUT of DOMAIN_EVENTS: {error}"
+        ) from error
     if hasattr(settings, "DOMAIN_EVENT_BROKER"):
         if "URL" in values:
             raise ImproperlyConfigured(
@@ -69,6 +77,15 @@ def has_outbox(alias: str) -> bool:
     """Whether transactions of this database write their events to its outbox."""
     found = getattr(settings, "DOMAIN_EVENTS", {}).get("OUTBOX", False)
     return alias in found if isinstance(found, list | tuple | set) else bool(found)
+
+
+def courier_times() -> tuple[float, float]:
+    """Lease and timeout of the process's couriers, in seconds."""
+    return _times(getattr(settings, "DOMAIN_EVENTS", {}))
+
+
+def _times(values: Mapping[str, Any]) -> tuple[float, float]:
+    return check_times(values.get("OUTBOX_LEASE", LEASE), values.get("OUTBOX_TIMEOUT", TIMEOUT))
 
 
 def configure() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from django.db import connections, transaction
 
 from domain_events import outbox
-from domain_events.outbox import Execute
+from domain_events.django import configuration
+from domain_events.outbox import Courier, Execute
 
 
 def executing(connection: Any) -> Execute:
@@ -114,9 +115,15 @@ def outbox_database(alias: str) -> OutboxDatabase:
     return _databases.setdefault(alias, OutboxDatabase(alias))
 
 
-def known_databases() -> list[OutboxDatabase]:
-    """Those whose outbox was used by this process."""
-    return list(_databases.values())
+def courier_of(alias: str) -> Courier:
+    """The process's courier for the outbox of an alias."""
+    lease, timeout = configuration.courier_times()
+    return outbox.courier(outbox_database(alias), lease=lease, timeout=timeout)
+
+
+def known_databases() -> list[str]:
+    """The aliases of those whose outbox was used by this process."""
+    return list(_databases)
 
 
 def has_table(alias: str, table: str = outbox.OUTBOX) -> bool:

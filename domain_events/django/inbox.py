@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from django.db import DEFAULT_DB_ALIAS, connections, transaction
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections, transaction
 
 from domain_events import ConfigurationError, DomainEvent, outbox, printable
 from domain_events.django import handlers
@@ -34,8 +34,10 @@ def once(
 
     It is called in a transaction, in which the inbox notes that this subscriber has handled this
     event. If the event comes again, it is skipped; if it comes at the same time, it waits for the
-    first one, and is skipped if that was committed. After an exception neither work nor note is
-    left, so that a retry and a replayed dead letter are handled.
+    first one, and is skipped if that was committed. A transaction that the database rolls back
+    because of another one at the same time, in a deadlock or at REPEATABLE READ or SERIALIZABLE, is
+    repeated, and the handler called again, up to five times. After an exception neither work nor
+    note is left, so that a retry and a replayed dead letter are handled.
 
     What the handler publishes by `publish_on_commit` is written to the outbox, whatever the
     settings are: with the note committed, the event would not come again to publish it.
@@ -71,22 +73,32 @@ def _once(handler: Handler, using: str) -> Handler:
         # Without a subscriber, as in a test, it was called directly.
         subscriber = event.subscriber or f"{handler.__module__}.{handler.__qualname__}"
         connection = connections[using]
-        token = with_outbox.set(with_outbox.get() | {using})
-        try:
+
+        def attempt() -> object:
             with transaction.atomic(using=using):
                 if outbox.note(
                     executing(connection), connection.vendor, subscriber, event.uuid_string
                 ):
                     return handler(event)
+            log.info(
+                "%s has handled %s %s before; it is skipped.",
+                subscriber,
+                printable(event.routing_key),
+                printable(event.uuid_string),
+                about=about(subscriber, event.routing_key, event.uuid_string),
+            )
+            return None
+
+        token = with_outbox.set(with_outbox.get() | {using})
+        try:
+            if connection.in_atomic_block:  # of a test: what is rolled back is more than this
+                return attempt()
+            return outbox.repeated(attempt, _lost_a_race, subscriber, event)
         finally:
             with_outbox.reset(token)
-        log.info(
-            "%s has handled %s %s before; it is skipped.",
-            subscriber,
-            printable(event.routing_key),
-            printable(event.uuid_string),
-            about=about(subscriber, event.routing_key, event.uuid_string),
-        )
-        return None
 
     return handle  # type: ignore[return-value]
+
+
+def _lost_a_race(error: Exception) -> bool:
+    return isinstance(error, DatabaseError) and outbox.lost_a_race(error.__cause__)

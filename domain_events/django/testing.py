@@ -12,9 +12,8 @@ from django.conf import settings
 from django.db import connections
 
 from domain_events import DomainEvent, Subscriber, testing
-from domain_events.django.database import known_databases
+from domain_events.django.database import courier_of, known_databases
 from domain_events.django.transaction import Hook
-from domain_events.outbox import courier
 from domain_events.testing import Delivered
 
 
@@ -73,8 +72,8 @@ class EventBroker(testing.EventBroker):
             self._done.update(waiting)
             for hook in waiting:
                 hook()
-        for database in known_databases():
-            courier(database).wait()
+        for alias in known_databases():
+            courier_of(alias).wait()
         return len(self._done) - before
 
 

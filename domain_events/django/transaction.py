@@ -37,10 +37,10 @@ from domain_events import (
 from domain_events import outbox as engine
 from domain_events.checks import flag, seconds
 from domain_events.django import configuration
-from domain_events.django.database import WithinTestCase, executing, outbox_database
+from domain_events.django.database import WithinTestCase, courier_of, executing
 from domain_events.log import Log, about
 from domain_events.names import check_name
-from domain_events.outbox.couriers import LEASE
+from domain_events.outbox.couriers import TIMEOUT
 from domain_events.outbox.sending import Sender
 from domain_events.settings import ConnectionSettings
 
@@ -224,7 +224,7 @@ def _of_transaction(alias: str) -> _Transaction:
 
 def _write(alias: str, event: DomainEvent[Any], exchange: str) -> DomainEvent[Any]:
     connection = connections[alias]
-    courier = engine.courier(outbox_database(alias))
+    courier = courier_of(alias)
     # A block of ours within the caller's would roll that back, too, for an event that is invalid.
     within = nullcontext() if connection.in_atomic_block else transaction.atomic(using=alias)
     with within:
@@ -241,7 +241,7 @@ def _send(alias: str, courier: engine.Courier, row: engine.Row) -> None:
         courier.take([row])
         return
     # Called by a test, within the transaction of a TestCase: nobody else sees the row.
-    sender = Sender(WithinTestCase(alias), lease=LEASE, timeout=10.0)
+    sender = Sender(WithinTestCase(alias), lease=courier.lease, timeout=TIMEOUT)
     try:
         for error in sender.send(courier.token, [row]).failures.values():
             log.error("%r cannot be sent from the outbox: %s", row, error)

@@ -11,8 +11,8 @@ This is the engine, in plain SQL. It knows no framework; ``domain_events.django`
 """
 
 from domain_events.outbox.couriers import Courier, close_couriers, courier
-from domain_events.outbox.database import DIALECTS, Database, Execute
-from domain_events.outbox.inbox import KEPT, note, prune
+from domain_events.outbox.database import DIALECTS, Database, Execute, lost_a_race
+from domain_events.outbox.inbox import KEPT, note, prune, prune_all, repeated
 from domain_events.outbox.parking import Parked, discard, parked, retry
 from domain_events.outbox.relay import Relay, Status, Waiting, status
 from domain_events.outbox.rows import Row
@@ -48,9 +48,12 @@ __all__ = [
     "courier",
     "create",
     "discard",
+    "lost_a_race",
     "note",
     "parked",
     "prune",
+    "prune_all",
+    "repeated",
     "retry",
     "status",
     "tuning",

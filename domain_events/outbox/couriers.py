@@ -22,6 +22,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable
 
+from domain_events.checks import refusal, seconds
 from domain_events.log import Log
 from domain_events.middleware import Middleware
 from domain_events.outbox import rows as table
@@ -33,8 +34,12 @@ from domain_events.settings import DEFAULT, ConnectionSettings
 
 log = Log("domain_events.outbox")
 
-#: Seconds for which a row is leased with its writing.
+#: Seconds for which a row is leased with its writing, and the most that it may be: so long do the
+#: events of a process that was killed wait.
 LEASE = 30.0
+LONGEST_LEASE = 3600.0
+#: Seconds without any confirm that are an outage.
+TIMEOUT = 10.0
 
 # The most that waits for the courier; more than that is left to a relay.
 _MOST_ROWS = 10_000
@@ -49,15 +54,23 @@ _LOOK_AGAIN = 0.02
 # Seconds after an outage in which it leaves everything to a relay.
 _SHORTEST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
+# Of the time that it has for its end, the share that is left for what is not sent by then.
+_LAST = 0.2
 
 
 class Courier:
     """Sends rows of one outbox that this process has written.
 
+    While the broker is known to be away, rows are left to a relay at once.
+
     :param database: the outbox's.
-    :param connection_settings: the broker's; see `configure`.
+    :param connection_settings: the broker's; see `domain_events.configure`.
+    :param lease: seconds after which a relay takes over the rows of a process that has died: more
+        than ``timeout``, and at most an hour. A row whose transaction takes longer is a relay's,
+        too.
     :param timeout: seconds without any confirm that are an outage.
-    :param middleware: within that of `configure`.
+    :param middleware: within that of `domain_events.configure`.
+    :raises ConfigurationError: for options that cannot work.
     """
 
     def __init__(
@@ -65,16 +78,23 @@ class Courier:
         database: Database,
         connection_settings: ConnectionSettings = DEFAULT,
         *,
-        timeout: float = 10.0,
+        lease: float = LEASE,
+        timeout: float = TIMEOUT,
         middleware: Iterable[Middleware] = (),
     ) -> None:
-        #: Whose leases its rows have.
+        #: Whose leases its rows have, and for how many seconds.
         self.token = str(uuid.uuid4())
+        self.lease, timeout = check_times(lease, timeout)
         self._pid = os.getpid()
         self._database = database
         self._dialect = check_dialect(database.dialect)
         self._sender = Sender(
-            database, connection_settings, lease=LEASE, timeout=timeout, middleware=middleware
+            database,
+            connection_settings,
+            lease=self.lease,
+            timeout=timeout,
+            middleware=middleware,
+            hasty=True,
         )
         self._changed = threading.Condition()
         self._rows: deque[Row] = deque()
@@ -104,7 +124,7 @@ class Courier:
                             "Events are written to the outbox in %s faster than they are sent; "
                             "some are left to a relay, which gets them in %g s.",
                             self._database.name,
-                            LEASE,
+                            self.lease,
                         )
                     return
                 self._rows.append(row)
@@ -125,16 +145,23 @@ class Courier:
         return True
 
     def close(self, timeout: float = 5.0) -> None:
-        """Send what it has, as far as that is possible in time, and end; a relay has the rest."""
+        """Send what it has, as far as that is possible in time, and end; a relay has the rest.
+
+        Whatever happens, its connections to the broker are closed.
+
+        :param timeout: about the most seconds that it takes.
+        """
         deadline = time.monotonic() + timeout
         with self._changed:
             self._closing = True
             self._changed.notify()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
-        if thread is None or not thread.is_alive():
-            self._sender.close(max(0.0, deadline - time.monotonic()))
+            thread.join(timeout * (1 - _LAST))
+        self._sender.end()
+        if thread is not None and thread is not threading.current_thread():
+            # It leaves its rows to a relay. In time, or their leases run out.
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self) -> None:
         # In an empty context: what is sent is not part of the request that has started the thread.
@@ -176,7 +203,7 @@ class Courier:
                     "relay, which gets it in %g s.",
                     self._database.name,
                     type(error).__name__,
-                    LEASE,
+                    self.lease,
                 )
         with contextlib.suppress(Exception):  # the connection is broken, or the database gone
             self._database.close()
@@ -234,23 +261,39 @@ class Courier:
                 table.release(execute, self.token, [row.id for row in rows])
 
 
+def check_times(lease: object, timeout: object) -> tuple[float, float]:
+    """The options of a courier.
+
+    :raises ConfigurationError: they cannot work.
+    """
+    within = seconds(timeout)
+    leased = seconds(lease, "lease")
+    if not within < leased <= LONGEST_LEASE:
+        right = f"longer than the timeout, which is {within:g} s, and at most {LONGEST_LEASE:g} s"
+        raise refusal(lease, "lease", right)
+    return leased, within
+
+
 # --- the process's own couriers ------------------------------------------------------------------
 
-_couriers: dict[tuple[str, str], Courier] = {}
+_couriers: dict[tuple[str, str, float, float], Courier] = {}
 _lock = threading.Lock()
 
 
-def courier(database: Database) -> Courier:
-    """The process's courier for an outbox, with the process's default broker."""
+def courier(database: Database, *, lease: float = LEASE, timeout: float = TIMEOUT) -> Courier:
+    """The process's courier for an outbox, with the process's default broker.
+
+    The options are those of `Courier`. With others, it is another one.
+    """
     check_fork()
-    key = (database.name, database.dialect)
+    key = (database.name, database.dialect, lease, timeout)
     found = _couriers.get(key)
     if found is None:
         with _lock:
             if not _couriers:
                 atexit.unregister(close_couriers)
                 atexit.register(close_couriers)
-            found = _couriers.get(key) or Courier(database)
+            found = _couriers.get(key) or Courier(database, lease=lease, timeout=timeout)
             _couriers[key] = found
     return found
 

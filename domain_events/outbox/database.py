@@ -69,6 +69,18 @@ def check_dialect(dialect: str) -> str:
     return "mysql" if dialect == "mariadb" else dialect
 
 
+def lost_a_race(error: BaseException | None) -> bool:
+    """Whether the server has rolled back a transaction because of another one at the same time.
+
+    By a serialization failure, or a deadlock: nothing of it was done, and it may be repeated.
+
+    :param error: of the driver.
+    """
+    # psycopg's name, psycopg2's, and MySQL's number of a deadlock.
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state in ("40001", "40P01") or (error is not None and error.args[:1] == (1213,))
+
+
 def clock(dialect: str) -> str:
     """SQL for the time of the database's clock, in Unix seconds.
 

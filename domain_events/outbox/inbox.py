@@ -4,16 +4,40 @@ The note is inserted before the handler's work, and committed with it. A second 
 event, at the same time, waits for the first one's transaction at the table's primary key: it is
 skipped if that was committed, and handled if it was rolled back. The subscriber is part of the key,
 since several of one service may handle the same event.
+
+At the isolation levels REPEATABLE READ and SERIALIZABLE, PostgreSQL does not let the second one go
+on, but rolls it back. So does any database with one of two transactions in a deadlock. That is not
+an error of the handler's, and none of its work has been done: `repeated` does it again.
 """
 
 from __future__ import annotations
 
-from domain_events.outbox.database import Execute, check_dialect, clock
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from domain_events.events import DomainEvent
+from domain_events.log import Log, about
+from domain_events.outbox.database import Database, Execute, check_dialect, clock
 from domain_events.outbox.rows import key_of
 from domain_events.outbox.schema import INBOX
+from domain_events.text import printable
 
 #: Seconds for which notes are kept: longer than a retry may wait, which is 19 days.
 KEPT = 30 * 24 * 3600.0
+
+# Seconds before a transaction is repeated.
+_PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+# The most notes that are deleted in one transaction, and the seconds between two of these.
+_BATCH = 1000
+_BETWEEN_BATCHES = 0.1
+
+log = Log("domain_events.outbox")
+
+Result = TypeVar("Result")
 
 
 def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool:
@@ -39,7 +63,38 @@ def note(execute: Execute, dialect: str, subscriber: str, event_id: str) -> bool
     return _changed(execute, dialect) > 0
 
 
-def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = 1000) -> int:
+def repeated(
+    attempt: Callable[[], Result],
+    lost_a_race: Callable[[Exception], bool],
+    subscriber: str,
+    event: DomainEvent[Any],
+) -> Result:
+    """Handle an event in a transaction, and again if that is rolled back because of another one.
+
+    :param attempt: has a transaction of its own.
+    :param lost_a_race: whether an error says so.
+    :raises Exception: of an attempt; after a few, that one, too.
+    """
+    for pause in _PAUSES:
+        try:
+            return attempt()
+        except Exception as error:
+            if not lost_a_race(error):
+                raise
+            log.info(
+                "The transaction in which %s handles %s %s was rolled back because of another one "
+                "at the same time; it is repeated: %s",
+                printable(subscriber),
+                printable(event.routing_key),
+                printable(event.uuid_string),
+                printable(error),
+                about=about(subscriber, event.routing_key, event.uuid_string),
+            )
+        time.sleep(pause * random.uniform(0.5, 1.5))
+    return attempt()
+
+
+def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = _BATCH) -> int:
     """Delete old notes, a small batch of them; call it again while it has deleted ``most``.
 
     :param older_than: seconds. An event that comes once more after that is handled again.
@@ -63,6 +118,30 @@ def prune(execute: Execute, dialect: str, older_than: float = KEPT, most: int = 
         parameters,
     )
     return len(found)
+
+
+def prune_all(
+    database: Database, older_than: float = KEPT, stopping: threading.Event | None = None
+) -> int:
+    """Delete all old notes: a small batch in each transaction, and a short pause after it.
+
+    :param older_than: seconds, as for `prune`.
+    :param stopping: once it is set, the rest is left for another time.
+    :return: how many were deleted.
+    """
+    stopping = stopping or threading.Event()
+    total = 0
+    try:
+        while not stopping.is_set():
+            with database.transaction() as execute:
+                pruned = prune(execute, database.dialect, older_than, _BATCH)
+            total += pruned
+            if pruned < _BATCH:
+                break
+            stopping.wait(_BETWEEN_BATCHES)
+    finally:
+        database.close()
+    return total
 
 
 def _changed(execute: Execute, dialect: str) -> int:

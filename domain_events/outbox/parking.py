@@ -1,10 +1,15 @@
 """Parked rows: events that the broker refuses, or that cannot be sent, until somebody decides.
 
 A parked row holds up later events of its own object, and nothing else.
+
+To decide about rows, a transaction first marks them, by a token, with one statement: of two
+operators who decide at the same time, the second one waits for the first, and finds its rows parked
+no longer. And a transaction that begins with a write can always be finished on SQLite.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +26,11 @@ _COLUMNS = "id, event_id, exchange, routing_key, object_key, body, details, crea
 class Parked:
     """A row that was set aside."""
 
+    #: The event as it was written.
     row: Row
-    #: When it was written, and when it was parked, in Unix seconds of the database's clock.
+    #: When it was written, in Unix seconds of the database's clock.
     created: float
+    #: When it was parked, likewise.
     parked: float
     #: Why.
     error: str
@@ -58,43 +65,42 @@ def parked(execute: Execute, limit: int = 100, after: int = 0) -> list[Parked]:
 def retry(execute: Execute, ids: Iterable[int] | None = None) -> int:
     """Let parked rows be sent again, after what was wrong has been put right.
 
+    :param execute: in a transaction. On SQLite, nothing was executed in it before.
     :param ids: which; all if left out.
-    :return: how many.
+    :return: how many; others are not parked, or no longer.
+    :raises Exception: of the database. After a deadlock nothing is decided; repeat it.
     """
-    rows = _matching(execute, ids)
-    if rows:
-        execute(
-            f"UPDATE {OUTBOX} SET parked = 0, error = NULL WHERE parked > 0 AND id IN "
-            f"({_listed(rows)})",
-            {},
-        )
-    return len(rows)
+    mark = _mark(execute, ids)
+    number = int(execute(f"SELECT COUNT(*) FROM {OUTBOX} {_MARKED}", mark)[0][0])
+    if number:
+        execute(f"UPDATE {OUTBOX} SET parked = 0, error = NULL, token = NULL {_MARKED}", mark)
+    return number
 
 
 def discard(execute: Execute, ids: Iterable[int]) -> list[Parked]:
     """Delete parked rows: their events are never sent, and later ones of their objects are.
 
+    :param execute: as for `retry`.
     :return: the rows that were deleted, for a copy.
     """
-    rows = _matching(execute, ids)
+    mark = _mark(execute, ids)
+    rows = execute(f"SELECT {_COLUMNS} FROM {OUTBOX} {_MARKED} ORDER BY id", mark)
     if rows:
-        execute(f"DELETE FROM {OUTBOX} WHERE parked > 0 AND id IN ({_listed(rows)})", {})
-    return rows
+        execute(f"DELETE FROM {OUTBOX} {_MARKED}", mark)
+    return list(map(_parked, rows))
 
 
-def _matching(execute: Execute, ids: Iterable[int] | None) -> list[Parked]:
-    condition = ""
-    if ids is not None:
-        numbers = ", ".join(str(int(number)) for number in ids)
-        if not numbers:
-            return []
-        condition = f" AND id IN ({numbers})"
-    found = execute(f"SELECT {_COLUMNS} FROM {OUTBOX} WHERE parked > 0{condition} ORDER BY id", {})
-    return list(map(_parked, found))
+_MARKED = "WHERE parked > 0 AND token = :mark"
 
 
-def _listed(rows: list[Parked]) -> str:
-    return ", ".join(str(each.id) for each in rows)
+def _mark(execute: Execute, ids: Iterable[int] | None) -> dict[str, str]:
+    """Mark those of the rows that are parked, and keep all others from deciding about them."""
+    mark = {"mark": str(uuid.uuid4())}
+    numbers = None if ids is None else ", ".join(str(int(number)) for number in ids)
+    if numbers != "":
+        among = "" if numbers is None else f" AND id IN ({numbers})"
+        execute(f"UPDATE {OUTBOX} SET token = :mark WHERE parked > 0{among}", mark)
+    return mark
 
 
 def _parked(columns: Any) -> Parked:

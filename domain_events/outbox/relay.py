@@ -80,12 +80,12 @@ class Relay:
     """Sends the events of an outbox. `run` it, `start` it as a thread, or `sweep` once.
 
     :param database: the outbox's.
-    :param connection_settings: the broker's; see `configure`.
+    :param connection_settings: the broker's; see `domain_events.configure`.
     :param batch: the most rows that it leases at a time.
     :param lease: seconds after which another relay takes over the rows of one that has died.
     :param idle: seconds between two looks at an outbox without rows.
     :param timeout: seconds without any confirm that are an outage.
-    :param middleware: within that of `configure`.
+    :param middleware: within that of `domain_events.configure`.
     :raises ConfigurationError: for options that cannot work.
     """
 

@@ -17,6 +17,7 @@ from typing import Any
 from domain_events import settings
 from domain_events.broker import switched_off
 from domain_events.errors import (
+    BrokerUnavailable,
     ConfigurationError,
     DomainEventsError,
     EventRejected,
@@ -39,6 +40,10 @@ log = Log("domain_events.outbox")
 _SETTLE_EVERY = 1.0
 # The most objects of which it is remembered what was sent.
 _MOST_OBJECTS = 10_000
+# Seconds without a connection, since an attempt has failed, that are an outage for a hasty sender:
+# enough to try each node of a cluster. And between two looks at that.
+_OUTAGE = 0.5
+_LOOK_AGAIN = 0.01
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Sender:
 
     :param lease: seconds for which rows are leased.
     :param timeout: seconds without any confirm that are an outage.
+    :param hasty: send nothing while the broker is known to be away, without waiting for it.
     """
 
     def __init__(
@@ -67,12 +73,15 @@ class Sender:
         lease: float,
         timeout: float,
         middleware: Iterable[Middleware] = (),
+        hasty: bool = False,
     ) -> None:
         self._database = database
         self._dialect = check_dialect(database.dialect)
         self._settings = settings.masked(connection_settings)
         self._lease = lease
         self._timeout = timeout
+        self._hasty = hasty
+        self._ended = False
         #: By object: the id up to which its rows were sent.
         self.sent: OrderedDict[str, int] = OrderedDict()
         self._outcomes = _Outcomes()
@@ -154,9 +163,15 @@ class Sender:
 
     def close(self, timeout: float = 10.0) -> None:
         """Close the connections to the broker; the next row opens them again."""
+        deadline = time.monotonic() + timeout
         while self._publishers:
             _, publisher = self._publishers.popitem()
-            publisher.close(timeout)
+            publisher.close(max(0.0, deadline - time.monotonic()))
+
+    def end(self) -> None:
+        """Close them for good, from any thread; what is under way there has failed."""
+        self._ended = True
+        self.close(0.0)
 
     def _send(
         self,
@@ -201,7 +216,10 @@ class Sender:
         while waiting and exchange not in sent.failures:
             outcomes = self._outcomes.begin()
             try:
-                self._publisher(exchange).publish_many(event for _, event in waiting)
+                publisher = self._publisher(exchange)
+                if self._hasty:
+                    self._reach(publisher)
+                publisher.publish_many(event for _, event in waiting)
             except Exception as error:  # noqa: BLE001 - also a middleware's
                 for event in getattr(error, "unconfirmed", ()):
                     # Where middleware before ours has failed, it has no outcome.
@@ -255,7 +273,33 @@ class Sender:
                 middleware=self._middleware,
                 operation=Operation.RELAY,
             )
+        if self._ended:  # perhaps by another thread, while this one made it
+            self.close(0.0)
+            raise BrokerUnavailable("This program's courier has ended. The event was not sent.")
         return publisher
+
+    def _reach(self, publisher: Publisher) -> None:
+        """Wait for a connection, as long as it is not known that there is none to be had.
+
+        :raises BrokerUnavailable: the broker is away, or accepts nothing for now.
+        """
+        publishing = publisher.connections.publishing()
+        if publishing is None:
+            return
+        publishing.connect()
+        deadline = time.monotonic() + self._timeout
+        while not self._ended:
+            health = publisher.health()
+            if health.blocked is not None:
+                raise BrokerUnavailable(f"{publishing.trouble}. The event was not sent.")
+            if health.connected:
+                return
+            since = min((each.since or health.at for each in health.connections), default=health.at)
+            away = health.last_error is not None and health.at - since >= _OUTAGE
+            if away or time.monotonic() > deadline:
+                why = publishing.trouble or health.last_error or "the broker has not answered"
+                raise BrokerUnavailable(f"There is no broker ({why}). The event was not sent.")
+            time.sleep(_LOOK_AGAIN)
 
 
 class _Outcomes(Middleware):

@@ -10,7 +10,7 @@ from domain_events.broker import switched_off
 from domain_events.events import DomainEvent
 from domain_events.middleware import Middleware
 from domain_events.outbox import rows
-from domain_events.outbox.couriers import LEASE, Courier
+from domain_events.outbox.couriers import Courier
 from domain_events.outbox.database import Execute, check_dialect
 from domain_events.outbox.rows import Row
 from domain_events.publisher import prepared
@@ -48,5 +48,5 @@ def write(
         if switched_off(settings.resolve()):
             settings.warn_switched_off()
             return Written(ready, None)
-        token = None if courier is None else courier.token
-        return Written(ready, rows.insert(execute, dialect, ready, exchange, token, LEASE))
+        token, lease = (None, 0.0) if courier is None else (courier.token, courier.lease)
+        return Written(ready, rows.insert(execute, dialect, ready, exchange, token, lease))

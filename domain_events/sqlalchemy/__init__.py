@@ -29,7 +29,7 @@ except ImportError as error:
         "pip install 'domain-events-rabbitmq[sqlalchemy]'"
     ) from error
 
-from domain_events.sqlalchemy.inbox import first_time, once
+from domain_events.sqlalchemy.inbox import first_time, once, prune_inbox
 from domain_events.sqlalchemy.outbox import Outbox
 from domain_events.sqlalchemy.publishing import publish_on_commit
 from domain_events.sqlalchemy.tables import inbox_table, outbox_table
@@ -43,6 +43,7 @@ __all__ = [
     "inbox_table",
     "once",
     "outbox_table",
+    "prune_inbox",
     "publish_at_session_commits",
     "publish_on_commit",
 ]

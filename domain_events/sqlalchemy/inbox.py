@@ -8,13 +8,15 @@ from functools import wraps
 from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from domain_events.checks import refusal, seconds
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
 from domain_events.log import Log, about
-from domain_events.outbox import KEPT, note, prune
-from domain_events.sqlalchemy.outbox import executing
+from domain_events.outbox import KEPT, lost_a_race, note, prune, prune_all, repeated
+from domain_events.sqlalchemy.outbox import EngineDatabase, executing
 from domain_events.sqlalchemy.transactions import begin, session_or_connection
 from domain_events.text import printable
 
@@ -44,9 +46,11 @@ def once(
     The handler gets a session with a transaction, which is committed when it returns, and rolled
     back when it raises. It must not end that itself. The note that this subscriber has handled this
     event is part of it: an event that comes again is skipped if it was committed, and handled if it
-    was rolled back; one that comes twice at the same time waits for that. A dead letter that is
-    replayed is handled, since it never was. What the handler publishes with `publish_on_commit` and
-    an `Outbox` is part of it, too.
+    was rolled back; one that comes twice at the same time waits for that. A transaction that the
+    database rolls back because of another one at the same time, in a deadlock or at REPEATABLE READ
+    or SERIALIZABLE, is repeated, and the handler called again, up to five times. A dead letter that
+    is replayed is handled, since it never was. What the handler publishes with `publish_on_commit`
+    and an `Outbox` is part of it, too.
 
     :param sessions: a sessionmaker, a scoped_session (as of Flask-SQLAlchemy, ``db.session``;
         its session is removed afterwards), or an Engine: then the handler gets a Connection. The
@@ -70,18 +74,22 @@ def once(
         @wraps(handler)
         def handle(event: DomainEvent[Any]) -> None:
             name = subscriber or event.subscriber or handler.__qualname__
-            try:
+
+            def attempt() -> None:
                 session = sessions.connect() if isinstance(sessions, Engine) else sessions()
                 with session, session.begin():
-                    if not first_time(session, event, name):
-                        log.info(
-                            "%s has handled %s before.",
-                            printable(name),
-                            printable(event),
-                            about=about(name, event.routing_key, event.uuid_string),
-                        )
+                    if first_time(session, event, name):
+                        handler(session, event)
                         return
-                    handler(session, event)
+                log.info(
+                    "%s has handled %s before.",
+                    printable(name),
+                    printable(event),
+                    about=about(name, event.routing_key, event.uuid_string),
+                )
+
+            try:
+                repeated(attempt, _lost_a_race, name, event)
                 pruning.prune(sessions)
             finally:
                 if isinstance(sessions, scoped_session):
@@ -92,6 +100,10 @@ def once(
         return handle
 
     return decorate
+
+
+def _lost_a_race(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and lost_a_race(error.orig)
 
 
 def first_time(
@@ -113,6 +125,22 @@ def first_time(
     begin(where)
     connection = where if isinstance(where, Connection) else where.connection()
     return note(executing(connection), connection.dialect.name, name, str(event.uuid_string))
+
+
+def prune_inbox(engine: Engine, keep: float = KEPT) -> int:
+    """Delete old notes of the inbox: all of them, a thousand in each transaction.
+
+    `once` deletes some after its handlers; this is for what else has notes (`first_time`), for a
+    cron job, or after ``keep`` was made shorter.
+
+    :param keep: seconds for which notes are kept: longer than any event may be on its way. One that
+        comes again after that is handled again.
+    :return: how many were deleted.
+    :raises ConfigurationError: ``engine`` or ``keep`` is something else.
+    """
+    if not isinstance(engine, Engine):
+        raise refusal(engine, "engine", "an Engine of SQLAlchemy")
+    return prune_all(EngineDatabase(engine), seconds(keep, "keep"))
 
 
 class _Pruning:

@@ -18,7 +18,9 @@ from domain_events import settings
 from domain_events.errors import ConfigurationError
 from domain_events.events import DomainEvent
 from domain_events.middleware import Middleware
-from domain_events.outbox import OUTBOX, Execute, Parked, Relay, Row, Waiting
+from domain_events.outbox import Courier, Execute, Parked, Relay, Row, Waiting
+from domain_events.outbox.couriers import LEASE, TIMEOUT, check_times
+from domain_events.outbox.database import begin as begin_reading_committed
 from domain_events.outbox.database import check_dialect
 from domain_events.process import on_fork
 from domain_events.settings import DEFAULT, ConnectionSettings
@@ -46,10 +48,15 @@ class Outbox:
 
     :param engine: of the database that has the table, see `outbox_table`; PostgreSQL, MySQL 8,
         MariaDB 10.6, or SQLite in a file. Courier and relay have connections of its pool.
-    :raises ConfigurationError: it is another database, or SQLite in memory.
+    :param lease: seconds after which a relay takes over what this process has written, if it has
+        died: more than ``timeout``, and at most an hour. Transactions that take longer leave their
+        events to a relay.
+    :param timeout: seconds without any confirm after which this process leaves its events to a
+        relay. It does so at once while the broker is known to be away.
+    :raises ConfigurationError: it is another database, SQLite in memory, or an option is wrong.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, lease: float = LEASE, timeout: float = TIMEOUT) -> None:
         if not isinstance(engine, Engine) or engine.dialect.is_async:
             raise ConfigurationError(
                 f"Outbox() takes an Engine, not of type {type(engine).__name__}. For an "
@@ -63,7 +70,8 @@ class Outbox:
                 "the threads that publish have their own. Use a file, such as sqlite:///shop.db."
             )
         self._engine = engine
-        self._database = _EngineDatabase(engine)
+        self._lease, self._timeout = check_times(lease, timeout)
+        self._database = EngineDatabase(engine)
         _engines.add(engine)
 
     def __repr__(self) -> str:
@@ -98,13 +106,12 @@ class Outbox:
         where = session_or_connection(session, "Outbox.write")
         begin(where)
         connection = self._connection(where)
-        courier = engine_room.courier(self._database)
         written = engine_room.write(
             executing(connection),
             connection.dialect.name,
             event,
             exchange=exchange,
-            courier=courier,
+            courier=self._courier(),
         )
         if written.row is not None:
             collect(where, _Written(written.event, self._take, written.row))
@@ -117,10 +124,14 @@ class Outbox:
 
         :return: False when time ran out.
         """
-        return engine_room.courier(self._database).wait(timeout)
+        return self._courier().wait(timeout)
+
+    def _courier(self) -> Courier:
+        """The process's: after a fork, it is another one."""
+        return engine_room.courier(self._database, lease=self._lease, timeout=self._timeout)
 
     def _take(self, written: list[_Written]) -> None:
-        engine_room.courier(self._database).take(each.row for each in written)
+        self._courier().take(each.row for each in written)
 
     def _connection(self, where: Session | Connection) -> Connection:
         """The one that the session's transaction is on."""
@@ -185,7 +196,7 @@ class Outbox:
 
         :return: how many.
         """
-        with self._writing() as execute:
+        with self._deciding() as execute:
             return engine_room.retry(execute, ids)
 
     def discard(self, ids: Iterable[int]) -> list[Parked]:
@@ -193,15 +204,14 @@ class Outbox:
 
         :return: what was deleted, for a copy.
         """
-        with self._writing() as execute:
+        with self._deciding() as execute:
             return engine_room.discard(execute, ids)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[Execute]:
+    def _deciding(self) -> Iterator[Execute]:
         with self._database.transaction() as execute:
-            if self._database.dialect == "sqlite":
-                # A transaction that reads first cannot write after another one has.
-                execute(f"UPDATE {OUTBOX} SET token = NULL WHERE id < 0")
+            # Whatever the engine's isolation level is: at another one, the second one fails.
+            begin_reading_committed(execute, check_dialect(self._database.dialect))
             yield execute
 
     def validate(self) -> None:
@@ -263,7 +273,7 @@ def database_name(engine: Engine) -> str:
     return f"{url.get_backend_name()}://{host}/{url.database or ''}"
 
 
-class _EngineDatabase:
+class EngineDatabase:
     """The port of the outbox, for courier and relay: connections of the engine's pool."""
 
     def __init__(self, engine: Engine) -> None:

@@ -65,6 +65,8 @@ class EventBroker:
             raise RuntimeError("This EventBroker is switched on already.")
         self._published = []
         self._store = memory.store(self._name, VirtualTime() if self._virtual_time else None)
+        # Those of Subscriber(declare=False) exist here, too.
+        self._store.is_applied = True
         self._on.callback(memory.forget, self._name)
         self._on.enter_context(overridden(_Recorder(memory.Memory((self.url,)), self._record)))
         return self
@@ -314,6 +316,7 @@ class _RecordingPublishing:
         self._record = record
         self.trouble = ""
         self.silence = publishing.silence
+        self.connect = publishing.connect
         self.withdraw = publishing.withdraw
         self.close = publishing.close
         self.close_soon = publishing.close_soon

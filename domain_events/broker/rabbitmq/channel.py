@@ -45,6 +45,7 @@ from domain_events.broker.rabbitmq.topology import (
     Topology,
     Unbinding,
     is_shared,
+    must_exist,
 )
 from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.errors import DomainEventsError, TopologyError
@@ -297,6 +298,7 @@ class ChannelSetup:
             channel.exchange_declare(
                 declaration.name,
                 declaration.type,
+                passive=declaration.must_exist,
                 durable=True,
                 arguments=dict(declaration.arguments) or None,
                 callback=callback,
@@ -341,7 +343,7 @@ class ChannelSetup:
         self._declare()
 
     def _is_passive(self, queue: Queue) -> bool:
-        return queue.adopt_existing and queue.name not in self._missing
+        return queue.must_exist or (queue.adopt_existing and queue.name not in self._missing)
 
     def _can_go_on(self, reason: BaseException) -> bool:
         """Whether the rest can be declared on another channel, after this one was closed."""
@@ -352,6 +354,14 @@ class ChannelSetup:
             self._one_by_one = True
             return True
         declaration, code = left[0], close_code(reason)
+        if must_exist(declaration):
+            # RabbitMQ 4.2.6 and 4.3.0 require configure for a passive declaration, too: then it
+            # cannot be checked, and is found missing when it is used.
+            if code == ACCESS_REFUSED:
+                self._channels.known.add(str(declaration))
+                del left[0]
+                return True
+            return False
         if isinstance(declaration, Exchange) and may_be_used(declaration, code, explain(reason)):
             self._channels.known.add(str(declaration))
             del left[0]
@@ -419,4 +429,4 @@ def _lasts(declaration: Declaration) -> bool:
 
 def _is_safe(declaration: Declaration) -> bool:
     """Whether the broker closes only the channel if it refuses it, so that it can be repeated."""
-    return isinstance(declaration, Binding) or is_shared(declaration)
+    return isinstance(declaration, Binding) or is_shared(declaration) or must_exist(declaration)

@@ -1,20 +1,15 @@
 """Declaring, counting, consuming and browsing on one connection, across reconnects.
 
-Threads. Callers append to ``_requests`` and wake the I/O thread, which performs them as soon as
-there is a connection; calls that block wait for an `Answer`, with a time limit. A request is
-repeated if the connection is lost meanwhile.
+Threads. Callers make `Requests`, which the I/O thread performs; everything else belongs to that
+thread.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from pika.channel import Channel
 
@@ -30,14 +25,14 @@ from domain_events.broker.rabbitmq.errors import (
     explain,
     read_error,
 )
-from domain_events.broker.rabbitmq.link import Link, is_io_thread
+from domain_events.broker.rabbitmq.link import Link
 from domain_events.broker.rabbitmq.nodes import Nodes
+from domain_events.broker.rabbitmq.requests import Requests
 from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.broker.rabbitmq.transport import Connection
 from domain_events.broker.rabbitmq.turns import is_mistake
 from domain_events.broker.rabbitmq.walk import RabbitWalk
 from domain_events.errors import (
-    BrokerUnavailable,
     ConfigurationError,
     DomainEventsError,
     TopologyError,
@@ -47,12 +42,6 @@ from domain_events.message import Delivery, Place
 from domain_events.process import check_fork
 
 log = Log("domain_events")
-
-# Seconds before a request is repeated that the broker cannot fulfil at the moment.
-_PAUSE = 0.2
-
-#: Performed on the I/O thread, on an open connection; sooner or later it settles the answer.
-_Request: TypeAlias = Callable[[Answer], None]
 
 
 class RabbitConsuming:
@@ -74,11 +63,9 @@ class RabbitConsuming:
         """Reset all state (at first, and in the child of a fork)."""
         for consumer in self._consumers:
             consumer.forget()
-        self._lock = threading.RLock()
-        self._requests: deque[tuple[_Request, Answer]] = deque()
-        self._running: list[tuple[_Request, Answer]] = []
         self._consumers = []
         self._channels = Channels(self._link)
+        self._requests = Requests(self._link, self._channels)
         self._failure: DomainEventsError | None = None
         self._last_error = ""  # of `_repair`
 
@@ -94,16 +81,16 @@ class RabbitConsuming:
         self._declare_all(topology.needed(queue), timeout)
 
     def _declare_all(self, declarations: Topology, timeout: float) -> None:
-        self._call(partial(self._declare, declarations), timeout)
+        self._requests.call(partial(self._requests.declare, declarations), timeout)
 
     def delete(self, names: Sequence[str], exchange: str, timeout: float) -> None:
-        self._call(partial(self._delete, topology.all_of(names, exchange)), timeout)
+        self._requests.call(partial(self._delete, topology.all_of(names, exchange)), timeout)
 
     def count(self, place: Place, timeout: float) -> int:
         return self._count(topology.queue_of(place), timeout)
 
     def _count(self, queue: str, timeout: float) -> int:
-        frame = self._call(partial(self._declare_passively, queue), timeout)
+        frame = self._requests.call(partial(self._declare_passively, queue), timeout)
         return int(frame.method.message_count)
 
     def is_registered(self, name: str, timeout: float, *, strict: bool) -> bool:
@@ -133,7 +120,9 @@ class RabbitConsuming:
     def browse(
         self, place: Place, timeout: float, publishing: Callable[[], Publishing]
     ) -> RabbitWalk:
-        browser = RabbitBrowser(self._channels, self._call, topology.queue_of(place), timeout)
+        browser = RabbitBrowser(
+            self._channels, self._requests.call, topology.queue_of(place), timeout
+        )
         return RabbitWalk(place, browser, self._declare_all, publishing, timeout)
 
     def is_browsed(self, place: Place, timeout: float) -> bool:
@@ -148,54 +137,10 @@ class RabbitConsuming:
     def close(self, timeout: float) -> None:
         # pika closes the channels first, behind all acks already given to them.
         self._link.close(timeout)
-        self._fail_requests(closed_error())
+        self._requests.fail(closed_error())
 
     def close_soon(self) -> bool:
         return self._link.close_soon()
-
-    def _call(self, request: _Request, timeout: float) -> Any:
-        """Perform the request on the I/O thread, as soon as there is a connection."""
-        answer = Answer()
-        entry = (request, answer)
-        check_fork()
-        if is_io_thread():
-            raise BrokerUnavailable(
-                "No request to the broker can be made from a connection's own thread, by a "
-                "finalizer for example."
-            )
-        self._requests.append(entry)
-        try:
-            self._link.wake(self._perform)
-            # Each answer restarts the time limit: a thousand binding keys take long.
-            while (
-                left := answer.progressed_at + timeout - time.monotonic()
-            ) > 0 and not answer.done():
-                concurrent.futures.wait([answer], left)
-        finally:
-            gave_up = answer.cancel()
-            self._drop(entry)
-        if gave_up:
-            why = answer.trouble or self._link.trouble or f"{self._link.node}: no answer"
-            raise BrokerUnavailable(f"No broker within {timeout:g} s. {why}.")
-        error = answer.exception()
-        if error is None:
-            return answer.result()
-        # A fresh one. pika's callbacks still refer to the other one, whose traceback would keep the
-        # callers' objects alive until a garbage collection.
-        fresh = type(error)(*error.args)
-        fresh.__cause__ = error.__cause__
-        del answer, entry, error
-        try:
-            raise fresh
-        finally:
-            del fresh
-
-    def _drop(self, entry: tuple[_Request, Answer]) -> None:
-        """Keep nothing of a request for which no caller waits."""
-        with self._lock:
-            for entries in (self._requests, self._running):
-                with contextlib.suppress(ValueError):
-                    entries.remove(entry)
 
     # --- the I/O thread --------------------------------------------------------------------------
 
@@ -203,48 +148,21 @@ class RabbitConsuming:
         """There is a connection: perform waiting requests, and consume again."""
         for consumer in self._consumers:
             consumer.open()
-        self._perform()
+        self._requests.perform()
 
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone; requests may be repeated, so they simply wait for the next."""
         self._channels.lost()
         for consumer in self._consumers:
             consumer.lost(f"the connection was lost: {explain(error)}", mistake=is_mistake(error))
-        with self._lock:
-            self._requests.extendleft(reversed(self._running))
-            self._running.clear()
+        self._requests.lost()
 
     def refused(self, error: ConfigurationError) -> None:
         """No connection can be made: all waiting requests fail with the error."""
-        self._fail_requests(error)
+        self._requests.fail(error)
         if self._consumers:
             self._failure = error
             self._on_failure()
-
-    def _fail_requests(self, error: DomainEventsError) -> None:
-        with self._lock:
-            waiting = [*self._running, *self._requests]
-            self._running.clear()
-            self._requests.clear()
-        for _, answer in waiting:
-            answer.fail(type(error)(*error.args))
-
-    def _perform(self) -> None:
-        if not self._channels.is_open:
-            self._link.connect()
-            return
-        while True:
-            with self._lock:
-                if not self._requests:
-                    return
-                request, answer = entry = self._requests[0]
-                self._running.append(entry)
-                self._requests.popleft()
-            if not answer.done():
-                request(answer)
-
-    def _declare(self, declarations: Topology, answer: Answer) -> None:
-        self._on_channel(answer, lambda _channel, done: done(None), declarations)
 
     def _delete(self, declarations: Topology, answer: Answer) -> None:
         def delete(channel: Channel, done: Callable[[object], None]) -> None:
@@ -261,7 +179,7 @@ class RabbitConsuming:
                     channel.exchange_delete(declaration.name)
             channel.basic_qos(callback=deleted)
 
-        self._on_channel(answer, delete)
+        self._requests.on_channel(answer, delete)
 
     def _declare_passively(self, queue: str, answer: Answer) -> None:
         def refused(_error: DomainEventsError, reason: BaseException) -> DomainEventsError:
@@ -270,52 +188,7 @@ class RabbitConsuming:
         def declare(channel: Channel, done: Callable[[object], None]) -> None:
             channel.queue_declare(queue, passive=True, callback=done)
 
-        self._on_channel(answer, declare, refused=refused)
-
-    def _on_channel(
-        self,
-        answer: Answer,
-        work: Callable[[Channel, Callable[[object], None]], None],
-        declarations: Topology = (),
-        refused: Callable[[DomainEventsError, BaseException], DomainEventsError] = (
-            lambda error, _reason: error
-        ),
-    ) -> None:
-        """Do it on a channel of its own, since an error closes the channel."""
-        connection = self._link.connection
-
-        def is_same() -> bool:
-            return self._channels.is_open and self._link.connection is connection
-
-        def failed(error: DomainEventsError, reason: BaseException) -> None:
-            error = refused(error, reason)
-            # Not when the connection was closed over it: others use the next one.
-            if isinstance(error, BrokerUnavailable) and answer.awaited and is_same():
-                answer.trouble = str(error)
-                self._link.call_later(_PAUSE, again)
-            else:
-                answer.fail(error)
-
-        def again() -> None:
-            # On the next connection it is repeated anyway.
-            if is_same() and not answer.done():
-                self._on_channel(answer, work, declarations, refused)
-
-        def prepare(channel: Channel) -> None:
-            def done(result: object) -> None:
-                setup.usable()
-                answer.succeed(result)
-                channel.close()
-
-            work(channel, self._link.guarded(done))
-
-        setup = self._channels.open(
-            declarations,
-            prepare=prepare,
-            failed=failed,
-            closed=lambda _reason: None,
-            progress=answer.progress,
-        )
+        self._requests.on_channel(answer, declare, refused=refused)
 
     def _repair(self, declarations: Topology, then: Callable[[bool], None]) -> None:
         """Declare all of this again, in the background; then call ``then``."""
@@ -334,4 +207,4 @@ class RabbitConsuming:
                 log.error("%s", error)
 
         answer.add_done_callback(report)
-        self._declare(declarations, answer)
+        self._requests.declare(declarations, answer)

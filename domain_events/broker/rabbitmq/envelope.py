@@ -57,8 +57,8 @@ _KNOWN |= {TRACEBACK, FAILED_AT, HOST, FIRST_ERROR_TYPE, FIRST_ERROR_MESSAGE}
 
 # The broker acts upon these: CC and BCC route, and x-death makes it drop a message as part of a
 # cycle (https://www.rabbitmq.com/docs/dlx).
-_BROKER_HEADERS = ("CC", "BCC", "x-delivery-count", "x-acquired-count", "x-death")
-_BROKER_HEADER_PREFIXES = ("x-first-death-", "x-last-death-")
+BROKER_HEADERS = ("CC", "BCC", "x-delivery-count", "x-acquired-count", "x-death")
+BROKER_HEADER_PREFIXES = ("x-first-death-", "x-last-death-")
 
 # All headers must fit one frame of 128 KiB together with the other properties.
 _ROOM_FOR_HEADERS = 124 * 1024
@@ -292,13 +292,40 @@ def republished(delivery: RabbitDelivery, place: Place) -> Message:
     return message
 
 
+@dataclass(repr=False)
+class Moved(Message):
+    """A message that an operator moves from queue to queue, with its properties as they were.
+
+    :ivar received: those it was received with.
+    :ivar encoded: those to send, encoded.
+    """
+
+    received: Properties | None = None
+    encoded: bytes = b""
+
+
+class _Encoded(pika.BasicProperties):
+    """Properties that are encoded already."""
+
+    def __init__(self, encoded: bytes) -> None:
+        super().__init__()
+        self._encoded = encoded
+
+    def encode(self) -> list[bytes]:
+        return [self._encoded]
+
+
 def message_id(message: Message) -> object:
     """The id with which a message travels; a forwarded one keeps its own, even if it is bytes."""
+    if isinstance(message, Moved):
+        return message.received and message.received.message_id
     return message.message_id if message.source is None else message.source.properties.message_id
 
 
 def properties(message: Message) -> pika.BasicProperties:
     """The AMQP properties with which a message travels."""
+    if isinstance(message, Moved):
+        return _Encoded(message.encoded)
     headers = own_and_given_headers(message)
     source = message.source
     if source is None:
@@ -375,8 +402,8 @@ def _with_kept_headers(source: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         name: _sendable(value)
         for name, value in source.headers.items()
         if name not in own
-        and name not in _BROKER_HEADERS
-        and not str(name).startswith(_BROKER_HEADER_PREFIXES)
+        and name not in BROKER_HEADERS
+        and not str(name).startswith(BROKER_HEADER_PREFIXES)
         and (not str(name).startswith(OWN_PREFIX) or (source.is_ours and name not in _KNOWN))
     }
     room = _ROOM_FOR_HEADERS - _size(own) - _size(kept)

@@ -9,6 +9,7 @@ import ssl
 import pika
 import pika.exceptions
 
+from domain_events.broker import TO_APPLY
 from domain_events.broker.rabbitmq.topology import (
     Binding,
     Declaration,
@@ -16,6 +17,7 @@ from domain_events.broker.rabbitmq.topology import (
     Queue,
     Unbinding,
     address,
+    must_exist,
 )
 from domain_events.errors import (
     BrokerUnavailable,
@@ -42,6 +44,7 @@ _TOPIC_WAY = (
     "list_user_topic_permissions and set_topic_permissions."
 )
 _INTERNAL = "internal exchange"
+_MISSING = re.compile("no (queue|exchange)")
 _EXCLUSIVE = "in exclusive use"
 
 #: The name of the default exchange in permissions.
@@ -56,6 +59,8 @@ def declare_error(declaration: Declaration, code: int, text: str) -> DomainEvent
     """Why this could not be declared, what was requested, and the ways out."""
     text = _shown(text)
     what, requested = _described(declaration)
+    if must_exist(declaration) and code == NOT_FOUND and _MISSING.search(text):
+        return TopologyError(f"{what} does not exist. {TO_APPLY}")
     if code == ACCESS_REFUSED:
         if _TOPIC in text:
             return ConfigurationError(f"{what} may not be made by this user: {text}. {_TOPIC_WAY}")
@@ -101,6 +106,11 @@ def is_different(code: int, text: str) -> bool:
     Other reasons have the same code, such as a limit of the vhost; only the text sets them apart.
     """
     return code == PRECONDITION_FAILED and "inequivalent arg" in text
+
+
+def is_in_use(text: str) -> bool:
+    """Whether a refusal is about another consumer's exclusive access, not about permissions."""
+    return _EXCLUSIVE in text
 
 
 def may_be_used(exchange: Exchange, code: int, text: str) -> bool:

@@ -192,6 +192,9 @@ class RabbitPublishing:
     def silence(self) -> float:
         return self._link.silence()
 
+    def connect(self) -> None:
+        self._link.wake(self._pump)
+
     def submit(self, publication: Publication) -> None:
         if self._closed:
             self._finish(publication, closed_error())

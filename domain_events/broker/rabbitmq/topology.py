@@ -61,7 +61,8 @@ _CONFIRMED_DEAD_LETTERING = {
 class Exchange:
     """An exchange; durable. One that exists with the same type is used as it is.
 
-    ``strict``: it must have these very arguments. ``shared``: see `is_shared`.
+    ``strict``: it must have these very arguments. ``shared``: see `is_shared`. ``must_exist``: it
+    is only looked for, whatever its type and arguments.
     """
 
     name: str
@@ -69,11 +70,15 @@ class Exchange:
     arguments: Mapping[str, object] = field(default_factory=dict)
     strict: bool = False
     shared: bool = False
+    must_exist: bool = False
 
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue. ``adopt_existing``: when one of that name exists, take it whatever its arguments."""
+    """A queue. ``adopt_existing``: when one of that name exists, take it whatever its arguments.
+
+    ``must_exist``: the same, and a missing one is not declared but an error.
+    """
 
     name: str
     arguments: Mapping[str, object] = field(default_factory=dict)
@@ -82,6 +87,7 @@ class Queue:
     auto_delete: bool = False
     adopt_existing: bool = False
     shared: bool = False
+    must_exist: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,17 @@ def dead_letter_queue(name: str, *, classic: bool = False) -> Queue:
 
 
 def needed(queue: broker.Queue) -> list[Declaration]:
-    """All that must exist on the broker for a subscriber."""
+    """All that must exist on the broker for a subscriber.
+
+    For one that declares nothing: its exchanges and queues. Whether a binding exists cannot be seen
+    over AMQP.
+    """
+    if queue.must_exist:
+        declared = needed(replace(queue, must_exist=False))
+        found = [each for each in declared if isinstance(each, Exchange | Queue)]
+        # Its own queue before the others, whose absence says less.
+        found.sort(key=lambda each: each.name != queue.name)
+        return [replace(each, must_exist=True) for each in found]
     name, exchange = queue.name, queue.exchange.name
     topology: list[Declaration] = [Exchange(exchange, queue.exchange.type)]
     if queue.dead_letters:
@@ -288,9 +304,91 @@ def is_shared(declaration: Declaration) -> bool:
     return not isinstance(declaration, Unbinding) and declaration.shared
 
 
+def must_exist(declaration: Declaration) -> bool:
+    """Whether it is not declared, but only looked for."""
+    return isinstance(declaration, Exchange | Queue) and declaration.must_exist
+
+
 def way_back(exchange: str, name: str) -> Binding:
     """The binding by which a retry that is due returns to the queue ``name``."""
     return Binding(due_name(exchange), name, "*." * LEVELS + name)
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What exists while an operator moves a subscriber's queue; see `domain_events.cli.moving`.
+
+    The fanout exchanges carry the messages to where they are moved: through them each keeps its
+    routing key, and does not seem to be one that this library forwarded.
+    """
+
+    #: The subscriber whose queue is moved.
+    name: str
+
+    @property
+    def waiting(self) -> Queue:
+        """Holds what is published meanwhile."""
+        return self._holding("new")
+
+    @property
+    def drained(self) -> Queue:
+        """Holds what was in the queue before."""
+        return self._holding("old")
+
+    @property
+    def dead_letters(self) -> Queue:
+        """Holds the dead letters."""
+        return self._holding("dl")
+
+    @property
+    def lock(self) -> Queue:
+        """Exists as long as the connection that moves it."""
+        return temporary_queue(f"{self.name}.migrate.lock", exclusive=True, auto_delete=False)
+
+    @property
+    def to_drained(self) -> Exchange:
+        """The exchange to the queue `drained`."""
+        return Exchange(f"{self.name}.migrate.old", "fanout", strict=True)
+
+    @property
+    def to_new(self) -> Exchange:
+        """The exchange to the new queue."""
+        return Exchange(f"{self.name}.migrate", "fanout", strict=True)
+
+    @property
+    def to_held_dead_letters(self) -> Exchange:
+        """The exchange to the queue `dead_letters`."""
+        return Exchange(f"{self.name}.migrate.dl", "fanout", strict=True)
+
+    @property
+    def to_dead_letters(self) -> Exchange:
+        """The exchange to the new dead-letter queue."""
+        return Exchange(f"{self.name}.migrate.dlx", "fanout", strict=True)
+
+    def _holding(self, what: str) -> Queue:
+        queue = _quorum_queue(f"{self.name}.migrate.{what}")
+        # A policy's length limit must not make it drop the oldest.
+        return replace(queue, arguments={**queue.arguments, "x-overflow": "reject-publish"})
+
+
+def old_broker_names(name: str) -> tuple[str, str]:
+    """domain-event-broker's exchanges of a subscriber: of its retries, and of its dead letters."""
+    return f"{name}-retry", f"{name}-dlx"
+
+
+def known_classic(name: str) -> Iterator[Queue]:
+    """The classic queues of a subscriber, as domain-event-broker and this library declare them.
+
+    With their type, since the vhost's default may be another one.
+    """
+    for dead_letter in (True, False):
+        queue = replace(classic_queue(name, dead_letter), adopt_existing=False)
+        yield replace(queue, arguments={"x-queue-type": "classic", **queue.arguments})
+
+
+def classic_dead_letters(name: str) -> Queue:
+    """The same for its dead letters."""
+    return Queue(dead_letter_name(name), {"x-queue-type": "classic"})
 
 
 def delay_address(exchange: str, name: str, delay: float) -> tuple[str, str]:

@@ -177,6 +177,7 @@ class Transport(AbstractStreamTransport):
         self._out = bytearray()
         self._ended = False
         self._error: BaseException | None = None
+        self._idle = Loop.READ  # to be watched for while there is nothing to write
         self._watched = Loop.READ
         self._loop.add_handler(sock.fileno(), self._on_ready, self._watched)
 
@@ -193,7 +194,7 @@ class Transport(AbstractStreamTransport):
         """Send this after everything written before it, at the latest with `flush`."""
         if not self._ended:
             self._out += data
-            if len(self._out) >= _MOST_BUFFERED and self._watched == Loop.READ:
+            if len(self._out) >= _MOST_BUFFERED and not self._watched & Loop.WRITE:
                 self.flush()
 
     def flush(self) -> None:
@@ -203,11 +204,26 @@ class Transport(AbstractStreamTransport):
                 # OpenSSL requires the same bytes again after a failed write; more may follow them.
                 del self._out[: self._sock.send(self._out)]
         except (BlockingIOError, ssl.SSLWantWriteError):
-            self._watch(Loop.READ | Loop.WRITE)
+            self._watch(self._idle | Loop.WRITE)
         except ssl.SSLWantReadError:
             pass  # `_on_ready` tries again
         except OSError as error:
             self._end(error)
+
+    def pause_reading(self) -> None:
+        """Leave what arrives to the operating system, until `resume_reading`.
+
+        For less than the heartbeat's interval: a silent broker is taken for a dead one.
+        """
+        self._idle = 0
+        self._watch(self._watched & ~Loop.READ)
+
+    def resume_reading(self) -> None:
+        """Read again, also bytes that TLS has buffered."""
+        if not self._idle:
+            self._idle = Loop.READ
+            self._watch(self._watched | Loop.READ)
+            self._loop.call_later(0, self._read)
 
     def drop(self) -> None:
         """Break the connection at once."""
@@ -232,10 +248,11 @@ class Transport(AbstractStreamTransport):
 
     # --- the socket ----------------------------------------------------------------------------
 
-    def _on_ready(self, _fd: int, _events: int) -> None:
+    def _on_ready(self, _fd: int, events: int) -> None:
         # Both, whatever it is ready for: TLS may have to read before it can write, and vice versa.
-        self._watch(Loop.READ)
-        self._read()
+        self._watch(self._idle)
+        if self._idle or events & ~(Loop.READ | Loop.WRITE):  # an end is never left unread
+            self._read()
         self.flush()
 
     def _read(self) -> None:
@@ -247,7 +264,7 @@ class Transport(AbstractStreamTransport):
                 elif not self._protocol.eof_received():
                     self._end(None)
                 # The rest is for the next iteration, except bytes that TLS has buffered.
-                if not self._pending():
+                if not self._pending() or not self._idle:
                     return
         except (BlockingIOError, ssl.SSLWantReadError):
             pass

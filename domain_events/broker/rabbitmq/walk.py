@@ -11,13 +11,9 @@ the front. Content and order stay; a crash on the way duplicates some messages, 
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from domain_events.broker import Publication, Publishing, why_unconfirmed
+from domain_events.broker import Publishing, confirm_each
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.browser import RabbitBrowser
 from domain_events.broker.rabbitmq.envelope import RabbitDelivery, browsed, republished
@@ -25,17 +21,13 @@ from domain_events.broker.rabbitmq.errors import ResourceLocked
 from domain_events.broker.rabbitmq.topology import Topology
 from domain_events.errors import (
     ConfigurationError,
-    DomainEventsError,
     EventNotConfirmed,
     TopologyError,
 )
-from domain_events.message import Delivery, Place
+from domain_events.message import Delivery, Message, Place
 
 # Messages requeued so often are republished; a delivery limit of 3 still allows this delivery.
 _TOO_OFTEN = 3
-# The most that is under way at a time.
-_MOST_UNDER_WAY = 100
-_MOST_BYTES_UNDER_WAY = 4 * 2**20
 
 
 class RabbitWalk:
@@ -58,6 +50,7 @@ class RabbitWalk:
 
     def _begin(self) -> None:
         self._at_the_start = True
+        self._left = 0
         self.shared = False
         try:
             self._declare([topology.walk_marker(self._place)], self._timeout)
@@ -66,16 +59,27 @@ class RabbitWalk:
         except (TopologyError, ConfigurationError):
             pass  # this user may not declare it; it is only a marker
 
+    @property
+    def ahead(self) -> int:
+        return self._browser.ahead
+
     def next(self, timeout: float) -> Delivery | None:
-        delivery = self._browser.next(timeout)
         first, self._at_the_start = self._at_the_start, False
-        if first and delivery is not None and delivery.failures >= _TOO_OFTEN:
-            self._republish_all(delivery)
-            delivery = self._browser.next(timeout)
+        delivery = self._browser.next(timeout, max(1, self._left))
+        if first and delivery is not None:
+            if delivery.failures >= _TOO_OFTEN:
+                self._republish_all(delivery)
+                delivery = self._browser.next(timeout)
+            # Those that arrive during the walk are not taken, and not held.
+            self._left = 0 if delivery is None else delivery.message_count + 1
+        self._left -= 1
         return None if delivery is None else browsed(delivery, self._place)
 
     def ack(self, delivery: Delivery, timeout: float) -> None:
         self._browser.ack(delivery, timeout)
+
+    def ack_all(self, deliveries: Sequence[Delivery], timeout: float) -> None:
+        self._browser.ack_all(deliveries, timeout)
 
     def rewind(self) -> None:
         self._browser.rewind()
@@ -84,58 +88,31 @@ class RabbitWalk:
     def close(self, timeout: float) -> None:
         self._browser.close(timeout)
 
-    def _republish_all(self, delivery: RabbitDelivery | None) -> None:
-        """See the module's docstring; ``delivery`` is the first one."""
-        assert delivery is not None
-        times, left = delivery.failures, delivery.message_count
-        under_way: deque[tuple[Publication, threading.Event, RabbitDelivery]] = deque()
-        size = 0
-        try:
+    def _republish_all(self, first: RabbitDelivery) -> None:
+        """See the module's docstring."""
+
+        def messages() -> Iterator[tuple[Message, RabbitDelivery]]:
+            delivery: RabbitDelivery | None = first
+            left = first.message_count
             while delivery is not None:
-                under_way.append((*self._submit(delivery), delivery))
-                size += len(delivery.body)
-                while len(under_way) >= _MOST_UNDER_WAY or size > _MOST_BYTES_UNDER_WAY:
-                    size -= len(under_way[0][2].body)
-                    self._settle(*under_way.popleft(), self._timeout)
-                delivery = self._browser.next(self._timeout) if left else None
+                yield republished(browsed(delivery, self._place), self._place), delivery
+                delivery = self._browser.next(self._timeout, left) if left else None
                 left -= 1
-            while under_way:
-                self._settle(*under_way.popleft(), self._timeout)
+
+        def confirmed(delivery: RabbitDelivery) -> None:
+            self._browser.ack(delivery, self._timeout)
+
+        try:
+            confirm_each(self._publishing(), messages(), self._timeout, confirmed)
+        except EventNotConfirmed as error:
+            raise EventNotConfirmed(
+                f"{self._place}: not all were republished; none is lost, some may be there twice. "
+                f"{error}"
+            ) from error
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"Messages among {self._place} were requeued {times} times. RabbitMQ counts each "
-                "browsing, and deletes messages beyond the queue's delivery limit, which cannot be "
-                "read from here. So they must be republished to their queue before they are "
-                f"browsed again, which this user may not do: {error}"
+                f"Messages among {self._place} were requeued {first.failures} times. RabbitMQ "
+                "counts each browsing, and deletes messages beyond the queue's delivery limit, "
+                "which cannot be read from here. So they must be republished to their queue before "
+                f"they are browsed again, which this user may not do: {error}"
             ) from error
-        finally:
-            # After an interruption: the original of each confirmed message is removed.
-            deadline = time.monotonic() + self._timeout
-            for each in under_way:
-                with contextlib.suppress(DomainEventsError):
-                    self._settle(*each, max(0.0, deadline - time.monotonic()))
-
-    def _submit(self, delivery: RabbitDelivery) -> tuple[Publication, threading.Event]:
-        known = threading.Event()
-        message = republished(browsed(delivery, self._place), self._place)
-        publication = Publication(message, lambda _publication: known.set())
-        self._publishing().submit(publication)
-        return publication, known
-
-    def _settle(
-        self,
-        publication: Publication,
-        known: threading.Event,
-        delivery: RabbitDelivery,
-        timeout: float,
-    ) -> None:
-        publishing = self._publishing()
-        if not known.wait(timeout) and publishing.withdraw(publication):
-            why = why_unconfirmed(publishing, publication)
-            raise EventNotConfirmed(
-                f"No confirm within {self._timeout:g} s ({why}) while {self._place} were "
-                "republished. None is lost; some may be there twice."
-            )
-        if publication.error is not None:
-            raise publication.error
-        self._browser.ack(delivery, self._timeout)

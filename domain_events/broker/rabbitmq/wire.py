@@ -497,6 +497,11 @@ class ReceivedProperties:
         if not flags & BasicProperties.FLAG_HEADERS:
             self.headers = None
 
+    @property
+    def encoded(self) -> bytes:
+        """As they were received, byte for byte."""
+        return self._encoded
+
     def __getattr__(self, name: str) -> Any:
         # Only called for missing attributes. Two threads may both decode, with the same result.
         if name.startswith("_") or "_read" in self.__dict__:

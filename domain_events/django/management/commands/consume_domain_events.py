@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +15,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.utils import autoreload
 
 from domain_events import DomainEventsError, Subscriber
+from domain_events.cli import exits
 from domain_events.django.handlers import make_subscriber
 from domain_events.probes import HealthBeat, HealthServer
 
@@ -65,12 +69,81 @@ class Command(BaseCommand):
             help="start again whenever a source file is changed, as runserver does",
         )
 
+        parser.add_argument(
+            "--processes",
+            type=int,
+            metavar="N",
+            help=(
+                "consume in so many processes, which are started again when they crash, and "
+                "replaced one by one on SIGHUP; if left out, in this one"
+            ),
+        )
+        parser.add_argument(
+            "--max-restarts",
+            type=int,
+            default=10,
+            metavar="N",
+            help="with --processes: end when more crash within a minute (default: 10)",
+        )
+        parser.add_argument(
+            "--max-events",
+            type=int,
+            metavar="N",
+            help="with --processes: replace one when it has handled about so many events",
+        )
+        parser.add_argument(
+            "--max-memory",
+            type=int,
+            metavar="MIB",
+            help="with --processes: replace one when it uses about so many MiB",
+        )
+
     def handle(self, *names: str, **options: Any) -> None:
         names = (*names, *options.pop("names", ()))
-        if options["reload"]:
+        if options["processes"] is not None:
+            self._consume_in_processes(names, options)
+        elif options["reload"]:
             autoreload.run_with_reloader(self._consume, names, options)
         else:
             self._consume(names, options)
+
+    def _consume_in_processes(self, names: tuple[str, ...], options: dict[str, Any]) -> None:
+        if os.name != "posix":
+            raise CommandError("--processes needs a POSIX system, for its signals and pipes.")
+        for option in ("reload", "timeout"):
+            if options[option]:
+                raise CommandError(f"--{option} and --processes cannot be given together.")
+        from domain_events.cli import child  # noqa: PLC0415 - imports what Windows has not
+
+        try:
+            if child.is_supervised():
+                child.serve(lambda: self._made(names, options))
+            elif status := _supervise(options):
+                raise SystemExit(status)
+        except DomainEventsError as error:
+            raise CommandError(
+                f"{type(error).__name__}: {error}", returncode=exits.of(error)
+            ) from error
+
+    def _made(self, names: tuple[str, ...], options: dict[str, Any]) -> Subscriber:
+        """In a process of `_supervise`: what it is to consume."""
+        try:
+            subscriber = make_subscriber(*names, workers=options["workers"])
+        except DomainEventsError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            raise CommandError(
+                "The handlers cannot be imported.", returncode=exits.NOT_IMPORTED
+            ) from error
+        self._show(subscriber, options)
+        return subscriber
+
+    def _show(self, subscriber: Subscriber, options: dict[str, Any]) -> None:
+        if options["verbosity"]:
+            listed = ", ".join(each.options.name for each in subscriber.subscriptions)
+            self.stdout.write(f"Consuming: {listed}.")
+            self.stdout.flush()
 
     def _consume(self, names: tuple[str, ...], options: dict[str, Any]) -> None:
         if options["reload"]:
@@ -82,10 +155,7 @@ class Command(BaseCommand):
         finished = threading.Event()
         if options["reload"]:
             _stop_before_reload(subscriber, finished)
-        if options["verbosity"]:
-            listed = ", ".join(each.options.name for each in subscriber.subscriptions)
-            self.stdout.write(f"Consuming: {listed}.")
-            self.stdout.flush()
+        self._show(subscriber, options)
         try:
             with _probes(subscriber, options):
                 subscriber.start_consuming(options["timeout"])
@@ -93,6 +163,33 @@ class Command(BaseCommand):
             raise CommandError(f"{type(error).__name__}: {error}") from error
         finally:
             finished.set()
+
+
+def _supervise(options: dict[str, Any]) -> int:
+    """Run this command in processes; returns the exit status."""
+    if sys.argv[1:2] != ["consume_domain_events"]:
+        raise CommandError(
+            "--processes starts this command anew, so it can only be given on the command line, as "
+            "manage.py consume_domain_events --processes N."
+        )
+    for option, least in (("processes", 1), ("max_restarts", 0), ("max_events", 1)):
+        if options[option] is not None and options[option] < least:
+            name = option.replace("_", "-")
+            raise CommandError(f"--{name} must be {least} or more, not {options[option]}.")
+    from domain_events.cli.supervisor import Plan, Supervisor  # noqa: PLC0415 - see `child`
+
+    mebibytes = options["max_memory"]
+    return Supervisor(
+        Plan(
+            [sys.executable, *sys.orig_argv[1:]],
+            processes=options["processes"],
+            max_restarts=options["max_restarts"],
+            max_events=options["max_events"],
+            max_memory=None if mebibytes is None else mebibytes * 1024 * 1024,
+            health_port=options["health_port"],
+            health_file=options["health_file"],
+        )
+    ).run()
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import logging
 import signal
 import threading
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
@@ -13,14 +15,12 @@ from django.db import connections
 
 from domain_events import DomainEventsError
 from domain_events.django.database import has_table, outbox_database
-from domain_events.outbox import OUTBOX, Relay, prune
+from domain_events.outbox import OUTBOX, Relay, prune_all
 
 log = logging.getLogger("domain_events")
 
-# Seconds between two prunings of the inbox, and between two of its batches.
+# Seconds between two prunings of the inbox.
 _PRUNE_EVERY = 3600.0
-_BETWEEN_BATCHES = 0.1
-_PRUNED_AT_ONCE = 1000
 
 
 class Command(BaseCommand):
@@ -37,7 +37,11 @@ class Command(BaseCommand):
             metavar="ALIAS",
             help="of this database only; may be repeated. If left out, of all that have the table",
         )
-        parser.add_argument("--once", action="store_true", help="send what is there now, and end")
+        parser.add_argument(
+            "--once",
+            action="store_true",
+            help="send what is there now, prune the inbox, and end",
+        )
         parser.add_argument(
             "--status", action="store_true", help="show how many wait, and end; nothing is sent"
         )
@@ -50,6 +54,12 @@ class Command(BaseCommand):
             default=1.0,
             metavar="SECONDS",
             help="between two looks at an outbox without events",
+        )
+        parser.add_argument(
+            "--metrics-port",
+            type=int,
+            metavar="PORT",
+            help="serve metrics to Prometheus on this port: events that wait, and are parked",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -64,7 +74,8 @@ class Command(BaseCommand):
             elif options["once"]:
                 self._sweep(relays)
             else:
-                self._run(relays)
+                with _metrics(relays, options["metrics_port"]):
+                    self._run(relays)
         except DomainEventsError as error:
             raise CommandError(f"{type(error).__name__}: {error}") from error
 
@@ -83,6 +94,8 @@ class Command(BaseCommand):
         finally:
             for relay in relays.values():
                 relay.close()
+            for alias in relays:
+                _prune(alias)
 
     def _run(self, relays: dict[str, Relay]) -> None:
         stopping = threading.Event()
@@ -102,6 +115,20 @@ class Command(BaseCommand):
                 relay.stop()
             for relay in relays.values():
                 relay.close()
+
+
+@contextmanager
+def _metrics(relays: dict[str, Relay], port: int | None) -> Iterator[None]:
+    if port is None:
+        yield
+        return
+    try:
+        from domain_events.prometheus import OutboxMetrics, serve  # noqa: PLC0415
+    except ImportError as error:
+        raise CommandError(f"--metrics-port: {error}") from error
+    OutboxMetrics(relays)
+    with serve(port):
+        yield
 
 
 def aliases_with_outbox(given: list[str] | None) -> list[str]:
@@ -126,16 +153,8 @@ def aliases_with_outbox(given: list[str] | None) -> list[str]:
     return aliases
 
 
-def _prune(alias: str, stopping: threading.Event) -> None:
-    database = outbox_database(alias)
+def _prune(alias: str, stopping: threading.Event | None = None) -> None:
     try:
-        while not stopping.is_set():
-            with database.transaction() as execute:
-                pruned = prune(execute, database.dialect, most=_PRUNED_AT_ONCE)
-            if pruned < _PRUNED_AT_ONCE:
-                break
-            stopping.wait(_BETWEEN_BATCHES)
+        prune_all(outbox_database(alias), stopping=stopping)
     except Exception:
         log.exception("The inbox in %s cannot be pruned; it is tried again later.", alias)
-    finally:
-        database.close()

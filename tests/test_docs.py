@@ -1,0 +1,200 @@
+"""Every block of Python in README and docs runs as it stands, on the embedded broker.
+
+A comment before a block says what a reader has by then:
+
+- ``.. given:`` with indented Python: runs before the block, in its namespace;
+- ``.. goes on``: in the namespace of the block before;
+- ``.. run as a program``: in a process of its own;
+- ``.. run by`` and the test that runs it with more around it;
+- ``.. not run:`` with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import domain_events
+from domain_events import DomainEvent, Publisher, Reject, Subscriber
+from domain_events.outbox import close_couriers
+from domain_events.testing import EventBroker
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
+
+#: Names of subscribers whose dead letters a page looks at.
+SUBSCRIBERS = "print-user-event", "charge-card", "welcome-mail"
+
+
+BRIEFLY = """
+import runpy, sys
+from domain_events import Subscriber
+start = Subscriber.start_consuming
+Subscriber.start_consuming = lambda self, timeout=None: start(self, 0.2)
+runpy.run_path(sys.argv[1], run_name='__main__')
+"""
+
+
+class Block(NamedTuple):
+    """One block, and the comment before it."""
+
+    page: Path
+    line: int
+    code: str
+    comment: str
+    given: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    """All of them, in order."""
+    for page in PAGES:
+        lines = page.read_text().splitlines()
+        comment = given = ""
+        number = 0
+        while number < len(lines):
+            line = lines[number]
+            body, end = indented(lines, number)
+            if re.fullmatch(
+                r"\s*\.\. (given:|goes on|run as a program|run by .+|not run: .+)", line
+            ):
+                comment, given = line.strip()[3:], body
+                number = end
+            elif line.strip() == ".. code-block:: python":
+                code = re.sub(r"\A(:\w+:.*\n)+\n?", "", body)
+                yield Block(page, number + 1, code, comment, given)
+                comment = given = ""
+                number = end
+            else:
+                number += 1
+
+
+def indented(lines: list[str], number: int) -> tuple[str, int]:
+    """What is indented below a line, and the number of the line after it."""
+    indent = len(lines[number]) - len(lines[number].lstrip())
+    end = number + 1
+    while end < len(lines) and (
+        not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent
+    ):
+        end += 1
+    return textwrap.dedent("\n".join(lines[number + 1 : end])).strip("\n") + "\n", end
+
+
+def namespaces() -> dict[str, list[Block]]:
+    """By the name of the last block: the blocks to run one after the other."""
+    found: dict[str, list[Block]] = {}
+    before: list[Block] = []
+    for block in blocks():
+        before = [*before, block] if block.comment == "goes on" else [block]
+        if not block.comment.startswith(("run by ", "not run:")):
+            found[block.name] = before
+    return found
+
+
+RUNS = namespaces()
+
+
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A program that would consume for ever does so for a moment; what is set is set back."""
+    start = Subscriber.start_consuming
+
+    def start_briefly(self: Subscriber, timeout: float | None = None) -> None:
+        start(self, 0.2)
+
+    monkeypatch.setattr(Subscriber, "start_consuming", start_briefly)
+    monkeypatch.chdir(tmp_path)
+    manager = logging.root.manager
+    levels = {name: logging.getLogger(name).level for name in ("", "pika", "domain_events")}
+    handlers = logging.root.handlers[:]
+    disabled = manager.disable
+    yield
+    domain_events.configure()
+    domain_events.close_publishers()
+    close_couriers()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    logging.root.handlers[:] = handlers
+    manager.disable = disabled
+
+
+def fail(event: DomainEvent) -> None:
+    raise Reject("for a page about dead letters")
+
+
+def fill() -> None:
+    """Dead letters, and a retry that is under way."""
+    with Subscriber() as subscriber, Publisher() as publisher:
+        for name in SUBSCRIBERS:
+            subscriber.register(fail, name, [f"failed.{name}"], max_retries=1)
+            publisher.publish(DomainEvent(f"failed.{name}", {"user_id": 1}))
+        subscriber.start_consuming()
+
+
+@pytest.mark.usefixtures("_brief")
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
+    *earlier, block = RUNS[name]
+    if block.comment == "run as a program":
+        program = tmp_path / "program.py"
+        program.write_text(block.code)
+        environment = {**os.environ, "DOMAIN_EVENTS_URL": "memory://"}
+        command = [sys.executable, "-c", BRIEFLY, str(program)]
+        subprocess.run(command, env=environment, check=True, timeout=60, cwd=ROOT)
+        return
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with EventBroker(virtual_time=False):
+        fill()
+        for each in (*earlier, block):
+            exec(compile(each.given, f"given at {each.name}", "exec"), names)
+            exec(compile(each.code, each.name, "exec"), names)
+
+
+def target(text: str, variant: str) -> str:
+    """What was measured of a target, in the table of the documentation."""
+    table = (ROOT / "docs" / "performance-4.3.inc").read_text()
+    found = re.search(rf"\* - {re.escape(text)}\n +- {variant}\n +- .+\n +- (.+)x\n", table)
+    assert found, text
+    return found[1]
+
+
+def test_figures_of_the_readme_are_those_that_were_measured() -> None:
+    readme = PAGES[0].read_text()
+    bulk = target("Bulk publishing, of the best synchronous peer's", "quorum")
+    assert f"- {bulk} times as many confirmed events a second" in readme
+    consumed = target("Consuming, of the best Python peer's, default options", "quorum")
+    assert f"and {consumed} times as many consumed" in readme
+    faults = (ROOT / "docs" / "faults.inc").read_text()
+    mixed = faults.partition("**mixed**")[2].partition("\n**")[0]
+    row = re.search(r"events whose publish returned\n((?: +- [\d,]+\n)+)", mixed)
+    lost = re.search(r"LOST \(must be 0\)\n((?: +- \d+\n)+)", mixed)
+    assert row
+    assert lost
+    events, losses = (
+        sum(int(each.replace(",", "")) for each in re.findall(r"[\d,]+", found[1]))
+        for found in (row, lost)
+    )
+    assert f"- {losses} of {events:,} events lost" in readme
+
+
+def test_all_pages_are_looked_at() -> None:
+    """A mistake in the search would find nothing, and pass."""
+    assert len(list(blocks())) > 50
+    assert {block.page.name for block in blocks()} > {"README.rst", "handling.rst", "health.rst"}
+    assert sum(block.comment.startswith("not run:") for block in blocks()) < 8
+    for block in blocks():
+        if block.comment.startswith("run by "):
+            test = ROOT / block.comment.removeprefix("run by ")
+            assert block.page.name in test.read_text(), block.name

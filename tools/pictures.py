@@ -1,0 +1,162 @@
+"""Draws the pictures of the documentation: ``python tools/pictures.py`` writes docs/pictures/*.svg.
+
+tests/test_pictures.py compares the files with what this draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sheet import Sheet, Timeline
+
+FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
+
+
+def life_of_an_event() -> str:
+    """The whole way, from a publisher to two subscribers, a retry and a dead letter."""
+    sheet = Sheet(
+        "The life of an event",
+        "A shop publishes user.registered to the exchange domain-events. It reaches the queues of "
+        "two subscribers, mailer and ledger. The mailer's handler requests a retry, and the event "
+        "returns to the mailer alone after 30 seconds. The ledger's handler fails, and the event "
+        "is kept among the ledger's dead letters, from where it is replayed.",
+    )
+    sheet.box(70, 10, 210, 44, "box", "publish_domain_event(", "'user.registered', ...)", code=2)
+    sheet.arrow((175, 54), (175, 84))
+    sheet.text(182, 74, "confirmed: on disk", "faint")
+    sheet.box(85, 86, 180, 34, "box round", "domain-events", code=1)
+    for x, key, name, handler in (
+        (85, "user.*", "mailer", "send_mail"),
+        (265, "#", "ledger", "book"),
+    ):
+        sheet.arrow((175 + (x - 175) / 2, 120), (x, 158))
+        sheet.text(x + (-34 if x < 175 else 24), 142, key, "mid code")
+        sheet.box(x - 65, 160, 130, 34, "queue", name, code=1)
+        sheet.arrow((x, 194), (x, 220))
+        sheet.box(x - 65, 222, 130, 34, "box", f"{handler}(event)", code=1)
+    sheet.arrow((60, 256), (60, 298))
+    sheet.text(66, 282, "Retry(30)", "code")
+    sheet.box(20, 300, 120, 46, "queue", "waits 30 s, for", "mailer alone")
+    sheet.arrow((20, 322), (10, 322), (10, 177), (18, 177), again=True)
+    sheet.arrow((290, 256), (290, 298))
+    sheet.text(284, 282, "any exception", "end")
+    sheet.box(170, 300, 160, 46, "kept", "ledger-dl", "kept, with the reason", code=1)
+    sheet.arrow((330, 322), (341, 322), (341, 177), (332, 177), again=True)
+    sheet.text(336, 364, "replay, by an operator", "end faint")
+    return sheet.svg()
+
+
+def delay_levels() -> str:
+    """How 1.3 seconds are waited for in levels."""
+    sheet = Sheet(
+        "A retry after 1.3 seconds",
+        "1.3 seconds are 13 tenths, in binary 1101. The event waits 0.8 seconds in level 3 and 0.4 "
+        "seconds in level 2, passes level 1 without waiting, waits 0.1 seconds in level 0, and "
+        "returns through domain-events.due to the queue of its own subscriber.",
+    )
+    sheet.text(175, 24, "1.3 s = 13 tenths of a second = 1101", "mid bold")
+    sheet.text(14, 52, "level", "faint")
+    sheet.text(112, 52, "bit", "mid faint")
+    sheet.text(336, 52, "still to wait", "end faint")
+    left = 1.3
+    y = 62
+    for level, bit in ((3, 1), (2, 1), (1, 0), (0, 1)):
+        seconds = 2**level / 10
+        sheet.text(14, y + 22, f"{level}: {seconds:g} s")
+        sheet.text(112, y + 22, str(bit), "mid code")
+        sheet.text(336, y + 22, f"{left:.1f} s", "end")
+        if bit:
+            sheet.box(140, y, 130, 34, "queue", f"waits {seconds:g} s")
+        else:
+            sheet.text(205, y + 22, "passes", "mid faint")
+        left = round(left - seconds * bit, 1)
+        sheet.arrow((205, y + (34 if bit else 26)), (205, y + 48))
+        y += 50
+    sheet.text(14, y + 22, "domain-events.due", "code")
+    sheet.box(152, y, 106, 34, "box round", "is due")
+    sheet.text(336, y + 22, "0.0 s", "end")
+    sheet.arrow((205, y + 34), (205, y + 48))
+    sheet.box(140, y + 50, 130, 34, "queue", "mailer", code=1)
+    return sheet.svg()
+
+
+def publishing() -> str:
+    """What a crash leaves, before and after the confirm."""
+    return (
+        Timeline(
+            "Publishing: what a crash leaves",
+            "A program publishes an event, RabbitMQ stores it on disk in every bound queue and "
+            "confirms it, and the call returns. If the program or the broker dies before the "
+            "confirm, nobody knows whether the event is stored, and the call raises or sends it "
+            "again with the same id. After the confirm it is stored.",
+            ["Your thread", "RabbitMQ"],
+        )
+        .send("Your thread", "RabbitMQ", "publish the event")
+        .work("RabbitMQ", "on disk, in each queue")
+        .kill("Killed here: perhaps stored.", "Connection lost: sent again, same id")
+        .send("RabbitMQ", "Your thread", "confirm")
+        .kill("The call has returned: stored,", "whoever is killed now")
+        .svg()
+    )
+
+
+def handling() -> str:
+    """What a crash leaves, before and after the ack."""
+    return (
+        Timeline(
+            "Handling: what a crash leaves",
+            "RabbitMQ delivers an event, the handler runs and returns, and the event is acked. If "
+            "the process is killed at any moment before the ack has arrived, the event is "
+            "delivered again with the same id.",
+            ["RabbitMQ", "Handler"],
+        )
+        .send("RabbitMQ", "Handler", "event")
+        .work("Handler", "runs, and returns", 36)
+        .kill("Killed before the ack: it comes again,", "with the same id")
+        .send("Handler", "RabbitMQ", "ack")
+        .send("RabbitMQ", "Handler", "next event")
+        .svg()
+    )
+
+
+def moving() -> str:
+    """A retry, a dead letter, a replay."""
+    return (
+        Timeline(
+            "Retry, dead letter, replay: one movement",
+            "The event is published to its new queue, the broker confirms it there, and only then "
+            "is the original acked. If the process is killed before the confirm, the original is "
+            "delivered again. If it is killed between the confirm and the ack, there are two "
+            "copies, never none.",
+            ["Its queue", "Subscriber", "New queue"],
+        )
+        .send("Its queue", "Subscriber", "event")
+        .send("Subscriber", "New queue", "publish")
+        .kill("Killed here: the event comes again")
+        .send("New queue", "Subscriber", "confirm")
+        .kill("Killed here: two copies, never none")
+        .send("Subscriber", "Its queue", "ack")
+        .svg()
+    )
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "life-of-an-event.svg": life_of_an_event,
+    "delay-levels.svg": delay_levels,
+    "publishing.svg": publishing,
+    "handling.svg": handling,
+    "moving.svg": moving,
+}
+
+
+def main() -> None:
+    """Write all of them."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / name).write_text(draw())
+        print(FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()
