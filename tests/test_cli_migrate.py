@@ -272,11 +272,14 @@ def test_a_message_is_moved_byte_for_byte(broker_url: str, places: tuple[str, st
         with Mover((broker_url,), old, lambda _exchange, key: (route, f"{key}.moved")) as mover:
             move_all(mover, 2)
         assert channel.queue_declare(old, passive=True).messages == 0
-        for _ in range(2):
-            got = channel.basic_get(new, auto_ack=True)
-            assert got is not None
-            assert got.body == body
-            assert got.encoded == encoded(KEPT, b"").encode()[0]
+        # From 4.0 on, the broker itself encodes the headers again, of each message.
+        channel.basic_publish("", new, body, encoded(KEPT, b""))
+        one, other, published = (channel.basic_get(new, auto_ack=True) for _ in range(3))
+        assert one is not None
+        assert other is not None
+        assert published is not None
+        assert one.body == other.body == body
+        assert one.encoded == other.encoded == published.encoded
 
 
 def test_the_memory_for_moving_large_messages_is_bounded(
@@ -377,6 +380,10 @@ def test_a_retry_in_flight_returns(
     )
     event = service.publish(retry=3)
     wait_until(lambda: release.retried == [event])
+    if library == THEIRS:  # which acks an event before it publishes its retry
+        delay = f"{service.name}-delay-3000"
+        wait_until(lambda: onlooker.exists(service.url, delay))
+        wait_until(lambda: onlooker.count(service.url, delay))
     release.stop()
     assert release.events == []
     ran = run(
@@ -385,8 +392,11 @@ def test_a_retry_in_flight_returns(
     )
     assert ran.status == 0, ran.err
     last = Release(service.url, OURS, new, service.exchange, "max_retries=5")
-    wait_until(lambda: last.events == [event])
-    last.stop()
+    try:
+        wait_until(lambda: last.events)
+    finally:
+        last.stop()
+    assert set(last.events) == {event}
 
 
 @pytest.mark.parametrize("command", ["migrate", "rename"])
