@@ -634,9 +634,9 @@ def assert_nothing_was_lost(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("command", ["migrate", "rename"])
 def test_nothing_is_lost_when_it_is_killed_at_some_step(broker_url: str, command: str) -> None:
     """At some of the steps, others in each run; `slow` has all of them."""
-    first = str(1 + int(time.time()) % 19)
+    first = str(1 + int(time.time()) % 45)
     result = kill_matrix(
-        broker_url, "--command", command, "--every", "19", "--steps", "80", "--first", first
+        broker_url, "--command", command, "--every", "45", "--steps", "180", "--first", first
     )
     assert result["cases"] >= 4
     assert_nothing_was_lost(result)
@@ -655,7 +655,9 @@ def test_nothing_is_lost_when_it_is_killed_at_any_step(broker_url: str, command:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mistake", BREAK)
 def test_the_matrix_notices_a_mistake(broker_url: str, mistake: str) -> None:
-    result = kill_matrix(broker_url, "--every", "12", "--steps", "130", broken=mistake)
+    result = kill_matrix(
+        broker_url, "--first", "20", "--every", "17", "--steps", "130", broken=mistake
+    )
     assert result["lost"], result
 
 
