@@ -34,7 +34,7 @@ from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Administration, Comparison
 from domain_events.broker.rabbitmq.mover import Mover
 from domain_events.cli.app import run
-from domain_events.cli.moving import Unheld, Work
+from domain_events.cli.moving import Work
 
 # Of each subscriber, before the first run.
 WAITING, DEAD_LETTERS = 150, 5
@@ -145,10 +145,6 @@ def ack_first() -> None:
     Mover._on_delivery = broken  # type: ignore[assignment, method-assign]
 
 
-def delete_what_is_held() -> None:
-    Unheld.is_proven = lambda *_: True  # type: ignore[method-assign]
-
-
 def delete_what_is_there() -> None:
     replace_classic = Administration.replace_classic
 
@@ -163,7 +159,6 @@ def delete_what_is_there() -> None:
 BREAK = {
     "unbind first": unbind_first,
     "ack first": ack_first,
-    "delete what is held": delete_what_is_held,
     "delete what is there": delete_what_is_there,
 }
 

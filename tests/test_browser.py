@@ -28,7 +28,7 @@ def fill(bench: Bench, queue: str, sizes: list[int]) -> None:
         for number, size in enumerate(sizes):
             body = DomainEvent("a.b", {"number": number, "pad": "x" * size}).to_json().encode()
             channel.basic_publish("", f"{queue}-dl", body, Properties(delivery_mode=2))
-    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == len(sizes))
+    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == len(sizes), 120)
 
 
 def numbers(dead_letters: DeadLetters) -> list[int]:

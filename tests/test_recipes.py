@@ -8,17 +8,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import django_shop
-import onlooker
-import pyamqp
 import pytest
 import sqlalchemy
 from prometheus_client import CollectorRegistry
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from support import Names
 
 import domain_events
 from domain_events import BrokerUnavailable, DomainEvent, Subscriber
@@ -289,35 +285,10 @@ def test_event_of_a_handler_is_published_though_it_failed_once(
     assert {each.uuid_string for each in invoices} == {stored}
 
 
-# --- coming from domain-event-broker -------------------------------------------------------------
-
-
-def test_old_queue_is_unbound(broker_url: str, names: Names) -> None:
-    """What it holds stays; no further event reaches it."""
-    _, unbind = code_blocks("docs/migrating.rst", "Queues")
-    exchange, queue = names.exchange(), names.queue()
-    onlooker.bind_queue(broker_url, queue, exchange, "user.*")
-    onlooker.publish(broker_url, exchange, "user.registered", b"before")
-    url = urlsplit(broker_url)
-    for shown, used in {
-        "'localhost:5672'": repr(f"{url.hostname}:{url.port}"),
-        "'guest', 'guest'": f"{unquote(url.username or '')!r}, {unquote(url.password or '')!r}",
-        "virtual_host='/'": f"virtual_host={unquote(url.path[1:])!r}",
-        "'print-user-event'": repr(queue),
-        "'domain-events'": repr(exchange),
-    }.items():
-        assert unbind.count(shown) == 1
-        unbind = unbind.replace(shown, used)
-    run(unbind)
-    with pytest.raises(pyamqp.AMQPError, match="NO_ROUTE"):
-        onlooker.publish(broker_url, exchange, "user.registered", b"after")
-    assert onlooker.take_all(broker_url, queue) == [b"before"]
-
-
 def test_recipes_are_all_tried() -> None:
     """A new one in these places is to be tested too."""
-    # The first of them is an ordinary subscriber.
-    assert len(code_blocks("docs/migrating.rst", "Queues")) == 2
+    # It is an ordinary subscriber.
+    assert len(code_blocks("docs/migrating.rst", "Queues")) == 1
     assert len(code_blocks("README.rst", TRANSACTIONS)) == 2
     assert len(code_blocks("docs/transactions.rst", "Coming from recipes")) == 3
     assert len(code_blocks("docs/handling.rst", "Handlers must be idempotent")) == 2
