@@ -1417,6 +1417,8 @@ def test_two_handlers_cannot_have_one_name() -> None:
 
 
 def test_app_without_handlers_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import django_shop.subscribers  # noqa: F401 - its handlers are registered when it is imported
+
     from domain_events.django import handlers
 
     monkeypatch.setattr(handlers, "_registrations", {})
