@@ -92,7 +92,8 @@ def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
         theirs = [bar.summary.median for bar in bars if _competes(bar.peer, name)]
         if ours and theirs:
             title = point.format(ours[0] / max(theirs))
-            yield f"headline-{name}.svg", title, bar_chart(title, bars, "Confirmed events/s")
+            unit = "Events/s" if name == "consume" else "Confirmed events/s"
+            yield f"headline-{name}.svg", title, bar_chart(title, bars, unit)
 
 
 def _competes(peer: Peer, scenario: str) -> bool:
