@@ -126,6 +126,13 @@ def test_tutorial_works_word_by_word(own_node: Node, tmp_path: Path) -> None:
         assert stars(replayed) == shown("replayed.txt")
         wait_until(lambda: "Welcome, ada-at-example.org" in printed())
 
+    # Some packages install their tests. Of a virtual environment that is itself the folder where
+    # the page runs pytest, pytest would run these too.
+    environment = re.search(r"-m venv (\S+)", PAGE)
+    assert environment
+    packages = tmp_path / environment[1] / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "test_of_a_package.py").write_text("def test_of_a_package():\n    assert False\n")
     assert "1 passed" in desk.run("-m", "pytest", "-p", "no:cacheprovider")
 
     program = "run", "mailer:make_subscriber", "--processes", "2"
