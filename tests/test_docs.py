@@ -11,6 +11,7 @@ A comment before a block says what a reader has by then:
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -198,3 +199,52 @@ def test_all_pages_are_looked_at() -> None:
         if block.comment.startswith("run by "):
             test = ROOT / block.comment.removeprefix("run by ")
             assert block.page.name in test.read_text(), block.name
+
+
+def table_of_options(text: str) -> dict[str, str]:
+    """Each option, and its default as shown."""
+    head = re.search(r"^(=+ +)(=+ +)=+\nOption .*\n=.*\n", text, re.MULTILINE)
+    assert head
+    first, second = len(head[1]), len(head[2])
+    rows = text[head.end() :].partition("\n=")[0].splitlines()
+    return {
+        row[:first].strip(" `"): row[first : first + second].strip(" `")
+        for row in rows
+        if row.startswith("``")
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "function"),
+    [
+        ("README.rst", "Options of ``register``", Subscriber.register),
+        ("docs/options.rst", "``Subscriber.register``", Subscriber.register),
+        ("docs/options.rst", "``Subscriber``", Subscriber),
+        ("docs/options.rst", "``publish_domain_event``", domain_events.publish_domain_event),
+        ("docs/options.rst", "``Publisher``", Publisher),
+    ],
+)
+def test_table_of_options_has_each_option_and_its_default(
+    page: str, title: str, function: Any
+) -> None:
+    _, _, section = (ROOT / page).read_text().partition(f"\n{title}\n---")
+    shown = table_of_options(section)
+    parameters = inspect.signature(function).parameters
+    assert list(shown) == [name for name in parameters if name != "self"]
+    for name, default in shown.items():
+        value = parameters[name].default
+        if name in IN_WORDS:
+            assert default in IN_WORDS[name]
+        elif default:
+            assert default == repr(value), name
+        else:
+            assert value is inspect.Parameter.empty, name
+
+
+#: Defaults that a table shows in other words.
+IN_WORDS = {
+    "connection_settings": ["the process's"],
+    "operation": ["PUBLISH"],
+    "backoff": ["None", "Backoff()"],
+    "prefetch_count": ["None", "200"],
+}
