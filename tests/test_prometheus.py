@@ -714,7 +714,7 @@ def test_values_of_labels_in_dashboard_and_alerts_are_those_of_the_library() -> 
 
 
 def test_alerts_say_what_is_wrong_and_are_all_explained_and_tested() -> None:
-    documented = (DOCS.parent / "prometheus.rst").read_text()
+    documented = (DOCS.parent / "alarms.rst").read_text()
     tested = yaml.safe_load((DOCS / "alerts.test.yml").read_text())
     fired = {
         case["alertname"]
@@ -725,7 +725,11 @@ def test_alerts_say_what_is_wrong_and_are_all_explained_and_tested() -> None:
     for rule in alert_rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
-        assert f"``{rule['alert']}``" in documented
+        row = re.search(rf"``{rule['alert']}``\n +- (.+)\n +- (\w+)\n", documented)
+        assert row
+        assert row[2] == rule["labels"]["severity"]
+        if "for" in rule:
+            assert f"for {re.sub('[a-z]', '', rule['for'])} minute" in row[1], rule["alert"]
         assert rule["alert"] in fired
 
 
