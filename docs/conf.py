@@ -46,3 +46,5 @@ autodoc_typehints_description_target = "documented_params"
 html_theme = "furo"
 html_title = f"domain_events {release}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]

@@ -47,3 +47,10 @@ def test_picture_can_be_read_by_anybody(path: Path) -> None:
     directives = [text for text in after if text]
     assert directives
     assert all(text.startswith("   :alt: ") for text in directives)
+
+
+def test_no_picture_is_white_on_a_dark_page() -> None:
+    pictures = [path for path in DOCS.rglob("*.svg") if "_build" not in path.parts]
+    assert len(pictures) > 30
+    for path in pictures:
+        assert "prefers-color-scheme: dark" in path.read_text(), path.name

@@ -725,11 +725,11 @@ def test_alerts_say_what_is_wrong_and_are_all_explained_and_tested() -> None:
     for rule in alert_rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
-        row = re.search(rf"``{rule['alert']}``\n +- (.+)\n +- (\w+)\n", documented)
+        row = re.search(rf"``{rule['alert']}``\n\n +(\w+): (.+)\n", documented)
         assert row
-        assert row[2] == rule["labels"]["severity"]
+        assert row[1] == rule["labels"]["severity"]
         if "for" in rule:
-            assert f"for {re.sub('[a-z]', '', rule['for'])} minute" in row[1], rule["alert"]
+            assert f"for {re.sub('[a-z]', '', rule['for'])} minute" in row[2], rule["alert"]
         assert rule["alert"] in fired
 
 
