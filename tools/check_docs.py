@@ -1,13 +1,15 @@
 """Checks the built documentation: ``python tools/check_docs.py docs/_build/html``.
 
 Every public name, every public member and field of a class, and every parameter must be described:
-by its own docstring that the reference shows, or by name in the docstring of its class.
+by its own docstring that the reference shows, or by name in the docstring of its class. And what
+readers search for must be found: among the headings, so that it comes first, or in the text.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
 import zlib
@@ -15,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from sphinx.search.en import SearchEnglish
 
 #: What users import from. Their ``__all__`` lists what is public.
 MODULES = (
@@ -108,9 +112,51 @@ def _undescribed(name: str, thing: Any) -> Iterator[str]:
         yield f"{name}: it has no docstring"
 
 
+#: What readers type into the search, and the page that has it in a heading.
+HEADINGS = {
+    "alarms": "alarms",
+    "asyncio": "frameworks",
+    "celery": "frameworks",
+    "docker": "health",
+    "django": "django",
+    "fastapi": "frameworks",
+    "flask": "frameworks",
+    "gunicorn": "frameworks",
+    "health": "health",
+    "kubernetes": "health",
+    "options": "options",
+    "outbox": "transactions",
+    "prefetch": "running",
+    "prometheus": "prometheus",
+    "rename": "releases",
+    "schema": "wire",
+    "systemd": "health",
+    "thresholds": "alarms",
+    "upgrade": "upgrading",
+    "versions": "typed",
+}
+#: The same, in the text.
+TEXTS = {"dictconfig": "settings", "migrate": "migrating", "schema": "typed"}
+
+
+def not_found(html: Path) -> Iterator[str]:
+    """What a search does not find, as Sphinx's own does it."""
+    text = (html / "searchindex.js").read_text()
+    index = json.loads(text[text.index("(") + 1 : text.rindex(")")])
+    language = SearchEnglish({})
+    for words, kind in (HEADINGS, "titleterms"), (TEXTS, "terms"):
+        for word, page in words.items():
+            found = index[kind].get(language.stem(word), [])
+            numbers = found if isinstance(found, list) else [found]
+            if page not in [index["docnames"][number] for number in numbers]:
+                where = "a heading" if kind == "titleterms" else "the text"
+                yield f"{page}.rst: a search does not find {word!r} in {where}"
+
+
 def main() -> int:
     """Print what is missing; returns the exit status."""
-    found = sorted(set(missing(described(Path(sys.argv[1])))))
+    html = Path(sys.argv[1])
+    found = sorted({*missing(described(html)), *not_found(html)})
     for line in found:
         print(line)
     return 1 if found else 0
