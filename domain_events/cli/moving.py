@@ -609,7 +609,7 @@ class Work:
                 consumers = max(0, state.consumers - (fence is not None))
                 fence = self._alone(queue, consumers, fence, address, quorum=quorum)
                 left = state.messages + (fence.under_way if fence is not None else 0)
-                self._observe(queue, left, consumers, fence, live=live)
+                self._observe(queue, left, consumers, fence, live=live, quorum=quorum)
                 quiet_since = None if left or (quorum and consumers) else quiet_since or now
                 quiet = 0.0 if quiet_since is None else now - quiet_since
                 if self._is_unheld(queue, consumers, quiet, fence, live=live, quorum=quorum):
@@ -671,7 +671,14 @@ class Work:
         return quiet >= _DEAD_LETTERED or self._unheld.has_none(queue, quiet)
 
     def _observe(
-        self, queue: str, left: int, consumers: int, fence: Mover | None, *, live: bool
+        self,
+        queue: str,
+        left: int,
+        consumers: int,
+        fence: Mover | None,
+        *,
+        live: bool,
+        quorum: bool,
     ) -> None:
         """Show how far it is drained.
 
@@ -687,8 +694,10 @@ class Work:
             where = f"{left} events are left"
         elif self._parks:
             where = (
-                "it is empty; events that the broker parks in it become dead letters, within 3 min"
+                "it is empty; what the broker parks in it becomes a dead letter within 3 minutes"
             )
+        elif quorum:
+            where = "it is empty"
         else:
             where = "it is empty; a process that ends may still hold events"
         self._watch(f"{queue}: {where}", left)
