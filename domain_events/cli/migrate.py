@@ -144,14 +144,14 @@ def _run(
         )
         stage = work.stage()
         if stage is not moving.Stage.DONE:
-            source, reasons = sources.find(management, administration.urls)
+            source, reasons = sources.find(management, administration.urls, administration.cluster)
             others = [new] if new else [topology.Moving(name).waiting.name]
             bindings = moving.find_bindings(
                 administration, name, others, exchange, given, source, reasons
             )
             unheld = moving.Unheld(source, held_for)
             work.check(unheld)
-            for line in bindings.remarks:
+            for line in (*bindings.remarks, *work.check_policies(source)):
                 remark(line)
             if dry_run:
                 show.plan(stage.value, bindings, work.plan(stage))
