@@ -136,6 +136,11 @@ class Forwarder:
             consumer.settle(delivery, Settlement.GIVE_BACK)
             consumer.flush()
             otherwise()
+        return self.wait(timeout)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until none is being forwarded; False at the timeout."""
+        self._leave_to_parent()
         with self._changed:
             return self._changed.wait_for(lambda: not self._open, timeout)
 

@@ -39,9 +39,10 @@ log = Log("domain_events")
 
 _PAUSE_AFTER_INTERNAL_ERROR = 5.0
 
-# How long the broker may take to cancel the consumers, and to confirm what was forwarded.
+# How long the broker may take to cancel the consumers.
 _CANCEL_TIMEOUT = 5.0
-_FORWARD_TIMEOUT = 10.0
+# How long it may take to confirm what was forwarded: before they are cancelled, and after it.
+_FORWARD_TIMEOUTS = 2.0, 8.0
 
 # Why it has stopped, for the log.
 _TIMEOUT = "the timeout"
@@ -128,8 +129,11 @@ class Worker:
                 self.consume(subscription)
             self.receive()
         finally:
+            before, after = _FORWARD_TIMEOUTS
+            # Acks go before the cancel: see "When acks are forgotten" in rabbitmq/consumer.py.
+            self._forwarder.wait(before)
             self._give_back()
-            if not self._forwarder.end(_FORWARD_TIMEOUT):
+            if not self._forwarder.end(after):
                 log.warning("Unconfirmed retries or dead letters will be redelivered.")
         failure = self._consuming.failure()
         if failure is not None:

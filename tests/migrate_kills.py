@@ -1,6 +1,7 @@
 """Kills `domain-events migrate` or `rename` (SIGKILL) at each of its steps, and runs it again.
 
-    python tests/migrate_kills.py URL [--command rename] [--every N] [--first N] [--at-once N]
+    python tests/migrate_kills.py URL [--command rename [--queue-type quorum]]
+        [--every N] [--first N] [--at-once N]
 
 Each step has a subscriber of its own: half of them with a consumer all the time, half without, all
 with a publisher all the time, with events and dead letters that waited before. A step is each
@@ -29,7 +30,7 @@ from typing import Any
 
 import pyamqp
 
-from domain_events import DeadLetters, DomainEvent, Publisher, Subscriber
+from domain_events import DeadLetters, DomainEvent, Publisher, Retry, Subscriber
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Administration, Comparison
 from domain_events.broker.rabbitmq.mover import Mover
@@ -38,6 +39,8 @@ from domain_events.cli.moving import Work
 
 # Of each subscriber, before the first run.
 WAITING, DEAD_LETTERS = 150, 5
+# Of a quorum queue, also so many retries, which are due after so many seconds.
+RETRIES, DELAY = 5, 4.0
 # Seconds that a handler takes; the consumer holds all of those.
 HANDLER = 0.01
 # Each so many of the messages that are moved, there is a step.
@@ -90,9 +93,16 @@ def take_steps(steps: Steps) -> None:
 
         setattr(owner, name, call)
 
-    for name in ("declare", "unbind", "delete_queue", "delete_exchange", "replace_classic"):
+    for name in (
+        "declare",
+        "unbind",
+        "delete_queue",
+        "delete_classic",
+        "delete_exchange",
+        "replace_classic",
+    ):
         around(Administration, name)
-    for name in ("start", "stop", "close"):
+    for name in ("start", "stop", "finish", "close"):
         around(Mover, name)
     replace_classic, done = Administration.replace_classic, Mover._done
     moved = itertools.count(1)
@@ -171,6 +181,7 @@ class Case:
     step: int
     live: bool
     sent: list[str] = field(default_factory=list)
+    retried: list[str] = field(default_factory=list)
     sent_while_moving: int = 0
     received: list[str] = field(default_factory=list)
     steps: int = 0
@@ -180,8 +191,9 @@ class Case:
 class Matrix:
     """Cases with a publisher, and a consumer of the half of them."""
 
-    def __init__(self, url: str, command: str) -> None:
+    def __init__(self, url: str, command: str, queue_type: Any = "classic") -> None:
         self.url = url
+        self.queue_type = queue_type
         self.command = command
         self.exchange = f"kills-{secrets.token_hex(3)}"
         self.cases: list[Case] = []
@@ -196,14 +208,13 @@ class Matrix:
         return case
 
     def prepare(self, case: Case) -> None:
-        """The classic queues, bound, with events and dead letters."""
+        """The queues, bound, with events and dead letters."""
+        if self.queue_type == "classic":
+            self._declare_classic(case)
+        else:
+            self._retry(case)
         with pyamqp.Connection(self.url) as connection:
             channel = connection.channel()
-            channel.exchange_declare(self.exchange, "topic", durable=True)
-            channel.queue_declare(f"{case.name}-dl", durable=True)
-            dlx = {"x-dead-letter-exchange": f"{case.name}-dlx"}
-            channel.queue_declare(case.name, durable=True, arguments=dlx)
-            channel.queue_bind(case.name, self.exchange, f"{case.name}.#")
             channel.confirm_delivery()
             for number in range(DEAD_LETTERS):
                 event = DomainEvent(f"{case.name}.dead", {"n": number})
@@ -211,6 +222,33 @@ class Matrix:
                 channel.basic_publish("", f"{case.name}-dl", body, pyamqp.Properties())
         for _ in range(WAITING):
             self._publish(case)
+
+    def _declare_classic(self, case: Case) -> None:
+        with pyamqp.Connection(self.url) as connection:
+            channel = connection.channel()
+            channel.exchange_declare(self.exchange, "topic", durable=True)
+            channel.queue_declare(f"{case.name}-dl", durable=True)
+            dlx = {"x-dead-letter-exchange": f"{case.name}-dlx"}
+            channel.queue_declare(case.name, durable=True, arguments=dlx)
+            channel.queue_bind(case.name, self.exchange, f"{case.name}.#")
+
+    def _retry(self, case: Case) -> None:
+        subscriber = Subscriber(self.url, self.exchange)
+
+        def fail(event: DomainEvent) -> None:
+            case.retried.append(str(event.uuid_string))
+            raise Retry(DELAY)
+
+        subscriber.register(fail, case.name, [f"{case.name}.#"], max_retries=1)
+        thread = threading.Thread(target=subscriber.start_consuming)
+        thread.start()
+        try:
+            for _ in range(RETRIES):
+                self._publish(case)
+            wait_for(lambda: set(case.retried) == set(case.sent), "retries")
+        finally:
+            subscriber.stop_consuming()
+            thread.join()
 
     def _publish(self, case: Case) -> None:
         event = DomainEvent(f"{case.name}.a", {"n": len(case.sent)})
@@ -243,7 +281,7 @@ class Matrix:
             time.sleep(HANDLER)
             case.received.append(str(event.uuid_string))
 
-        subscriber.register(handle, name, [f"{case.name}.#"], queue_type=queue_type)
+        subscriber.register(handle, name, [f"{case.name}.#"], queue_type=queue_type, max_retries=1)
         thread = threading.Thread(target=subscriber.start_consuming)
         thread.start()
         try:
@@ -283,7 +321,7 @@ class Matrix:
             else:
                 # A deployment: the old process ends while it runs, the new one begins before.
                 with ThreadPoolExecutor(1) as executor:
-                    with self.consumed(case, case.name, "classic"):
+                    with self.consumed(case, case.name, self.queue_type):
                         run = executor.submit(self._kill_and_run, case, arguments)
                         wait_for(lambda: case.sent_while_moving > 2 / INTERVAL)
                         begun = self.consumed(case, new, "quorum")
@@ -325,7 +363,11 @@ class Matrix:
         assert sorted(set(found)) == list(range(DEAD_LETTERS)), f"dead letters: {found}"
         assert list(dict.fromkeys(found)) == list(range(DEAD_LETTERS)), f"their order: {found}"
         if not case.live and not os.environ.get("BROKEN"):
-            numbers = [case.sent.index(each) for each in dict.fromkeys(case.received)]
+            numbers = [
+                case.sent.index(each)
+                for each in dict.fromkeys(case.received)
+                if each not in case.retried
+            ]
             late = sum(one > other for one, other in itertools.pairwise(numbers))
             assert late <= 2, f"order: {late} events came after later ones"
         with Administration(self.url) as administration:
@@ -354,8 +396,14 @@ class Matrix:
             self._ended.set()
             thread.join()
             self._publisher.close()
+            declared = topology.all_of([], self.exchange)
             with pyamqp.Connection(self.url) as connection:
-                connection.channel().exchange_delete(self.exchange)
+                channel = connection.channel()
+                for each in declared:
+                    if isinstance(each, topology.Exchange):
+                        channel.exchange_delete(each.name)
+                    elif isinstance(each, topology.Queue):
+                        channel.queue_delete(each.name)
         repeated = Counter(
             {case.name: len(case.received) - len(set(case.received)) for case in cases}
         )
@@ -392,6 +440,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("url")
     parser.add_argument("--command", default="migrate")
+    parser.add_argument("--queue-type", default="classic")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="if left out, as many as there are")
@@ -399,7 +448,7 @@ def main() -> int:
     given = parser.parse_args()
     steps = given.steps
     if not steps:
-        whole = Matrix(given.url, given.command).run([(0, True), (0, False)], 2)
+        whole = Matrix(given.url, given.command, given.queue_type).run([(0, True), (0, False)], 2)
         if whole["troubles"]:
             print(json.dumps(whole))
             return 1
@@ -408,7 +457,7 @@ def main() -> int:
         (step, bool(number % 2))
         for number, step in enumerate(range(given.first, steps + 1, given.every))
     ]
-    result = Matrix(given.url, given.command).run(points, given.at_once)
+    result = Matrix(given.url, given.command, given.queue_type).run(points, given.at_once)
     print(json.dumps(result))
     return 1 if result["troubles"] or result["lost"] else 0
 

@@ -91,6 +91,10 @@ def test_the_core_imports_neither_the_commands_nor_what_they_need() -> None:
         (["publish", "--nonsense"], 2, "--nonsense"),
         (["nonsense"], 2, "nonsense"),
         (["tail", "--limit", "many"], 2, "--limit"),
+        (["tail", "--duration", "nan"], 2, "'nan' is not a finite number"),
+        (["dead-letters", "replay", "x", "--rate", "nan"], 2, "'nan' is not a finite number"),
+        (["relay", "x:y", "--idle", "inf"], 2, "'inf' is not a finite number"),
+        (["dead-letters", "import", "/nowhere"], 74, "'/nowhere': No such file"),
         (["tail", "user*", "--create"], 2, "wildcard within the word"),
     ],
 )
@@ -183,6 +187,33 @@ def test_a_databases_password_on_the_command_line_is_gone_when_it_works(
     assert not any(PASSWORD in each for each in hidden)
 
 
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signal_in_a_finalizer_ends_the_command(name: str, status: int, tmp_path: Path) -> None:
+    """Python ignores what is raised there, so the command would go on as if nothing had come."""
+    (tmp_path / "slow.py").write_text(
+        "import signal, time\n"
+        "class Dropped:\n"
+        "    def __del__(self):\n"
+        f"        signal.raise_signal(signal.{name})\n"
+        "Dropped()\n"
+        "time.sleep(60)\n"
+    )
+    done = shell.run("memory://", "topology", "show", "slow:subscriber", cwd=tmp_path)
+    words = {"SIGTERM": "terminated", "SIGINT": "interrupted"}[name]
+    assert (done.returncode, done.stderr.strip()) == (status, f"domain-events: {words}")
+
+
+def test_ctrl_c_at_the_very_start_is_one_line(tmp_path: Path) -> None:
+    """While what all commands need is being imported."""
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = shell.run("memory://", "tail", more={"PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (130, "domain-events: interrupted\n")
+
+
 # --- where the output goes -----------------------------------------------------------------------
 
 
@@ -229,13 +260,16 @@ def test_a_full_disk_behind_the_output_is_one_line(broker_url: str, exchange: st
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [*shell.COMMAND, "publish", "a.b", "1", "--exchange", exchange],
-            env=shell.environment(broker_url),
+            env=shell.environment(broker_url, {"PYTHONUNBUFFERED": ""}),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
-    assert (done.returncode, done.stderr) == (74, "domain-events: No space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        74,
+        "domain-events: the standard output: No space left on device\n",
+    )
 
 
 # --- completion ----------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import json
 import os
 import pty
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def test_all_of_a_dead_letter_is_shown(bench: Bench, terminal: Terminal) -> None
     found = json.loads(output)
     assert found["event"] == cause.event_data
     assert found["replays"] == 1
-    _, remarks = terminal.run("dead-letters", "show", queue, "another")
+    _, remarks = terminal.run("dead-letters", "show", queue, "another", status=3)
     assert remarks == f"Nothing matches among the dead letters of {queue}.\n"
     [row] = terminal.rows("dead-letters", "list", queue, "--group-by", "error,frame")
     assert row["ERROR"] == "domain_events.retry.Reject"
@@ -330,10 +332,30 @@ def test_nothing_is_deleted_when_its_copy_cannot_be_written(
     there = fill(bench, queue, 3)
     for path in ("nowhere/copy.jsonl", "/dev/full"):
         discard = "dead-letters", "discard", queue, "--yes", "--to", path
-        _, remarks = terminal.run(*discard, status=2)
+        _, remarks = terminal.run(*discard, status=74)
         assert "Copies cannot be written to" in remarks
         assert len(remarks.splitlines()) == 1
     assert ids(bench.url, queue) == there
+
+
+def test_copies_that_fill_the_disk_are_counted(bench: Bench, terminal: Terminal) -> None:
+    """What was deleted until then is in the file, and the rest is where it was."""
+    queue = bench.names.queue()
+    there = fill(bench, queue, 250)
+    discard = terminal.start(
+        *("dead-letters", "discard", queue, "--yes", "--to", "copies.jsonl"),
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    _, remarks = discard.communicate(timeout=120)
+    assert discard.returncode == 74
+    done, failed = remarks.splitlines()
+    left = ids(bench.url, queue)
+    assert done == f"{250 - len(left)} were discarded; a copy is in copies.jsonl."
+    assert "Copies cannot be written to copies.jsonl" in failed
+    copies = (terminal.folder / "copies.jsonl").read_text().splitlines()
+    assert 0 < len(left) < 250
+    assert [json.loads(line)["id"] for line in copies[: 250 - len(left)]] == there[: -len(left)]
+    assert left == there[-len(left) :]
 
 
 # --- kills ---------------------------------------------------------------------------------------

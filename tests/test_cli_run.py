@@ -407,6 +407,12 @@ MISTAKES = {
     "no attribute": ("shop:nobody", SHOP, exits.NOT_IMPORTED, "has no 'nobody'"),
     "an error in it": ("shop:subscriber", "1 / 0", exits.NOT_IMPORTED, "ZeroDivisionError"),
     "an exit in it": ("shop:subscriber", "exit(0)", exits.NOT_IMPORTED, "it calls sys.exit(0)"),
+    "consuming in it": (
+        "shop:subscriber",
+        f"{SHOP}\nsubscriber.start_consuming()",
+        exits.USAGE,
+        "the module consumes when it is imported",
+    ),
     "a wrong option": (
         "shop:subscriber",
         SHOP.replace("OPTIONS", "prefetch_count=0"),

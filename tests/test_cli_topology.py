@@ -281,6 +281,8 @@ orders  direct exchange
             4,
             "sent",
         ),
+        ("raise SystemExit(3)", 9, "'odd' cannot be imported: it calls sys.exit(3)."),
+        ("def subscriber(): raise SystemExit", 9, "it calls sys.exit(None)."),
     ],
 )
 def test_module_that_cannot_be_read_is_named(
@@ -293,6 +295,17 @@ def test_module_that_cannot_be_read_is_named(
     done = run("topology", "show", "odd:subscriber", folder=tmp_path)
     assert (done.status, done.output) == (status, "")
     assert words in done.errors
+
+
+def test_picture_that_cannot_be_written_has_the_status_for_files(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from domain_events import Subscriber\nsubscriber = Subscriber()\n"
+        "subscriber.register(print, 'q', ['a'])\n"
+    )
+    show = "topology", "show", "odd:subscriber", "--svg", "nowhere/picture.svg"
+    done = run(*show, folder=tmp_path)
+    assert (done.status, done.output) == (74, "")
+    assert "nowhere/picture.svg" in done.errors
 
 
 def test_picture_in_the_docs_is_the_one_that_the_command_draws(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_given_management_plugin_must_be_that_of_the_broker(
         find_all(managed_node.management, [broker_url], cluster=cluster)
     for url in ("here", "http://", f"http://127.0.0.1:{unused_port}"):
         with pytest.raises(ConfigurationError, match="--management: "):
-            find(url, [broker_url])
+            find(url, [broker_url], cluster)
 
 
 def test_sources_are_those_of_the_same_broker(
@@ -137,3 +137,17 @@ def test_sources_are_those_of_the_same_broker(
     found, reasons = find_all(None, [broker_url], cluster="another@cluster")
     assert found == []
     assert any("rabbitmqctl is that of another broker" in each for each in reasons)
+
+
+def test_rabbitmqctl_of_another_broker_is_not_the_one_source(
+    managed_node: Managed, rabbitmqctl: Rabbitmqctl, broker_url: str
+) -> None:
+    """Its bindings are not those of the broker that AMQP leads to, by whatever port or machine."""
+    for url, expected in ((managed_node.url, rabbitmqctl.name), (broker_url, None)):
+        with Administration(url) as administration:
+            source, reasons = find(None, administration.urls, administration.cluster)
+        assert (source and source.name) == expected
+        assert ("that of another broker" in reasons) is (expected is None)
+    source, reasons = find(None, [managed_node.url], "")
+    assert source is None
+    assert "rabbitmqctl may be that of another broker" in reasons

@@ -16,8 +16,8 @@ import pytest
 from bench import Bench
 from support import wait_until
 
-from domain_events import DomainEvent, Subscriber
-from domain_events.broker import Settlement, memory
+from domain_events import DomainEvent, Reject, Subscriber
+from domain_events.broker import Publication, Settlement, memory
 from domain_events.broker.rabbitmq.envelope import RabbitDelivery
 from domain_events.forwarding import Forwarder
 from domain_events.message import Delivery
@@ -65,6 +65,51 @@ def delivery(data: object, about: str | None = None) -> Delivery:
 
 def new_worker(threads: int) -> Worker:
     return Worker(Consuming(), Forwarder(lambda: None), threads, None)  # type: ignore[arg-type]
+
+
+def test_acks_of_what_is_being_forwarded_go_before_the_cancel() -> None:
+    """Those behind it may be forgotten: see `broker.rabbitmq.consumer`. The confirms come late."""
+    done: list[str] = []
+    delay = threading.Event()
+
+    class Ordered(Consumer):
+        def settle(self, _delivery: Delivery, how: Settlement = Settlement.DONE) -> None:
+            done.append(how.name)
+
+        def stop(self, _timeout: float) -> None:
+            done.append("cancel")
+
+    class Delivering(Consuming):
+        def consume(self, *given: Any, **_: Any) -> Consumer:
+            consumer = Ordered()
+            for number in range(3):
+                given[2](delivery(number), consumer)
+            return consumer
+
+        def failure(self) -> None: ...
+
+    class Publishing:
+        def submit(self, publication: Publication) -> None:
+            threading.Thread(target=self.confirm, args=(publication,)).start()
+
+        def confirm(self, publication: Publication) -> None:
+            assert delay.wait(30)
+            publication.on_done(publication)
+
+    def reject(event: DomainEvent) -> None:
+        if event.data == 1:
+            worker.stop("the test")
+            threading.Timer(0.1, delay.set).start()
+        raise Reject("no")
+
+    subscriber = Subscriber("memory://")
+    subscriber.register(reject, "q", ["#"])
+    forwarder = subscriber.forwarder
+    forwarder._publishing = Publishing  # type: ignore[assignment]
+    worker = Worker(Delivering(), forwarder, 1, None)  # type: ignore[arg-type]
+    worker.work(subscriber.subscriptions)
+    assert done == ["DONE", "DONE", "cancel", "GIVE_BACK"]
+    subscriber.close()
 
 
 @pytest.mark.parametrize("ordered", [False, True])

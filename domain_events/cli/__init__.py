@@ -37,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _hide_passwords()
         arguments = sys.argv[1:]
     if importlib.util.find_spec("click") and importlib.util.find_spec("rich"):
-        from domain_events.cli.app import run  # noqa: PLC0415 - it imports click
+        try:
+            from domain_events.cli.app import run  # noqa: PLC0415 - it imports click
 
-        return run(arguments)
+            return run(arguments)
+        except KeyboardInterrupt:  # while it was being imported; later, `run` handles it
+            print("domain-events: interrupted", file=sys.stderr)
+            return 130
     from domain_events import demo  # noqa: PLC0415
 
     if arguments[:1] == ["demo"]:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -135,12 +136,13 @@ def run(arguments: Sequence[str]) -> int:
 
     A command returns its own exit status, or None, which is 0.
     """
-    logging.basicConfig(format="domain-events: %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what cannot be encoded is escaped
-            stream.reconfigure(errors="backslashreplace")
     try:
+        logging.basicConfig(format="domain-events: %(message)s", level=logging.WARNING)
+        sys.unraisablehook = _raise_again
+        signal.signal(signal.SIGTERM, _terminate)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # what cannot be encoded is escaped
+                stream.reconfigure(errors="backslashreplace")
         status: Any = app.main(list(arguments), "domain-events", standalone_mode=False)
         sys.stdout.flush()
     except DomainEventsError as error:
@@ -149,7 +151,8 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         see = f" (see {context.command_path} --help)" if context is not None else ""
         text = _PASSWORD.sub(r"\1...@", error.format_message())
-        return _fail(f"{text}{see}", error.exit_code)
+        status = exits.FILE if isinstance(error, click.FileError) else error.exit_code
+        return _fail(f"{text}{see}", status)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", exits.INTERRUPTED)
     except Terminated:
@@ -158,8 +161,10 @@ def run(arguments: Sequence[str]) -> int:
         discard(sys.stdout)
         return exits.OK
     except OSError as error:
-        discard(sys.stdout)  # it may be full
         where = f"{printable(error.filename)}: " if error.filename else ""
+        if not where and not _is_written(sys.stdout):
+            where = "the standard output: "
+        discard(sys.stdout)  # it may be full
         return _fail(f"{where}{printable(error.strerror or error)}", exits.FILE)
     except Exception:
         logging.getLogger("domain_events.cli").exception(
@@ -178,6 +183,15 @@ def _fail(text: str, status: int) -> int:
     return status
 
 
+def _is_written(stream: TextIO) -> bool:
+    """Whether it takes what waits to be written to it."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
 def discard(stream: TextIO) -> None:
     """Write nothing to it any more, also not at the end of the interpreter."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -186,3 +200,23 @@ def discard(stream: TextIO) -> None:
 def _terminate(_number: int, _frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     raise Terminated
+
+
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception Python has ignored.
+
+    A signal handler runs between any two instructions of the main thread, also in a finalizer or a
+    callback of a weak reference, where exceptions end.
+    """
+    if issubclass(unraisable.exc_type, Terminated):
+        signal.signal(signal.SIGTERM, _terminate)
+        number = signal.SIGTERM
+    elif issubclass(unraisable.exc_type, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        sys.__unraisablehook__(unraisable)
+        return
+    # Not at once, or it would be ignored in the same place.
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()

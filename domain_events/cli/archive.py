@@ -12,8 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from domain_events.cli.exits import FileFailed
 from domain_events.dead_letters import DeadLetter
-from domain_events.errors import ConfigurationError, InvalidEvent
+from domain_events.errors import InvalidEvent
 from domain_events.message import (
     Delivery,
     Destination,
@@ -148,7 +149,7 @@ class Archive:
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Add these.
 
-        :raises ConfigurationError: the file cannot be written.
+        :raises FileFailed: the file cannot be written.
         """
         lines = b"".join(json.dumps(each).encode() + b"\n" for each in entries)
         try:
@@ -157,9 +158,9 @@ class Archive:
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
-            raise ConfigurationError(
-                f"Copies cannot be written to {printable(self.path)}: {error.strerror}. No dead "
-                "letter is deleted without its copy; name another file with --to."
+            raise FileFailed(
+                f"Copies cannot be written to {printable(self.path)}: {error.strerror}. Nothing "
+                "is deleted without its copy; name another file with --to."
             ) from error
 
     def _open(self) -> IO[bytes]:

@@ -243,6 +243,24 @@ def configure_logging() -> None:
         logging.getLogger("pika").setLevel(logging.WARNING)
 
 
+@contextlib.contextmanager
+def _nothing_consumed(target: str) -> Iterator[None]:
+    """Refuse to consume: the import would not return, and the supervisor would wait for it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigurationError(
+            f"{target}: the module consumes when it is imported, and `run` does that itself; call "
+            "start_consuming() under if __name__ == '__main__'."
+        )
+
+    original = Subscriber.start_consuming
+    Subscriber.start_consuming = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Subscriber.start_consuming = original  # type: ignore[method-assign]
+
+
 def main(target: str) -> int:
     """Run the subscriber; returns the exit status. A user's mistake prints one line."""
     from domain_events.cli.targets import NotImported, load_subscriber  # noqa: PLC0415 - has click
@@ -252,12 +270,8 @@ def main(target: str) -> int:
     sys.argv = [f"{module.replace('.', '/')}.py"]
 
     def load() -> Subscriber:
-        try:
+        with _nothing_consumed(target):
             subscriber = load_subscriber(target)
-        except SystemExit as error:
-            raise NotImported(
-                f"{module!r} cannot be imported: it calls sys.exit({error.code!r})."
-            ) from error
         configure_logging()
         return subscriber
 

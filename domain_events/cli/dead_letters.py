@@ -27,7 +27,13 @@ from domain_events.cli.choosing import (
     when,
 )
 from domain_events.cli.importing import Import
-from domain_events.cli.options import broker_option, json_option, timeout_option
+from domain_events.cli.options import (
+    InputFile,
+    Number,
+    broker_option,
+    json_option,
+    timeout_option,
+)
 from domain_events.cli.replaying import Replay
 from domain_events.cli.selection import KEYS, grouped
 from domain_events.dead_letters import DeadLetter, DeadLetters
@@ -146,7 +152,7 @@ def show(
     as_json: bool,
     broker: ConnectionSettings,
     timeout: float,
-) -> None:
+) -> int:
     """Show all of a dead letter.
 
     The event, its headers, the errors and the traceback; by default of the oldest one.
@@ -166,8 +172,8 @@ def show(
             else:
                 click.echo("\n".join(_shown(letter, name)) + "\n")
         if not found:
-            output.remark(f"Nothing matches among the dead letters of {name}.")
-        return
+            output.remark(f"Nothing matches among the dead letters of {printable(name)}.")
+        return exits.OK if found else exits.PARTIAL
     if not sys.stdin.isatty():
         raise click.UsageError("--interactive needs a terminal.")
     with (
@@ -175,6 +181,7 @@ def show(
         archive.Archive(path or default_path(name)) as copies,
     ):
         _ask_about_each(choice.of(dead_letters), name, copies)
+    return exits.OK
 
 
 def _ask_about_each(letters: Iterator[DeadLetter], name: str, copies: archive.Archive) -> None:
@@ -247,7 +254,7 @@ def _data(data: object) -> str:
 @acting_options
 @click.option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="N",
     help="At most so many events each second.",
 )
@@ -269,7 +276,7 @@ def _data(data: object) -> str:
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=5.0,
     show_default=True,
     metavar="SECONDS",
@@ -406,7 +413,10 @@ def discard_all(
     entry: Callable[[AnyLetter], dict[str, Any]],
     copies: archive.Archive | None,
 ) -> int:
-    """Delete them, each one after its copy is on the disk. Returns how many."""
+    """Delete them, each one after its copy is on the disk. Returns how many.
+
+    When it is interrupted, it prints how many.
+    """
     number = size = 0
     batch: list[AnyLetter] = []
 
@@ -418,13 +428,19 @@ def discard_all(
         batch.clear()
         size = 0
 
-    for letter in letters:
-        batch.append(letter)
-        size += len(letter.body)
-        if len(batch) >= _MOST_IN_A_COPY or size >= _MOST_BYTES_IN_A_COPY:
+    try:
+        for letter in letters:
+            batch.append(letter)
+            size += len(letter.body)
+            if len(batch) >= _MOST_IN_A_COPY or size >= _MOST_BYTES_IN_A_COPY:
+                settle()
+        if batch:
             settle()
-    if batch:
-        settle()
+    except BaseException:
+        if number:
+            where = f"; a copy is in {printable(copies.path)}" if copies is not None else ""
+            output.remark(f"{number:,} were discarded{where}.")
+        raise
     return number
 
 
@@ -510,7 +526,7 @@ def export(
 
 
 @commands.command("import")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.File("rb"))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=InputFile())
 @click.option("--subscriber", metavar="NAME", help="Whose they become; else whose they were.")
 @click.option("--replay", is_flag=True, help="Into the queue of the subscriber, to be handled.")
 @json_option

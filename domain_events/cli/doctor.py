@@ -73,8 +73,7 @@ def command(
         return Administration(broker, timeout=timeout)
 
     with connect() as administration:
-        cluster = str(administration.server.get("cluster_name", ""))
-        sources, reasons = find_all(management, administration.urls, cluster=cluster)
+        sources, reasons = find_all(management, administration.urls, cluster=administration.cluster)
         examination = Examination(administration, connect, sources, reasons, exchange, subscribed)
         findings = []
         for each in examine(examination):

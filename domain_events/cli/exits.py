@@ -43,6 +43,11 @@ FILE = 74
 #: Ended by Ctrl-C, and by SIGTERM.
 INTERRUPTED, TERMINATED = 130, 143
 
+
+class FileFailed(ConfigurationError):
+    """A file cannot be written."""
+
+
 _BY_ERROR: list[tuple[type[DomainEventsError], int]] = [
     (BrokerUnavailable, NO_BROKER),
     (EventNotConfirmed, NOT_CONFIRMED),
@@ -50,6 +55,7 @@ _BY_ERROR: list[tuple[type[DomainEventsError], int]] = [
     (EventUnroutable, REFUSED),
     (InvalidEvent, INVALID),
     (TopologyError, TOPOLOGY),
+    (FileFailed, FILE),
     (ConfigurationError, USAGE),
 ]
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _EXCHANGE = "domain-events"
 _MOST_NEAR = 10
+# Seconds to find out the broker's name.
+_CLUSTER_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _bound(broker: ConnectionSettings, management: str | None, exchange: str) ->
     urls = settings.resolve(broker)
     if urls is None or not urls[0].lower().startswith("amqp"):
         raise ConfigurationError("Only a RabbitMQ has bindings to read: give its URL, amqp://.")
-    source, reasons = find(management, urls)
+    source, reasons = find(management, urls, _cluster(urls))
     try:
         if source is not None:
             return _routes(source, exchange)
@@ -135,6 +137,18 @@ def _bound(broker: ConnectionSettings, management: str | None, exchange: str) ->
         "(--management), or name subscribers to explain it from their code: domain-events explain "
         "ROUTING-KEY package.module:subscriber, without --broker."
     )
+
+
+def _cluster(urls: Sequence[str]) -> str:
+    """The broker's own name; empty if AMQP has no answer, which is not needed for anything else."""
+    from domain_events.broker.rabbitmq.administration import Administration  # noqa: PLC0415
+    from domain_events.errors import DomainEventsError  # noqa: PLC0415
+
+    try:
+        with Administration(urls, timeout=_CLUSTER_TIMEOUT) as administration:
+            return administration.cluster
+    except DomainEventsError:
+        return ""
 
 
 def _routes(source: Source, exchange: str) -> list[Route]:

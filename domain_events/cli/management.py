@@ -404,13 +404,15 @@ class Rabbitmqctl:
         return self.run("cluster_status")
 
 
-def find(management: str | None, urls: Sequence[str]) -> tuple[Source | None, str]:
+def find(management: str | None, urls: Sequence[str], cluster: str) -> tuple[Source | None, str]:
     """Where the broker's state can be read, or None with the reasons.
 
     :param management: the URL that the user has given, which must work then.
-    :raises ConfigurationError: the URL that was given cannot be one, or is not answered.
+    :param cluster: the broker's own name, see `find_all`.
+    :raises ConfigurationError: the URL that was given cannot be one, is not answered, or is that of
+        another broker.
     """
-    found, reasons = find_all(management, urls, enough=1)
+    found, reasons = find_all(management, urls, cluster=cluster, enough=1)
     return (found[0], "") if found else (None, "; ".join(reasons))
 
 
@@ -419,7 +421,8 @@ def find_all(
 ) -> tuple[list[Source], list[str]]:
     """Where the broker's state can be read, the better place first; and why not elsewhere.
 
-    :param cluster: the broker's own name, by which those of another broker are told apart.
+    :param cluster: the broker's own name, by which those of another broker are told apart. If it is
+        empty, rabbitmqctl is not used, since it belongs to whatever broker this machine has.
     :param enough: look no further when so many are found.
     :raises ConfigurationError: as `find`.
     """
@@ -428,6 +431,9 @@ def find_all(
     for source in _candidates(management, urls):
         if len(found) == enough:
             break
+        if not cluster and isinstance(source, Rabbitmqctl):
+            reasons.append("without an answer over AMQP, rabbitmqctl may be that of another broker")
+            continue
         try:
             # Any user of the plugin may read this.
             name = source.cluster_name()

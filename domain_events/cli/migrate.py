@@ -11,6 +11,7 @@ import click
 
 from domain_events.cli import exits
 from domain_events.cli.options import (
+    Number,
     broker_option,
     exchange_option,
     json_option,
@@ -43,7 +44,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--held-for",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             metavar="SECONDS",
             help="The longest that a process holds an event. Only where the broker's statistics "
             "cannot be read. Without consumers: 30.",
@@ -51,7 +52,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--wait",
             "patience",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             default=600.0,
             show_default=True,
             metavar="SECONDS",
@@ -143,14 +144,14 @@ def _run(
         )
         stage = work.stage()
         if stage is not moving.Stage.DONE:
-            source, reasons = sources.find(management, administration.urls)
+            source, reasons = sources.find(management, administration.urls, administration.cluster)
             others = [new] if new else [topology.Moving(name).waiting.name]
             bindings = moving.find_bindings(
                 administration, name, others, exchange, given, source, reasons
             )
             unheld = moving.Unheld(source, held_for)
             work.check(unheld)
-            for line in bindings.remarks:
+            for line in (*bindings.remarks, *work.check_policies(source)):
                 remark(line)
             if dry_run:
                 show.plan(stage.value, bindings, work.plan(stage))

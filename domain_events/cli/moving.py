@@ -68,20 +68,19 @@ DONE: nothing of OLD's is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from domain_events import broker
-from domain_events.broker.memory import Memory
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Administration, Comparison, QueueState
 from domain_events.broker.rabbitmq.errors import ResourceLocked
 from domain_events.broker.rabbitmq.mover import Address, Mover
-from domain_events.broker.rabbitmq.topology import Binding, Exchange, Unbinding
+from domain_events.broker.rabbitmq.topology import Binding, Exchange, Queue, Unbinding
 from domain_events.cli.management import Management, Source, Unavailable
-from domain_events.cli.targets import load_subscriber
+from domain_events.cli.offline import load_offline
+from domain_events.cli.policies import Policy, lossy
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -107,6 +106,9 @@ _FEW = 32
 _STATISTICS_AGE = 12.0
 # The grace that supervisors give a process to end, for example Kubernetes.
 _GRACE = 30.0
+# Within so many seconds the broker dead-letters what it had to keep: it tries again every 180 s,
+# dead_letter_worker_publisher_confirm_timeout.
+_DEAD_LETTERED = 200.0
 # How many of the unknown routing keys to name.
 _MOST_NAMED = 3
 
@@ -149,20 +151,17 @@ class Bindings:
 def registered_keys(targets: Iterable[str], names: Sequence[str]) -> set[tuple[str, str]]:
     """The exchanges and binding keys with which the targets register one of these names.
 
-    Imported with the embedded broker in place of theirs, so that they declare nothing.
-
     :raises ConfigurationError: none of them is registered.
     """
     targets = list(targets)
     found: set[tuple[str, str]] = set()
     seen: set[str] = set()
-    with broker.overridden(Memory(("memory://moving",))):
-        for target in targets:
-            for subscription in load_subscriber(target).subscriptions:
-                queue = subscription.options.queue
-                seen.add(queue.name)
-                if queue.name in names:
-                    found.update((queue.exchange.name, key) for key in queue.binding_keys)
+    for target in targets:
+        for subscription in load_offline(target).subscriptions:
+            queue = subscription.options.queue
+            seen.add(queue.name)
+            if queue.name in names:
+                found.update((queue.exchange.name, key) for key in queue.binding_keys)
     if targets and not found:
         raise ConfigurationError(
             f"{printable(' or '.join(names))} is not registered by {', '.join(targets)}, but: "
@@ -248,16 +247,28 @@ class Unheld:
         """:param quiet: for how many seconds the queue has been empty, and unbound."""
         if self.source is not None:
             cached = isinstance(self.source, Management)
-            if quiet < (_STATISTICS_AGE if cached else _SETTLED):
-                return False
-            try:
-                found = next(each for each in self.source.queues() if each["name"] == queue)
-            except (Unavailable, StopIteration):
-                return False
+            found = self._statistics(queue, quiet, _STATISTICS_AGE if cached else _SETTLED)
             return found.get("messages_unacknowledged") == 0 and found.get("messages_ready") == 0
         if self._seconds is None and consumers:
             return False
         return quiet >= max(_SETTLED, _GRACE if self._seconds is None else self._seconds)
+
+    def has_none(self, queue: str, quiet: float) -> bool:
+        """Whether statistics show that it has no message, not even one that it parks."""
+        # Those of a quorum queue are that old in rabbitmqctl, too.
+        return self._statistics(queue, quiet, _STATISTICS_AGE).get("messages") == 0
+
+    def _statistics(self, queue: str, quiet: float, age: float) -> Mapping[str, Any]:
+        """Those from later than the beginning of the quiet; empty if there are none.
+
+        :param age: how old they may be, in seconds.
+        """
+        if self.source is None or quiet < age:
+            return {}
+        try:
+            return next(each for each in self.source.queues() if each["name"] == queue)
+        except (Unavailable, StopIteration):
+            return {}
 
 
 class Work:
@@ -292,6 +303,7 @@ class Work:
         self._patience = patience
         self._stale = stale
         self._moving = topology.Moving(name)
+        self._parks = False
         self._unknown: set[str] = set()
         self._observed: object = None
         self._progress: object = None
@@ -331,12 +343,98 @@ class Work:
         """:raises DomainEventsError: it cannot be done safely."""
         raise NotImplementedError
 
+    def check_policies(self, source: Source | None) -> list[str]:
+        """Remarks, if the policies are not known.
+
+        :param source: where they can be read, or None.
+        :raises TopologyError: by a policy, a queue would lose events that wait in it.
+        """
+        policies: Sequence[Policy] = []
+        if source is not None:
+            try:
+                policies = source.policies()
+            except Unavailable:
+                source = None
+        if source is None:
+            names = ", ".join(sorted({queue.name for queue, _ in self._keeping()}))
+            remark = (
+                f"The broker's policies cannot be read here. If one limits the length or the time "
+                f"of what waits in {names}, events are lost."
+            )
+            return [remark]
+        for queue, before in self._keeping():
+            known = before and {
+                key
+                for kind in ("classic", "quorum")
+                for key in lossy(policies, before, kind, queue.arguments)
+            }
+            for (key, value), policy in lossy(
+                policies, queue.name, "quorum", queue.arguments
+            ).items():
+                if known and (key, value) in known and key != "delayed-retry-type":
+                    continue
+                what = "operator policy" if policy["operator"] else "policy"
+                clear = what.replace(" ", "_")
+                raise TopologyError(
+                    f"The {what} {policy['name']!r} sets {key} = {value} for {queue.name!r}, in "
+                    "which events would be lost, hidden or refused meanwhile. Give it a pattern "
+                    f"that does not match this name, or remove it: rabbitmqctl clear_{clear} "
+                    f"{policy['name']}"
+                )
+        return []
+
+    def _keeping(self) -> Iterator[tuple[Queue, str]]:
+        """The queues in which events are, and for those that stay, which one they replace.
+
+        What a policy does to that one already is its operator's wish.
+        """
+        raise NotImplementedError
+
     def plan(self, stage: Stage) -> list[str]:
         """What is left to do, a line for each step."""
         raise NotImplementedError
 
     def _perform(self, stage: Stage) -> None:
         raise NotImplementedError
+
+    def _kind(self) -> Comparison:
+        """Whether the queue is the quorum queue (SAME), or a classic one of ours (DIFFERENT)."""
+        result, why = self._administration.compare(topology.subscriber_queue(self._name))
+        if result is Comparison.UNKNOWN:
+            raise ConfigurationError(f"{self._name!r} cannot be examined: {why}.")
+        if result is Comparison.DIFFERENT:
+            for queue in topology.known_classic(self._name):
+                result, why = self._administration.compare(queue)
+                if result is Comparison.SAME:
+                    return Comparison.DIFFERENT
+            raise TopologyError(
+                f"The queue {self._name!r} has arguments that neither domain-event-broker nor this "
+                f"library has given it: {printable(why, 400)}. Move it by hand, or start a new one "
+                "under another name."
+            )
+        return result
+
+    def _dead_letters_are_classic(self) -> bool:
+        name = topology.dead_letter_name(self._name)
+        state = self._administration.queue(name)
+        if state is None:
+            return False
+        if state.consumers:
+            raise TopologyError(
+                f"The queue {name!r} has {state.consumers} consumers; stop these first, since they "
+                "would lose what they hold."
+            )
+        result, why = self._administration.compare(topology.dead_letter_queue(self._name))
+        if result is not Comparison.DIFFERENT:
+            return False
+        result, why = self._administration.compare(topology.classic_dead_letters(self._name))
+        if result is not Comparison.SAME:
+            raise TopologyError(
+                f"The queue {name!r} has arguments that neither domain-event-broker nor this "
+                f"library has given it: {printable(why, 400)}. Export or replay what is in it, "
+                "delete it, and run this again."
+            )
+        return True
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -352,14 +450,22 @@ class Work:
             except ResourceLocked:
                 raise TopologyError(f"{self._name!r} cannot be moved now: {what}.") from None
 
+    def _keys(self) -> list[tuple[str, str]]:
+        """By which exchanges and keys it is bound; a consumer may have declared the last one."""
+        keys = set(self._bindings.keys)
+        way_back = topology.way_back(self._exchange, self._name)
+        if self._administration.has_exchange(way_back.exchange):
+            keys.add((way_back.exchange, way_back.binding_key))
+        return sorted(keys)
+
     def _bind(self, queue: str) -> None:
         self._administration.declare(
-            [Binding(exchange, queue, key) for exchange, key in self._bindings.keys]
+            [Binding(exchange, queue, key) for exchange, key in self._keys()]
         )
 
     def _unbind(self, queue: str) -> None:
         self._administration.declare(
-            [Unbinding(exchange, queue, key) for exchange, key in self._bindings.keys]
+            [Unbinding(exchange, queue, key) for exchange, key in self._keys()]
         )
 
     def _declare_route(self, exchange: Exchange, queue: str) -> None:
@@ -413,10 +519,12 @@ class Work:
         ready: Callable[[int], bool] = lambda _left: True,
         *,
         keep_deaths: bool = False,
+        delete: bool = False,
     ) -> None:
         """Move all that is in a queue.
 
         :param ready: called with how many are left: whether it may end once that is none.
+        :param delete: delete it then, a quorum queue.
         """
         with Mover(self._administration.urls, queue, address, keep_deaths=keep_deaths) as mover:
             mover.start(self._timeout)
@@ -432,14 +540,25 @@ class Work:
                 if empty_since is not None and now - empty_since >= _POLL:
                     break
                 time.sleep(_POLL / 5)
-            mover.stop(self._timeout)
+            self._end(mover, queue, delete=delete)
             if mover.moved:
                 self._report(f"{what}: {mover.moved} moved")
 
-    def _delete_empty(self, queue: str) -> None:
-        if not self._administration.is_empty(queue):
-            raise BrokerUnavailable(f"{queue!r} has messages again.")
-        self._administration.delete_queue(queue)
+    def _delete_under(self, mover: Mover, queue: str) -> None:
+        """Delete a quorum queue, if the mover is its only consumer and nothing is left in it.
+
+        The broker checks neither, so something may arrive after the check; the mover gets that.
+        """
+
+        def delete() -> None:
+            if not self._administration.is_empty(queue):
+                raise BrokerUnavailable(f"{queue!r} has messages again.")
+            try:
+                self._administration.delete_queue(queue, own_consumers=1)
+            except TopologyError as error:
+                raise BrokerUnavailable(str(error)) from None
+
+        mover.finish(delete, self._timeout)
 
     def _look(self, queue: str) -> QueueState:
         state = self._administration.queue(queue)
@@ -467,10 +586,13 @@ class Work:
                 "was removed: --stale."
             )
 
-    def _wait_until_unheld(self, queue: str, address: Address, *, live: bool) -> bool:
+    def _wait_until_unheld(
+        self, queue: str, address: Address, *, live: bool, quorum: bool = False
+    ) -> bool:
         """Wait until it is empty and nobody holds an event of it; False if it is gone.
 
         :param live: whether it may have consumers then.
+        :param quorum: it is a quorum queue of ours; it is deleted then.
         """
         fence: Mover | None = None
         quiet_since: float | None = None
@@ -484,20 +606,16 @@ class Work:
                 state = self._administration.queue(queue)
                 if state is None:
                     return False
-                consumers = state.consumers - (fence is not None)
-                if fence is None and not consumers:
-                    fence = self._fence(queue, address)
-                left = state.messages
-                if fence is not None:
-                    fence.check()
-                    left += fence.under_way
-                self._observe(queue, left, consumers, fence, live=live)
-                quiet_since = None if left else quiet_since or now
+                consumers = max(0, state.consumers - (fence is not None))
+                fence = self._alone(queue, consumers, fence, address, quorum=quorum)
+                left = state.messages + (fence.under_way if fence is not None else 0)
+                self._observe(queue, left, consumers, fence, live=live, quorum=quorum)
+                quiet_since = None if left or (quorum and consumers) else quiet_since or now
                 quiet = 0.0 if quiet_since is None else now - quiet_since
-                if self._is_unheld(queue, consumers, quiet, live=live):
+                if self._is_unheld(queue, consumers, quiet, fence, live=live, quorum=quorum):
                     self._check_keys()
                     if fence is not None:
-                        fence.stop(self._timeout)
+                        self._end(fence, queue, delete=quorum)
                         if fence.moved:
                             self._report(f"{queue}: {fence.moved} moved")
                     return True
@@ -506,13 +624,61 @@ class Work:
             if fence is not None:
                 fence.close()
 
-    def _is_unheld(self, queue: str, consumers: int, quiet: float, *, live: bool) -> bool:
+    def _alone(
+        self, queue: str, consumers: int, fence: Mover | None, address: Address, *, quorum: bool
+    ) -> Mover | None:
+        """The fence as it has to be, with so many consumers beside it."""
+        if fence is None:
+            return None if consumers else self._fence(queue, address)
+        fence.check()
+        if quorum and consumers:
+            # A quorum queue has others beside an exclusive one (3.10, 4.0, 4.3): leave it to them.
+            self._end(fence, queue, delete=False)
+            fence.close()
+            return None
+        return fence
+
+    def _end(self, mover: Mover, queue: str, *, delete: bool) -> None:
+        if delete:
+            self._delete_under(mover, queue)
+        else:
+            mover.stop(self._timeout)
+
+    def _is_unheld(
+        self,
+        queue: str,
+        consumers: int,
+        quiet: float,
+        fence: Mover | None,
+        *,
+        live: bool,
+        quorum: bool,
+    ) -> bool:
         if not quiet or (consumers and not live):
             return False
+        if quorum:
+            return fence is not None and self._is_left(queue, quiet)
         return self._unheld.is_proven(queue, consumers, quiet)
 
+    def _is_left(self, queue: str, quiet: float) -> bool:
+        """The same for a quorum queue, once no consumer is seen.
+
+        Its number of consumers includes each that holds an event, even one that was cancelled, and
+        ``basic.get`` (seen on 3.10, 4.0 and 4.3). But not what the broker itself dead-letters.
+        """
+        if not self._parks:
+            return quiet >= _SETTLED
+        return quiet >= _DEAD_LETTERED or self._unheld.has_none(queue, quiet)
+
     def _observe(
-        self, queue: str, left: int, consumers: int, fence: Mover | None, *, live: bool
+        self,
+        queue: str,
+        left: int,
+        consumers: int,
+        fence: Mover | None,
+        *,
+        live: bool,
+        quorum: bool,
     ) -> None:
         """Show how far it is drained.
 
@@ -526,13 +692,20 @@ class Work:
                 where += "; stop these processes"
         elif left:
             where = f"{left} events are left"
+        elif self._parks:
+            where = (
+                "it is empty; what the broker parks in it becomes a dead letter within 3 minutes"
+            )
+        elif quorum:
+            where = "it is empty"
         else:
             where = "it is empty; a process that ends may still hold events"
         self._watch(f"{queue}: {where}", left)
         if (left > 0, consumers) != self._observed:
             self._observed = (left > 0, consumers)
             self._report(f"{queue}: {where}")
-        self._note((left, consumers, fence and fence.moved), where)
+        parked = self._parks and not left and not consumers and int(time.monotonic())
+        self._note((left, consumers, fence and fence.moved, parked), where)
 
 
 class Migration(Work):
@@ -556,23 +729,6 @@ class Migration(Work):
             return Stage.RETURN
         return Stage.DONE
 
-    def _kind(self) -> Comparison:
-        """Whether the queue is the quorum queue (SAME), or a classic one of ours (DIFFERENT)."""
-        result, why = self._administration.compare(topology.subscriber_queue(self._name))
-        if result is Comparison.UNKNOWN:
-            raise ConfigurationError(f"{self._name!r} cannot be examined: {why}.")
-        if result is Comparison.DIFFERENT:
-            for queue in topology.known_classic(self._name):
-                result, why = self._administration.compare(queue)
-                if result is Comparison.SAME:
-                    return Comparison.DIFFERENT
-            raise TopologyError(
-                f"The queue {self._name!r} has arguments that neither domain-event-broker nor this "
-                f"library has given it: {printable(why, 400)}. Move it by hand, or start a new one "
-                "under another name."
-            )
-        return result
-
     def check(self, unheld: Unheld) -> None:
         """:raises DomainEventsError: it cannot be done safely."""
         if self.stage() not in (Stage.BEGIN, Stage.DRAIN):
@@ -586,6 +742,16 @@ class Migration(Work):
                 "that one event is held (the handler's time, for each event that is prefetched)."
             )
         self._dead_letters_are_classic()
+
+    def _keeping(self) -> Iterator[tuple[Queue, str]]:
+        moving = self._moving
+        for queue in (moving.waiting, moving.drained, moving.dead_letters):
+            yield queue, ""
+        for queue in (
+            topology.subscriber_queue(self._name),
+            topology.dead_letter_queue(self._name),
+        ):
+            yield queue, queue.name
 
     def plan(self, stage: Stage) -> list[str]:
         """What is left to do, a line for each step."""
@@ -681,38 +847,16 @@ class Migration(Work):
             return True
 
         if administration.queue(moving.drained.name) is not None:
-            self._pour("what was in the queue", moving.drained.name, address, drained)
-            self._delete_empty(moving.drained.name)
+            name = moving.drained.name
+            self._pour("what was in the queue", name, address, drained, delete=True)
         if administration.queue(moving.waiting.name) is not None:
-            self._pour("what was published meanwhile", moving.waiting.name, address, waiting)
-            self._delete_empty(moving.waiting.name)
+            name = moving.waiting.name
+            self._pour("what was published meanwhile", name, address, waiting, delete=True)
         self._return_dead_letters()
         self._delete_route(moving.to_drained, moving.drained.name)
         self._delete_route(moving.to_new, self._name)
 
     # --- dead letters ----------------------------------------------------------------------------
-
-    def _dead_letters_are_classic(self) -> bool:
-        name = topology.dead_letter_name(self._name)
-        state = self._administration.queue(name)
-        if state is None:
-            return False
-        if state.consumers:
-            raise TopologyError(
-                f"The queue {name!r} has {state.consumers} consumers; stop these first, since they "
-                "would lose what they hold."
-            )
-        result, why = self._administration.compare(topology.dead_letter_queue(self._name))
-        if result is not Comparison.DIFFERENT:
-            return False
-        result, why = self._administration.compare(topology.classic_dead_letters(self._name))
-        if result is not Comparison.SAME:
-            raise TopologyError(
-                f"The queue {name!r} has arguments that neither domain-event-broker nor this "
-                f"library has given it: {printable(why, 400)}. Export or replay what is in it, "
-                "delete it, and run this again."
-            )
-        return True
 
     def _hold_dead_letters(self) -> None:
         held, route = self._moving.dead_letters, self._moving.to_held_dead_letters
@@ -736,8 +880,8 @@ class Migration(Work):
                 held.name,
                 self._dead_letter_address(moving.to_dead_letters, new.name),
                 keep_deaths=True,
+                delete=True,
             )
-            self._delete_empty(held.name)
         self._delete_route(moving.to_held_dead_letters, held.name)
         self._delete_route(moving.to_dead_letters, new.name)
         _, dlx = topology.old_broker_names(self._name)
@@ -769,7 +913,8 @@ class Renaming(Work):
             return Stage.MOVE
         if administration.queue(topology.dead_letter_name(self._name)) is not None:
             return Stage.RETIRE
-        routes = self._moving.to_new, self._moving.to_dead_letters
+        moving = self._moving
+        routes = moving.to_new, moving.to_dead_letters, moving.to_held_dead_letters
         _, dlx = topology.old_broker_names(self._name)
         if any(administration.has_exchange(name) for name in (*(r.name for r in routes), dlx)):
             return Stage.RETIRE
@@ -779,8 +924,10 @@ class Renaming(Work):
 
     def check(self, unheld: Unheld) -> None:
         """:raises DomainEventsError: it cannot be done safely."""
-        if self.stage() is not Stage.MOVE:
+        if self.stage() is Stage.DONE:
             return
+        self._dead_letters_are_classic()
+        self._kind()
         for queue in (topology.subscriber_queue, topology.dead_letter_queue):
             result, why = self._administration.compare(queue(self._new))
             if result is Comparison.DIFFERENT:
@@ -788,6 +935,12 @@ class Renaming(Work):
                     f"The queue {queue(self._new).name!r} exists with other arguments than this "
                     f"library's quorum queues: {printable(why, 400)}."
                 )
+
+    def _keeping(self) -> Iterator[tuple[Queue, str]]:
+        for declared in (topology.subscriber_queue, topology.dead_letter_queue):
+            old = declared(self._name)
+            yield old, old.name
+            yield declared(self._new), old.name
 
     def plan(self, stage: Stage) -> list[str]:
         """What is left to do, a line for each step."""
@@ -816,7 +969,7 @@ class Renaming(Work):
         due = topology.due_name(self._exchange)
         own = [
             Binding(exchange, self._new, key)
-            for exchange, key in self._bindings.keys
+            for exchange, key in self._keys()
             if exchange != self._exchange
         ]
         if self._administration.has_exchange(due):
@@ -824,7 +977,12 @@ class Renaming(Work):
         self._administration.declare(own)
 
     def _move(self) -> None:
+        kind = self._kind()
+        if kind is Comparison.MISSING:
+            return
         self._declare_new()
+        if kind is Comparison.SAME:
+            self._release_parked()
         address = self._address(self._moving.to_new, self._new)
         state = self._look(self._name)
         if not state.consumers and not self._look(self._new).consumers:
@@ -841,23 +999,47 @@ class Renaming(Work):
 
             self._pour("what was in the queue", self._name, address, ready)
         self._bind(self._new)
-        if not self._wait_until_unheld(self._name, address, live=False):
-            return
-        self._delete_empty(self._name)
+        if kind is Comparison.SAME:
+            self._wait_until_unheld(self._name, address, live=False, quorum=True)
+        elif self._wait_until_unheld(self._name, address, live=False):
+            self._delete_classic(self._name)
+
+    def _delete_classic(self, queue: str) -> None:
+        if not self._administration.delete_classic(queue):
+            raise BrokerUnavailable(f"{queue!r} has messages or consumers again.")
+
+    def _release_parked(self) -> None:
+        """Let the broker dead-letter what it parks in a quorum queue that has no dead letters.
+
+        The exchange shows to a later run that this is not over.
+        """
+        dead_letters = topology.dead_letter_queue(self._name)
+        mark = self._moving.to_held_dead_letters
+        if self._administration.has_exchange(mark.name):
+            self._parks = True
+        elif self._administration.queue(dead_letters.name) is None:
+            self._administration.declare([mark])
+            self._parks = True
+        if self._parks:
+            self._administration.declare([dead_letters])
 
     def _retire(self) -> None:
         self._declare_new()
         moving, administration = self._moving, self._administration
         old, new = topology.dead_letter_name(self._name), topology.dead_letter_name(self._new)
         if administration.queue(old) is not None:
+            quorum = not self._dead_letters_are_classic()
             self._declare_route(moving.to_dead_letters, new)
             self._pour(
                 "dead letters",
                 old,
                 self._dead_letter_address(moving.to_dead_letters, new),
                 keep_deaths=True,
+                delete=quorum,
             )
-            self._delete_empty(old)
+            if not quorum:
+                self._delete_classic(old)
+        self._delete_route(moving.to_held_dead_letters, old)
         self._delete_route(moving.to_dead_letters, new)
         self._delete_route(moving.to_new, self._new)
         _, dlx = topology.old_broker_names(self._name)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from domain_events import settings
+from domain_events.cli import exits
 from domain_events.errors import ConfigurationError
 from domain_events.settings import DEFAULT, ConnectionSettings
 
@@ -51,11 +53,41 @@ def rabbitmq(broker: ConnectionSettings) -> tuple[str, ...]:
     return urls
 
 
+class Number(click.FloatRange):
+    """A number of seconds or the like. Neither nan, which no limit compares with, nor infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class InputFile(click.File):
+    """A file to be read as bytes. One that cannot be opened is an error of files, not of usage."""
+
+    def __init__(self) -> None:
+        super().__init__("rb")
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        raise FileFailed(message)
+
+
+class FileFailed(click.ClickException):
+    """A file cannot be read or written."""
+
+    exit_code = exits.FILE
+
+
 def timeout_option(command: Command) -> Command:
     """``--timeout``: seconds within which the broker must answer each request."""
     return click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Number(min=0, min_open=True),
         default=10.0,
         show_default=True,
         metavar="SECONDS",

@@ -69,7 +69,7 @@ class DatabaseError(click.ClickException):
 )
 @click.option(
     "--idle",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Number(min=0, min_open=True),
     default=1.0,
     show_default=True,
     metavar="SECONDS",

@@ -1,4 +1,4 @@
-"""Which policy is in force for a queue or an exchange. Pure.
+"""Which policy is in force for a queue or an exchange, and which one costs events. Pure.
 
 Of all policies that match, only the one with the highest priority counts, and so with operator
 policies; then both are merged (https://www.rabbitmq.com/docs/parameters#policies).
@@ -23,6 +23,38 @@ _NOT_FOR_QUORUM = {
     "ha-promote-on-shutdown",
     "ha-promote-on-failure",
 }
+
+
+# Keys of a policy by which a queue loses, hides or refuses messages.
+_LOSSY = {
+    "message-ttl",
+    "expires",
+    "max-length",
+    "max-length-bytes",
+    "delivery-limit",
+    # What is given back is in none of the numbers that AMQP shows until its delay is over (4.3).
+    "delayed-retry-type",
+}
+
+
+def lossy(
+    policies: Sequence[Policy], name: str, kind: str, arguments: Mapping[str, Any]
+) -> dict[tuple[str, Any], Policy]:
+    """What is in force for a queue that costs messages, key and value, and by which policy.
+
+    :param arguments: the queue's own; the lower delivery limit counts.
+    """
+    found = {}
+    for policy in in_force(policies, name, kind):
+        for key, value in policy["definition"].items():
+            if key not in _LOSSY or (key == "delayed-retry-type" and value == "disabled"):
+                continue
+            limit = arguments.get("x-delivery-limit")
+            # A negative limit is none from 4.0 on, and on 3.10 the lowest.
+            if key == "delivery-limit" and limit is not None and value >= limit:
+                continue
+            found[key, value] = policy
+    return found
 
 
 def in_force(policies: Sequence[Policy], name: str, kind: str) -> list[Policy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -89,11 +90,11 @@ def _check(broker: Broker, queue: str) -> bool:
             f"The queue {name!r} is in use: {broker.consumers(queue)}. Stop these processes first."
         )
     if state.messages:
-        subscriber = name.removesuffix("-dl")
+        named = shlex.quote(name.removesuffix("-dl"))
         how = (
-            f"replay or discard them first: domain-events dead-letters list {subscriber}"
+            f"replay or discard them first: domain-events dead-letters list {named}"
             if name.endswith("-dl")
-            else f"unbind its keys (domain-events topology prune --unbind {name}=KEY), let its "
+            else f"unbind its keys (domain-events topology prune --unbind {named}=KEY), let its "
             "subscriber handle what is there, stop it, and try again"
         )
         raise TopologyError(f"The queue {name!r} has {_messages(state.messages)}; {how}.")

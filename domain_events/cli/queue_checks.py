@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -377,7 +378,7 @@ def dead_letters(examination: Examination) -> Iterator[Finding]:
                 "operations.rst#retries-without-a-subscriber",
             )
         else:
-            subscriber = name.removesuffix("-dl")
+            subscriber = shlex.quote(name.removesuffix("-dl"))
             yield Finding(
                 _WARNING,
                 f"{state.messages:,} dead letters wait",

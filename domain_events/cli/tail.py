@@ -47,7 +47,7 @@ _STOP_TIMEOUT = 10.0
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="End after N events.")
 @click.option(
     "--duration",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Number(min=0, min_open=True),
     metavar="SECONDS",
     help="End after so long; with exit status 3 if there were fewer events than --limit.",
 )
@@ -55,7 +55,7 @@ _STOP_TIMEOUT = 10.0
 @click.option("--stats", is_flag=True, help="Count the events of each routing key instead.")
 @click.option(
     "--every",
-    type=click.FloatRange(min=0.1),
+    type=options.Number(min=0.1),
     metavar="SECONDS",
     help="With --stats: how often to show them. If left out, at the end.",
 )

@@ -46,6 +46,8 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
             found = found()
         except DomainEventsError:
             raise
+        except SystemExit as error:
+            raise NotImported(_exits(target, error)) from error
         except Exception as error:
             raise NotImported(_with_traceback(target, error)) from error
     if not isinstance(found, kinds):
@@ -58,7 +60,7 @@ def load(target: str, kinds: tuple[type, ...], what: str) -> Any:
 
 def _load(target: str, what: str) -> Any:
     module_name, colon, attribute = target.partition(":")
-    if not module_name or not colon or not attribute:
+    if not module_name or not colon or not attribute or module_name.startswith("."):
         raise click.UsageError(f"{target!r} does not name {what}; write package.module:attribute.")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -73,6 +75,8 @@ def _load(target: str, what: str) -> Any:
         raise NotImported(_with_traceback(module_name, error)) from error
     except DomainEventsError:
         raise
+    except SystemExit as error:
+        raise NotImported(_exits(module_name, error)) from error
     except Exception as error:
         raise NotImported(_with_traceback(module_name, error)) from error
     found: Any = module
@@ -81,6 +85,10 @@ def _load(target: str, what: str) -> Any:
             raise NotImported(f"{module_name!r} has no {printable(attribute)!r}.")
         found = getattr(found, name)
     return found
+
+
+def _exits(name: str, error: SystemExit) -> str:
+    return f"{name!r} cannot be imported: it calls sys.exit({printable(repr(error.code))})."
 
 
 def _with_traceback(module_name: str, error: BaseException) -> str:

@@ -198,8 +198,9 @@ def _connected(
     from domain_events.cli.management import find  # noqa: PLC0415
 
     with Administration(found.broker(broker), timeout=timeout) as administration:
-        administration.server  # noqa: B018 - there is a broker, before others are tried
-        source, reasons = find(management, administration.urls)
+        # There is a broker, before others are tried.
+        cluster = administration.cluster
+        source, reasons = find(management, administration.urls, cluster)
         yield Broker(administration, source, reasons)
 
 

@@ -129,6 +129,11 @@ class Administration:
         found: Mapping[str, Any] = self._do(look)
         return found
 
+    @property
+    def cluster(self) -> str:
+        """The cluster's name; empty if the broker does not state it."""
+        return str(self.server.get("cluster_name", ""))
+
     def queue(self, name: str) -> QueueState | None:
         """The queue of that name; None if there is none.
 
@@ -233,23 +238,58 @@ class Administration:
             lambda error, reason: _missing_or(error, reason, f"The binding of {queue!r}"),
         )
 
-    def delete_queue(self, name: str, *, if_empty: bool = True, if_unused: bool = True) -> None:
+    def delete_queue(
+        self, name: str, *, if_empty: bool = True, if_unused: bool = True, own_consumers: int = 0
+    ) -> None:
         """Delete it; one that does not exist is not an error.
+
+        :param own_consumers: how many consumers are the caller's, and do not count as its use.
 
         Both are checked here and not by the broker, since a quorum queue supports neither
         (NOT_IMPLEMENTED on 3.10 and on 4.3). So unbind the queue before.
 
         :raises TopologyError: it has messages or consumers, and was to have none.
+        :raises BrokerUnavailable: the connection was lost meanwhile, and it is perhaps deleted. It
+            is not tried again, since another program may have declared the queue anew.
         """
         state = self.queue(name)
         if state is None:
             return
-        if (if_empty and state.messages) or (if_unused and state.consumers):
+        if (if_empty and state.messages) or (if_unused and state.consumers > own_consumers):
             raise TopologyError(
                 f"The queue {name!r} is not deleted: it has {state.messages} messages and "
                 f"{state.consumers} consumers."
             )
-        self._do(lambda channel, done: channel.queue_delete(name, callback=done))
+        self._delete_once(name)
+
+    def delete_classic(self, name: str) -> bool:
+        """Delete a classic queue, unless it has messages or consumers; the broker checks both.
+
+        :returns: whether it was done, or it did not exist.
+        :raises BrokerUnavailable: see `delete_queue`.
+        """
+        try:
+            self._delete_once(name, if_unused=True, if_empty=True)
+        except _InUse:
+            return False
+        return True
+
+    def _delete_once(self, name: str, **conditions: bool) -> None:
+        tried = False
+
+        def work(channel: Channel, done: Callable[[object], None]) -> None:
+            nonlocal tried
+            if tried:
+                done(False)
+                return
+            tried = True
+            channel.queue_delete(name, callback=lambda _frame: done(True), **conditions)
+
+        if not self._do(work, partial(_deletion_error, name)):
+            raise BrokerUnavailable(
+                f"The connection was lost while the queue {name!r} was being deleted; check "
+                "whether it still exists."
+            )
 
     def replace_classic(self, queue: Queue, *, if_unused: bool) -> bool:
         """Delete the classic queue of that name if it is empty, and declare this one at once.
@@ -331,6 +371,10 @@ class _Missing(TopologyError):
     """It does not exist."""
 
 
+class _InUse(TopologyError):
+    """It has messages or consumers."""
+
+
 class _Different(TopologyError):
     """It exists with other arguments."""
 
@@ -365,6 +409,14 @@ def _missing_or(error: DomainEventsError, reason: BaseException, what: str) -> D
     if code == ACCESS_REFUSED:
         return ConfigurationError(f"{what} may not be used by this user: {text}")
     return error
+
+
+def _deletion_error(
+    name: str, error: DomainEventsError, reason: BaseException
+) -> DomainEventsError:
+    if close_code(reason) == PRECONDITION_FAILED:
+        return _InUse(f"The queue {name!r} is not deleted: {printable(explain(reason), 400)}.")
+    return _missing_or(error, reason, f"The queue {name!r}")
 
 
 def _comparison_error(error: DomainEventsError, reason: BaseException) -> DomainEventsError:

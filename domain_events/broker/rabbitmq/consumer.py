@@ -18,6 +18,13 @@ without a noticeable delay:
 - after `_LONGEST_WITHHELD` seconds in any case: the next handler may take an hour, and the broker
   redelivers whatever was not acked.
 
+**When acks are forgotten.** While more than 32 commands are under way to a quorum queue, the
+broker's client of the queue keeps further ones back, and forgets them when its channel is closed:
+what was handled would come again. A cancel is answered when the commands before it were performed;
+so what can be settled is settled before it. Since RabbitMQ 4.0 those kept back are sent before it,
+too. Until then, they are sent once the client has seen that others were performed; so it is given
+something more to do, whose answer the queue sends behind that.
+
 **The careful start.** See `CarefulStart`.
 """
 
@@ -404,8 +411,16 @@ class RabbitConsumer:
 
     def _cancel_ok(self, tag: str, _frame: object) -> None:
         self._consumer_tags.pop(tag, None)
-        if self._stopping and not self._consumer_tags:
+        if not self._stopping or self._consumer_tags:
+            return
+        connection, channel = self._link.connection, self._channel
+        keeps_acks = self._queue.counts_failures and connection and connection.release < (4, 0)
+        if not keeps_acks or channel is None or not channel.is_open:
             self._stopped.set()
+            return
+        # See "When acks are forgotten". If it is refused, the channel is closed, and that noticed.
+        seen = self._link.guarded(lambda _frame: self._stopped.set())
+        channel.queue_declare(self._queue.name, passive=True, callback=seen)
 
     def _cancelled(self, _frame: object) -> None:
         # The queue was deleted, or its node is stopping, or a delivery was held for too long

@@ -128,7 +128,10 @@ def read_error(queue: str, code: int, text: str) -> DomainEventsError:
     text = _shown(text)
     if code == NOT_FOUND:
         if "no queue" in text:
-            return TopologyError(f"There is no queue {queue!r}.")
+            return TopologyError(
+                f"There is no queue {queue!r}: a subscriber declares it when it registers. Check "
+                "the name, and the broker and the vhost in the URL."
+            )
         return BrokerUnavailable(f"The queue {queue!r} cannot be reached: {text}.")
     if code == ACCESS_REFUSED:
         return read_permission_error(text)

@@ -81,9 +81,12 @@ class Mover:
         self._keep_deaths = keep_deaths
         self._changed = threading.Condition()
         self.moved = 0
+        self._received = 0
+        self._answered = 0
         self.error: DomainEventsError | None = None
         self._consuming = False
         self._cancelled = False
+        self._ending = False
         self._closed = False
         self._publishing = RabbitPublishing(Nodes(urls), None, "moving")
         self._link = Link(Nodes(urls), "moving", self)
@@ -141,6 +144,25 @@ class Mover:
         self._link.wake(self._cancel)
         self._wait(lambda: self._cancelled and not self.under_way, timeout, "end")
 
+    def finish(self, delete: Callable[[], None], timeout: float) -> None:
+        """Have the queue deleted under this consumer, and wait until all it got is moved.
+
+        So what arrives up to that moment is not lost with the queue: the broker has sent it here
+        before it deletes the queue and cancels the consumer.
+
+        :param delete: deletes the queue, which has no other consumers.
+        :raises DomainEventsError: it was not deleted, one could not be moved, or not within so many
+            seconds.
+        """
+        self._ending = True
+        try:
+            delete()
+            self._wait(lambda: self._cancelled, timeout, "end")
+        finally:
+            # Also when the connection was lost meanwhile: nobody else has these any more.
+            self._wait_for_answers(timeout)
+        self.check()
+
     def close(self) -> None:
         """End; what is not acked by now stays in the old place."""
         self._closed = True
@@ -163,6 +185,19 @@ class Mover:
                     )
                 self._changed.wait(min(left, 1.0))
         self.check()
+
+    def _wait_for_answers(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while self._answered < self._received and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(left, 1.0))
+        if self._answered < self._received:
+            self._fail(
+                BrokerUnavailable(
+                    f"{self._received - self._answered} messages of {self._queue!r} were not "
+                    f"confirmed within {timeout:g} s. {self.trouble or 'No answer'}."
+                )
+            )
 
     # --- the I/O thread of the consuming connection ----------------------------------------------
 
@@ -193,13 +228,7 @@ class Mover:
     def _prepare(self, channel: Channel) -> None:
         guarded = self._link.guarded
         self._channel = channel
-        channel.add_on_cancel_callback(
-            guarded(
-                lambda _frame: self._fail(
-                    BrokerUnavailable(f"The broker has cancelled the consumer of {self._queue!r}.")
-                )
-            )
-        )
+        channel.add_on_cancel_callback(guarded(self._on_cancelled))
         assert self._connection is not None
         self._connection.transport.on_deliver(
             channel.channel_number, guarded(self._on_delivery), self._queue
@@ -232,6 +261,15 @@ class Mover:
         self._cancelled = True
         self._notify()
 
+    def _on_cancelled(self, _frame: object) -> None:
+        if self._ending:
+            self._cancelled = True
+            self._notify()
+        else:
+            self._fail(
+                BrokerUnavailable(f"The broker has cancelled the consumer of {self._queue!r}.")
+            )
+
     def _on_delivery(
         self,
         exchange: str,
@@ -259,6 +297,7 @@ class Mover:
         def done(publication: Publication) -> None:
             self._done(tag, publication.error)
 
+        self._received += 1
         message = Moved(
             ToExchange(to), key, body, mandatory=True, received=properties, encoded=encoded
         )
@@ -286,6 +325,7 @@ class Mover:
 
     def _done(self, tag: int, error: DomainEventsError | None) -> None:
         """A publication was confirmed, or has failed."""
+        self._answered += 1
         if error is not None:
             self._fail(error)
             return
