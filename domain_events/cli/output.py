@@ -24,6 +24,11 @@ from domain_events.text import printable
 
 Item = TypeVar("Item")
 
+#: Columns whose values are not broken into lines.
+_WHOLE = {"id", "event"}
+# The longest other values that are not broken into lines.
+_UNBROKEN = 28
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under these columns."""
@@ -32,10 +37,31 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         for row in rows:
             click.echo("\t".join(_cell(value) for value in row))
         return
-    drawn = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold")
+    console = Console()
+    cells = [[_cell(value) for value in row] for row in rows]
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    needed = 0
+    for number, name in enumerate(columns):
+        longest = max((len(name), *(len(row[number]) for row in cells)))
+        # What is longer may be broken into lines, but not an id: it is copied into a command.
+        is_whole = name.lower() in _WHOLE or longest <= _UNBROKEN
+        needed += (longest if is_whole else _UNBROKEN) + 3
+        drawn.add_column(name, overflow="fold", no_wrap=is_whole)
+    if needed > console.width:  # as psql does it: a block for each row
+        _print_blocks(console, columns, cells)
+        return
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+
+
+def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    indent = max(map(len, columns)) + 2
     for row in rows:
-        drawn.add_row(*(Text(_cell(value)) for value in row))
-    Console().print(drawn)
+        console.print()
+        for name, value in zip(columns, row, strict=True):
+            line = Text.assemble((f"{name:<{indent}}", "bold"), value)
+            console.print(line, overflow="fold", soft_wrap=True)
 
 
 def _cell(value: object) -> str:
