@@ -20,7 +20,6 @@ def test_id_is_in_one_piece_on_any_terminal(
 ) -> None:
     """It is copied into the next command."""
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     output.table(COLUMNS, [ROW, ROW])
     printed = capsys.readouterr().out
