@@ -260,8 +260,10 @@ class Matrix:
             with self._lock:
                 cases = self._publishing.copy()
             for case in cases:
-                self._publish(case)
-                case.sent_while_moving += 1
+                with self._lock:  # not after `published` has ended
+                    if case in self._publishing:
+                        self._publish(case)
+                        case.sent_while_moving += 1
 
     @contextmanager
     def published(self, case: Case) -> Iterator[None]:

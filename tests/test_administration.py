@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
 
 import onlooker
 import pytest
+from faults.proxy import Proxy
 from managed import Managed
-from support import Names
+from pika.channel import Channel
+from support import Names, wait_until
 
-from domain_events import ConfigurationError, DomainEvent, Publisher, Subscriber, TopologyError
+from domain_events import (
+    BrokerUnavailable,
+    ConfigurationError,
+    DomainEvent,
+    Publisher,
+    Subscriber,
+    TopologyError,
+)
 from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Administration, Comparison, QueueState
 from domain_events.broker.rabbitmq.permissions import Permission, to_bind
@@ -100,6 +112,53 @@ def test_queue_with_events_is_not_deleted_unless_that_is_meant(
     administration.delete_queue(name, if_empty=False)
     administration.delete_queue(name)
     assert not onlooker.exists(broker_url, name)
+
+
+def test_classic_queue_in_use_is_kept_by_the_broker_itself(
+    administration: Administration, broker_url: str, names: Names
+) -> None:
+    name = names.queue()
+    with onlooker.channel(broker_url) as channel:
+        channel.queue_declare(name, durable=True)
+        channel.basic_consume(name, lambda _message: None)
+        assert not administration.delete_classic(name)
+    onlooker.publish(broker_url, "", name, b"{}")
+    assert not administration.delete_classic(name)
+    onlooker.take_all(broker_url, name)
+    assert administration.delete_classic(name)
+    assert administration.delete_classic(name)
+    assert not onlooker.exists(broker_url, name)
+
+
+def test_queue_is_not_deleted_again_after_the_connection_was_lost(
+    broker_url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program may have declared it anew, and have events in it."""
+    parts = urlsplit(broker_url)
+    proxy = Proxy(parts.hostname or "", parts.port or 5672)
+    queue_delete = Channel.queue_delete
+
+    def without_answer(channel: Channel, *arguments: Any, **options: Any) -> None:
+        proxy.slow(back=1)
+        queue_delete(channel, *arguments, **options)
+
+    url = broker_url.replace(f":{parts.port}", f":{proxy.port}")
+    try:
+        with Administration(url, timeout=30) as administration, ThreadPoolExecutor(1) as executor:
+            monkeypatch.setattr(Channel, "queue_delete", without_answer)
+            deleted = executor.submit(administration.delete_queue, name)
+            wait_until(lambda: not onlooker.exists(broker_url, name))
+            with onlooker.channel(broker_url) as channel:
+                channel.queue_declare(name, durable=True)
+            onlooker.publish(broker_url, "", name, b"{}")
+            monkeypatch.setattr(Channel, "queue_delete", queue_delete)
+            proxy.cut()
+            proxy.flow()
+            with pytest.raises(BrokerUnavailable, match="connection was lost"):
+                deleted.result()
+    finally:
+        proxy.close()
+    assert onlooker.count(broker_url, name) == 1
 
 
 def test_exchange_in_use_is_not_deleted(

@@ -63,6 +63,13 @@ MOVE: there is OLD's queue.
 RETIRE: there is no OLD, but ``OLD-dl`` or an exchange of OLD's.
     Move the dead letters, and delete the rest.
 DONE: nothing of OLD's is there.
+
+**OLD is a quorum queue**, as a rule. The broker deletes one with whatever is in it, and counts as
+its consumers everybody who holds an event of it. So this is its consumer, too, deletes it when it
+is the only one and nothing is left, and moves what arrived until then (`Mover.finish`). What the
+broker parks in it, since it is to become a dead letter and there is no ``OLD-dl``, is not counted
+at all: then ``OLD-dl`` is declared, and the broker has three minutes; the exchange ``.migrate.dl``
+shows to a later run that they are not over.
 """
 
 from __future__ import annotations
