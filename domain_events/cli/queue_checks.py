@@ -248,7 +248,7 @@ def binding_keys(examination: Examination) -> Iterator[Finding]:
             listed(sorted(found)),
             "RabbitMQ 4.3.5 and later refuse them, and matching them takes very long.",
             "Leave out those that add nothing: '#.#' matches what '#' does.",
-            "concepts.rst#the-words",
+            "concepts.rst#terms",
         )
     if unknown is not None:
         raise unknown
