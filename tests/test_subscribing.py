@@ -6,7 +6,6 @@ What it promises on every broker is in conformance/test_subscribing.py.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import onlooker
@@ -19,7 +18,6 @@ from domain_events import (
     ConfigurationError,
     DomainEvent,
     Publisher,
-    Reject,
     Subscriber,
 )
 from domain_events.broker.rabbitmq.channel import Answer
@@ -47,26 +45,6 @@ def test_long_handler_keeps_the_connection(broker_url: str, names: Names) -> Non
     subscriber.start_consuming(timeout=20)
     assert len(seen) == 1
     assert onlooker.count(broker_url, queue) == 0
-
-
-def test_nothing_is_handled_twice_because_of_orderly_stops(bench: Bench) -> None:
-    """Although the broker keeps acks back under load, and forgets them with their channel."""
-    queue, seen = bench.names.queue(), Counter[str]()
-    subscriber = bench.subscriber()
-
-    def reject(event: DomainEvent) -> None:
-        seen[event.uuid_string] += 1
-        if len(seen) % 150 == 0:
-            subscriber.stop_consuming()
-        raise Reject("its dead letter is to be confirmed, and then acked")
-
-    subscriber.register(reject, queue, ["#"], prefetch_count=1000)
-    events = [DomainEvent("a.b", number) for number in range(3000)]
-    bench.publisher.publish_many(events)
-    while len(seen) < len(events):
-        subscriber.start_consuming(timeout=60)
-    subscriber.start_consuming(timeout=1)
-    assert [number for number in seen.values() if number > 1] == []
 
 
 def test_switched_off_subscriber_does_nothing() -> None:
