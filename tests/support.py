@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,15 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import onlooker
+import pytest
 
 T = TypeVar("T")
+
+#: For tests that take minutes.
+thorough = pytest.mark.skipif(
+    not os.environ.get("DOMAIN_EVENTS_TEST_FAULTS"),
+    reason="takes minutes: set DOMAIN_EVENTS_TEST_FAULTS=1",
+)
 
 DELAY_LEVELS = 24
 

@@ -21,7 +21,7 @@ import onlooker
 import pytest
 from bench import Bench, running
 from pyamqp import Properties
-from support import sooner_than, wait_until
+from support import sooner_than, thorough, wait_until
 
 from domain_events import DeadLetters, DomainEvent, Reject
 from domain_events.broker.rabbitmq import envelope
@@ -84,7 +84,7 @@ def fill(bench: Bench, queue: str, number: int, error: str = "ValueError") -> li
             }
             properties = Properties(headers=headers, message_id=event.uuid_string, delivery_mode=2)
             channel.basic_publish("", f"{queue}-dl", event.to_json().encode(), properties)
-    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == there + number, 120)
+    wait_until(lambda: onlooker.count(bench.url, f"{queue}-dl") == there + number, 600)
     return [event.uuid_string for event in events]
 
 
@@ -523,7 +523,8 @@ print(len(done.stdout.splitlines()), resource.getrusage(resource.RUSAGE_CHILDREN
 """
 
 
-@pytest.mark.slow
+@thorough
+@pytest.mark.timeout(1800)
 def test_a_hundred_thousand_take_bounded_memory(bench: Bench, terminal: Terminal) -> None:
     """They are grouped, exported, and discarded; the last ten of them are found."""
     queue = bench.names.queue()

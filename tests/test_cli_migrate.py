@@ -24,7 +24,7 @@ import raw_amqp
 from managed import Managed
 from migrate_kills import BREAK
 from rabbitmq_node import Node
-from support import Names, wait_until
+from support import Names, thorough, wait_until
 
 from domain_events import DeadLetters, DomainEvent, Publisher, Subscriber
 from domain_events.broker import Publication
@@ -444,7 +444,7 @@ def test_a_quorum_queue_is_not_deleted_while_an_event_of_it_is_held(
     assert kind(service.url, service.name) == "missing"
 
 
-@pytest.mark.slow
+@thorough
 def test_an_event_that_the_broker_parks_is_not_deleted_with_its_queue(
     service: Service, names: Names
 ) -> None:
@@ -478,7 +478,7 @@ def test_an_event_that_the_broker_parks_is_not_deleted_with_its_queue(
     [
         ("migrate", OURS),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=thorough)
             for case in (("migrate", THEIRS), ("rename", OURS), ("rename", THEIRS))
         ),
     ],
@@ -849,7 +849,7 @@ def test_nothing_is_lost_when_it_is_killed_at_some_step(broker_url: str, command
     assert_nothing_was_lost(result)
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nothing_is_lost_when_it_is_killed_at_any_step(broker_url: str, command: str) -> None:
@@ -858,7 +858,7 @@ def test_nothing_is_lost_when_it_is_killed_at_any_step(broker_url: str, command:
     assert_nothing_was_lost(result)
 
 
-@pytest.mark.slow
+@thorough
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mistake", BREAK)
 def test_the_matrix_notices_a_mistake(broker_url: str, mistake: str) -> None:

@@ -85,6 +85,8 @@ def _without_passwords(words: Sequence[str], hidden: dict[str, str]) -> Iterator
     commands: set[str] = set()
     for word in rest:
         name, equals, value = word.partition("=")
+        if "demo" in commands and name.startswith("--b") and "--broker".startswith(name):
+            name = "--broker"  # which its parser lets a user shorten
         if name in _SECRETS:
             if not equals:
                 value = next(rest, "")
