@@ -456,12 +456,14 @@ def test_outage_is_not_a_crash(killable_node: Node, unique: str, tmp_path: Path)
     shop = Shop(killable_node.url, names, tmp_path)
     shop.environment["TIMEOUT"] = "1"
     try:
+        killable_node.sync()
         killable_node.kill()
         run = shop.start("shop:subscriber", "--processes=2", "--max-restarts=0")
         run.saw("trying again in", 2)
         killable_node.start()
         run.saw("Consuming in 2")
         children = run.children()
+        killable_node.sync()
         killable_node.kill()
         killable_node.start()
         for number in range(20):

@@ -35,7 +35,11 @@ class Desk:
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
         }
-        self._environment.pop("PYTEST_ADDOPTS", None)
+        # Without what measures coverage: its remarks are on no page.
+        for name in [
+            each for each in self._environment if each.startswith(("COVERAGE_", "PYTEST_"))
+        ]:
+            del self._environment[name]
 
     def write_mailer(self, number: int) -> None:
         """As the page has it in its next step."""
