@@ -199,7 +199,7 @@ def test_signal_in_a_finalizer_ends_the_command(name: str, status: int, tmp_path
         "    def __del__(self):\n"
         f"        signal.raise_signal(signal.{name})\n"
         "Dropped()\n"
-        "time.sleep(60)\n"
+        "time.sleep(60)  # what the signal, sent again, is to interrupt\n"
     )
     done = shell.run("memory://", "topology", "show", "slow:subscriber", cwd=tmp_path)
     words = {"SIGTERM": "terminated", "SIGINT": "interrupted"}[name]
