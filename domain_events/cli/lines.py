@@ -82,4 +82,6 @@ def value_of(text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise InvalidEvent(f"not UTF-8: {error.reason} at byte {error.start:,}") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidEvent(f"not JSON: {error}") from None
+        raise InvalidEvent(
+            f'not JSON: {error}. Keys and texts take double quotes, as in {{"name": "Ada"}}.'
+        ) from None

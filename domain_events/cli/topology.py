@@ -273,6 +273,7 @@ def prune(
     deleted only if nobody consumes from it and it is empty, and so are its dead letters; before
     that, nothing is unbound.
     """
+    from domain_events.broker.rabbitmq.topology import dead_letter_name  # noqa: PLC0415
     from domain_events.cli import pruning, registrations  # noqa: PLC0415
 
     if stale and not targets:
@@ -286,6 +287,9 @@ def prune(
         if stale:
             bindings += _stale(there, found)
         planned = pruning.plan(there, bindings, retire)
+        for name in retire:
+            if not {name, dead_letter_name(name)}.intersection(planned.retire):
+                remark(f"Note: there is no queue {printable(name)} on the broker.")
         for line in planned.lines():
             click.echo(line)
         if not planned.unbind and not planned.retire:
