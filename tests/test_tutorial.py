@@ -119,10 +119,14 @@ def test_tutorial_works_word_by_word(own_node: Node, tmp_path: Path) -> None:
         desk.run("shop.py", "ada-at-example.org")
         wait_until(lambda: "ValueError" in printed())
 
-        def listed() -> str:
-            return stars(desk.run(*command, "dead-letters", "list", "welcome-mail"))
+        listed = [""]
 
-        wait_until(lambda: listed() == shown("dead_letters.txt"), 30)
+        def is_listed() -> bool:
+            listed[0] = stars(desk.run(*command, "dead-letters", "list", "welcome-mail"))
+            return "ValueError" in listed[0]
+
+        wait_until(is_listed, 120)
+        assert listed[0] == shown("dead_letters.txt")
 
     desk.write_mailer(3)
     with desk.running("mailer.py") as printed:

@@ -136,6 +136,16 @@ def run(arguments: Sequence[str]) -> int:
 
     A command returns its own exit status, or None, which is 0.
     """
+    status = _run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # That of a terminal that was closed meanwhile: Python would try it again at its end, and
+        # make the status 120.
+        if not _is_written(stream):
+            discard(stream)
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         logging.basicConfig(format="domain-events: %(message)s", level=logging.WARNING)
         sys.unraisablehook = _raise_again
