@@ -119,7 +119,7 @@ def _run(
     from domain_events.broker.rabbitmq import topology  # noqa: PLC0415 - quick help
     from domain_events.broker.rabbitmq.administration import Administration  # noqa: PLC0415
     from domain_events.cli import management as sources  # noqa: PLC0415
-    from domain_events.cli import moving  # noqa: PLC0415
+    from domain_events.cli import migration, moving, renaming  # noqa: PLC0415
 
     for each in filter(None, (name, new)):
         check_name(each, "subscriber", exchange)
@@ -131,7 +131,7 @@ def _run(
 
     show = _Show(name, as_json)
     with Administration(broker, timeout=timeout) as administration:
-        kind = moving.Migration if new is None else partial(moving.Renaming, new)
+        kind = migration.Migration if new is None else partial(renaming.Renaming, new)
         work: moving.Work = kind(
             administration,
             name,
