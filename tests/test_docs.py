@@ -27,6 +27,7 @@ import pytest
 import domain_events
 from domain_events import DomainEvent, Publisher, Reject, Subscriber
 from domain_events.outbox import close_couriers
+from domain_events.sqlalchemy import Outbox
 from domain_events.testing import EventBroker
 
 ROOT = Path(__file__).parent.parent
@@ -158,9 +159,14 @@ def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     with EventBroker(virtual_time=False):
         fill()
-        for each in (*earlier, block):
-            exec(compile(each.given, f"given at {each.name}", "exec"), names)
-            exec(compile(each.code, each.name, "exec"), names)
+        try:
+            for each in (*earlier, block):
+                exec(compile(each.given, f"given at {each.name}", "exec"), names)
+                exec(compile(each.code, each.name, "exec"), names)
+        finally:
+            for value in names.values():
+                if isinstance(value, Outbox):  # or it would be of other tests' sessions, too
+                    value.switch_off()
 
 
 def target(text: str, variant: str) -> str:

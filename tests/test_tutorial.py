@@ -91,7 +91,7 @@ def shown(name: str) -> str:
 def stars(text: str) -> str:
     """The text without ids, times and the width of columns."""
     text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "*", text)
-    text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\+00:00)?", "*", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d([+-]\d\d:\d\d)?", "*", text)
     return re.sub(r"[ \t]+", " ", text).strip()
 
 

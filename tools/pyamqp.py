@@ -262,15 +262,23 @@ class Channel:
         self._channel.basic_reject(delivery_tag, requeue)
 
     def basic_consume(
-        self, queue: str, callback: Callable[[Any], object], *, exclusive: bool = False
+        self,
+        queue: str,
+        callback: Callable[[Any], object],
+        *,
+        exclusive: bool = False,
+        auto_ack: bool = False,
     ) -> None:
         """Consume until the channel is closed; `Connection.drain` calls the callback."""
-        self._channel.basic_consume(queue, callback=callback, exclusive=exclusive)
+        self._channel.basic_consume(queue, callback=callback, exclusive=exclusive, no_ack=auto_ack)
 
     def consume(self, queue: str, inactivity_timeout: float) -> Iterator[Received | None]:
-        """Consume until the channel is closed: yields messages as they arrive, else None."""
+        """Consume until the channel is closed: yields messages as they arrive, else None.
+
+        The broker takes them as acked when it has sent them.
+        """
         arrived = deque[Any]()
-        self.basic_consume(queue, arrived.append)
+        self.basic_consume(queue, arrived.append, auto_ack=True)
         while True:
             while arrived:
                 yield _received(arrived.popleft())
