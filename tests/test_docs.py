@@ -228,6 +228,7 @@ def table_of_options(text: str) -> dict[str, str]:
         ("docs/options.rst", "``Subscriber``", Subscriber),
         ("docs/options.rst", "``publish_domain_event``", domain_events.publish_domain_event),
         ("docs/options.rst", "``Publisher``", Publisher),
+        ("docs/options.rst", "``configure``", domain_events.configure),
     ],
 )
 def test_table_of_options_has_each_option_and_its_default(
@@ -249,7 +250,7 @@ def test_table_of_options_has_each_option_and_its_default(
 
 #: Defaults that a table shows in other words.
 IN_WORDS = {
-    "connection_settings": ["the process's"],
+    "connection_settings": ["the process's", "the environment's"],
     "operation": ["PUBLISH"],
     "backoff": ["None", "Backoff()"],
     "prefetch_count": ["None", "200"],
