@@ -194,6 +194,8 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
         for found in (row, lost)
     )
     assert f"- {losses} of {events:,} events lost" in readme
+    page = (ROOT / "docs" / "faults.rst").read_text()
+    assert f"{losses} of {events:,} events in the fifteen minutes" in page
 
 
 def test_all_pages_are_looked_at() -> None:
