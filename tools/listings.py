@@ -7,8 +7,9 @@ in the block after a comment that names it, relative to the page::
 
     .. code-block:: python
 
-A part of a file is ``, lines 3-4`` or ``, after 'text of the line before'``. tests/test_docs.py
-compares the pages with the files.
+A part of a file is ``, lines 3-4``; or it begins with a line, ``, from 'class Plan'``, or after
+one, ``, after 'import Plan'``, and perhaps ends before one, ``, before 'if __name__'``.
+tests/test_docs.py compares the pages with the files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ PAGES = Path(__file__).parent.parent / "docs"
 
 _LISTING = re.compile(
     r"^\.\. listing: (?P<path>[^,\n]+)"
-    r"(?:, lines (?P<first>\d+)-(?P<last>\d+)|, after '(?P<after>[^'\n]+)')?\n\n"
+    r"(?:, lines (?P<first>\d+)-(?P<last>\d+))?"
+    r"(?:, from '(?P<start>[^'\n]+)'|, after '(?P<after>[^'\n]+)')?"
+    r"(?:, before '(?P<before>[^'\n]+)')?\n\n"
     r"(?P<head>\.\. code-block:: \w+\n(?:   :[\w-]+:.*\n)*)\n"
     r"(?P<body>(?:    .*\n|\n)*)",
     re.MULTILINE,
@@ -52,15 +55,23 @@ def _shown(page: Path, found: re.Match[str]) -> str:
     path = page.parent / found["path"].strip()
     if not path.is_file():
         raise ValueError(f"{page.name}: there is no {found['path']}")
-    text = path.read_text()
+    lines = path.read_text().splitlines(keepends=True)
     if found["first"]:
-        return "".join(text.splitlines(keepends=True)[int(found["first"]) - 1 : int(found["last"])])
+        return "".join(lines[int(found["first"]) - 1 : int(found["last"])])
+    if found["start"]:
+        lines = lines[_line(path, lines, found["start"]) :]
     if found["after"]:
-        _, line, rest = text.partition(f"{found['after']}\n")
-        if not line:
-            raise ValueError(f"{page.name}: no line of {path.name} ends with {found['after']!r}")
-        return rest
-    return text
+        lines = lines[_line(path, lines, found["after"]) + 1 :]
+    if found["before"]:
+        lines = lines[: _line(path, lines, found["before"])]
+    return "".join(lines)
+
+
+def _line(path: Path, lines: list[str], text: str) -> int:
+    for number, line in enumerate(lines):
+        if text in line:
+            return number
+    raise ValueError(f"{path.name}: no line has {text!r}")
 
 
 def main() -> int:

@@ -252,6 +252,74 @@ def _span(sheet: Sheet, line: str, y: float, places: dict[str, float]) -> float:
     return y
 
 
+def waiting() -> str:
+    """A retry that waits while the broker is killed."""
+    return (
+        Timeline(
+            "Waiting for a retry: what a crash leaves",
+            "An event waits on disk in the queue of a delay level. When its time has passed, it is "
+            "published to the next level, confirmed there, and only then removed; at the end it "
+            "returns to the queue of its subscriber in the same way. If the broker is killed while "
+            "it waits, it is still there afterwards. If it is killed before the confirm, there may "
+            "be two copies, never none.",
+            ["Delay level", "Next level", "Its queue"],
+        )
+        .work("Delay level", "waits on disk", 34)
+        .kill("Broker killed: it is still there,", "and perhaps comes late")
+        .send("Delay level", "Next level", "time is up")
+        .send("Next level", "Delay level", "confirm")
+        .kill("Killed before the confirm:", "perhaps two copies, never none")
+        .send("Next level", "Its queue", "time is up")
+        .send("Its queue", "Next level", "confirm")
+        .svg()
+    )
+
+
+def poison() -> str:
+    """An event whose handler kills the process."""
+    return (
+        Timeline(
+            "An event that kills its process",
+            "A process gets an event together with others, and its handler kills the process. All "
+            "of them come again, and this event comes alone, so that further failures count for it "
+            "alone. After twenty of them it becomes a dead letter: it is published to the dead "
+            "letters, confirmed there, and acked. The others are handled.",
+            ["Its queue", "Process", "Dead letters"],
+        )
+        .send("Its queue", "Process", "with others")
+        .kill("It kills the process: all come again,", "and it comes alone")
+        .send("Its queue", "Process", "alone")
+        .kill("Killed again: counted for it alone")
+        .send("Its queue", "Process", "the 21st time")
+        .send("Process", "Dead letters", "publish")
+        .send("Dead letters", "Process", "confirm")
+        .send("Process", "Its queue", "ack")
+        .send("Its queue", "Process", "the others")
+        .svg()
+    )
+
+
+def releases() -> str:
+    """Two releases of one subscriber, and a binding key that only the new one lists."""
+    return (
+        Timeline(
+            "Two releases of one subscriber",
+            "The queue delivers an event to a process of the old release, which does not list its "
+            "routing key and hands it back. After half a second, and later up to 15 seconds, the "
+            "event is delivered again, until a process of the new release gets it, handles it and "
+            "acks it. If there is none for 15 minutes, it becomes a dead letter.",
+            ["Old release", "Queue", "New release"],
+        )
+        .send("Queue", "Old release", "a new key")
+        .send("Old release", "Queue", "hand back")
+        .work("Queue", "0.5 to 15 s")
+        .send("Queue", "New release", "a new key")
+        .send("New release", "Queue", "ack")
+        .kill("No new release for 15 minutes:", "a dead letter, with this reason")
+        .svg()
+    )
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "life-of-an-event.svg": life_of_an_event,
     "delay-levels.svg": delay_levels,
@@ -259,6 +327,9 @@ PICTURES: dict[str, Callable[[], str]] = {
     "handling.svg": handling,
     "moving.svg": moving,
     "stopping.svg": stopping,
+    "waiting.svg": waiting,
+    "poison.svg": poison,
+    "releases.svg": releases,
     "io-thread.svg": io_thread,
     "trace.svg": trace,
 }
