@@ -11,6 +11,7 @@ from pathlib import Path
 _TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(_TOOLS))
 
+import fragment  # noqa: E402
 from rabbitmq_node import RELEASES, Node, NodeError, install  # noqa: E402
 
 from benchmarks import (  # noqa: E402
@@ -71,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measure nothing; show stored results, of one run or of runs of different scenarios",
     )
-    options.add_argument("--rst", type=Path, metavar="FILE", help="the tables for the docs")
+    options.add_argument(
+        "--rst", type=Path, metavar="FILE", help="the page of the docs for the tables"
+    )
     options.add_argument("--svg", type=Path, metavar="FOLDER", help="the plots")
     options.add_argument(
         "--profile", choices=profiling.WHAT, help="only show where this library spends its time"
@@ -108,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.bloat:
             table = bloat.table(bloat.measure(options.release))
             if options.rst:
-                options.rst.write_text(tables.list_table(table) + "\n")
+                fragment.write(options.rst, tables.list_table(table) + "\n")
             print(tables.aligned(table))
             return 0
         if options.show:
@@ -145,7 +148,7 @@ def _outboxes(options: argparse.Namespace) -> None:
     if options.json:
         outcome.save(options.json)
     if options.rst:
-        options.rst.write_text(outbox.as_rst(outcome))
+        fragment.write(options.rst, outbox.as_rst(outcome))
     print(outbox.as_text(outcome))
 
 
@@ -205,15 +208,15 @@ def _measure(options: argparse.Namespace) -> Results:
 def _show(results: Results, options: argparse.Namespace) -> None:
     if options.json:
         results.save(options.json)
-    titles = plots.write(results, options.svg) if options.svg else {}
+    words = plots.write(results, options.svg) if options.svg else {}
     if options.rst:
         # As seen from the page that includes the tables.
         paths = {
-            os.path.relpath(options.svg / name, options.rst.parent): title
-            for name, title in titles.items()
+            os.path.relpath(options.svg / name, options.rst.parent): shown
+            for name, shown in words.items()
             if not name.startswith("headline-")
         }
-        options.rst.write_text(tables.as_rst(results, paths))
+        fragment.write(options.rst, tables.as_rst(results, paths))
     print(tables.as_text(results))
 
 

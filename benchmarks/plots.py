@@ -62,18 +62,18 @@ class Line:
 def write(results: Results, folder: Path) -> dict[str, str]:
     """Write one plot for each scenario and kind of queue, and those of the headlines.
 
-    :return: the title of each, by its file's name; those of the headlines come first.
+    :return: in words, what each shows, by its file's name; those of the headlines come first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    titles = {}
-    for name, title, picture in (*headlines(results), *pictures(results)):
-        (folder / name).write_text(picture)
-        titles[name] = title
-    return titles
+    words = {}
+    for name, sheet in (*headlines(results), *pictures(results)):
+        (folder / name).write_text(sheet.svg())
+        words[name] = f"{sheet.title}. {sheet.description}"
+    return words
 
 
-def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
-    """Name, title and content of three that state their point in the title.
+def headlines(results: Results) -> Iterator[tuple[str, Sheet]]:
+    """Three that state their point in the title, by the names of their files.
 
     From quorum queues, which are the default, and without the clients that promise less.
     """
@@ -93,7 +93,7 @@ def headlines(results: Results) -> Iterator[tuple[str, str, str]]:
         if ours and theirs:
             title = point.format(ours[0] / max(theirs))
             unit = "Events/s" if name == "consume" else "Confirmed events/s"
-            yield f"headline-{name}.svg", title, bar_chart(title, bars, unit)
+            yield f"headline-{name}.svg", bar_chart(title, bars, unit)
 
 
 def _competes(peer: Peer, scenario: str) -> bool:
@@ -102,8 +102,8 @@ def _competes(peer: Peer, scenario: str) -> bool:
     return {"publish": peer.synchronous, "threads": peer.has_threads}.get(scenario, True)
 
 
-def pictures(results: Results) -> Iterator[tuple[str, str, str]]:
-    """Name, title and content of each."""
+def pictures(results: Results) -> Iterator[tuple[str, Sheet]]:
+    """All others, by the names of their files."""
     for scenario in scenarios(quick=results.quick):
         figure = scenario.figures[0]
         unit = f"{figure.title}{'' if figure.unit[:1] == '/' else ', '}{figure.unit}"
@@ -111,7 +111,7 @@ def pictures(results: Results) -> Iterator[tuple[str, str, str]]:
             lines = _lines_of(results, scenario)
             if lines:
                 title = f"{scenario.title} ({unit})"
-                yield f"{scenario.name}.svg", title, line_chart(title, scenario.series, lines)
+                yield f"{scenario.name}.svg", line_chart(title, scenario.series, lines)
             continue
         for variant in results.variants(scenario.name):
             bars = _bars_of(results, scenario, variant)
@@ -119,7 +119,7 @@ def pictures(results: Results) -> Iterator[tuple[str, str, str]]:
                 name = f"{scenario.name}-{variant}.svg" if variant else f"{scenario.name}.svg"
                 where = f", {variant} queue" if variant else ""
                 title = f"{scenario.title}{where} ({unit})"
-                yield name, title, bar_chart(title, bars)
+                yield name, bar_chart(title, bars)
 
 
 def _bars_of(results: Results, scenario: Scenario, variant: str) -> list[Bar]:
@@ -154,7 +154,7 @@ def _lines_of(results: Results, scenario: Scenario) -> list[Line]:
     return lines
 
 
-def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
+def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> Sheet:
     """Horizontal bars from the best to the worst; a thin line is the range of the samples.
 
     :param unit: a line below the title.
@@ -184,12 +184,18 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
             y + _BAR,
         )
         sheet.text(max(high, _LABELS + width) + 6, middle + 4, short(bar.summary.median))
-    return sheet.svg()
+    return sheet
 
 
-def line_chart(title: str, axis: str, lines: Sequence[Line]) -> str:
+def line_chart(title: str, axis: str, lines: Sequence[Line]) -> Sheet:
     """Lines over two logarithmic axes."""
-    sheet = Sheet(title, f"By {axis}: {', '.join(line.label for line in lines)}.", _RULES)
+    courses = "; ".join(
+        f"{line.label} from {short(line.points[0][1])} to {short(line.points[-1][1])}"
+        for line in lines
+    )
+    first, last_one = lines[0].points[0][0], lines[0].points[-1][0]
+    description = f"From {short(first)} to {short(last_one)}, {axis}: {courses}."
+    sheet = Sheet(title, description, _RULES)
     top = sheet.heading(title) + 6
     bottom, left, right = top + 190, 62, WIDTH - 20
     across = _Scale([x for line in lines for x, _ in line.points], left, right)
@@ -214,7 +220,7 @@ def line_chart(title: str, axis: str, lines: Sequence[Line]) -> str:
         y = bottom + 56 + number * 18
         sheet.shape(f'<path class="{colour}" d="M14 {y - 4:g}H34"/>', y)
         sheet.text(40, y, line.label, "bold" if number == 0 else "")
-    return sheet.svg()
+    return sheet
 
 
 class _Scale:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,16 @@ from benchmarks.targets import Verdict, verdicts
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title."""
+    """Rows of text under a title.
+
+    :ivar scenario: the name of the scenario that it is about, as the files of its plots have it.
+    """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    scenario: str = ""
 
 
 def value(number: float, figure: Figure) -> str:
@@ -57,7 +62,8 @@ def _of_scenario(results: Results, scenario: Scenario) -> Table:
             (label, *(_cell(results, scenario, label, names[0], each) for each in scenario.figures))
             for label in variants
         ]
-        return Table(f"{scenario.title} (this library)", head, tuple(rows), tuple(notes))
+        title = f"{scenario.title} (this library)"
+        return Table(title, head, tuple(rows), tuple(notes), scenario.name)
     columns = [(label, figure) for label in variants for figure in scenario.figures]
     head = ("", *(_column(scenario, label, figure) for label, figure in columns))
     rows = []
@@ -69,7 +75,7 @@ def _of_scenario(results: Results, scenario: Scenario) -> Table:
         notes += [f"{BY_NAME[name].title}: failed: {error}" for error in sorted(errors)]
     left_out = [peer for peer in PEERS if scenario.name in peer.cannot and not scenario.peers]
     notes += [f"{peer.title}: {peer.cannot[scenario.name]}" for peer in left_out]
-    return Table(scenario.title, head, tuple(rows), tuple(notes))
+    return Table(scenario.title, head, tuple(rows), tuple(notes), scenario.name)
 
 
 def _column(scenario: Scenario, label: str, figure: Figure) -> str:
@@ -146,20 +152,30 @@ def _column_of(cells: Sequence[str]) -> list[str]:
 
 
 def as_rst(results: Results, plots: Mapping[str, str] | None = None) -> str:
-    """Plots and tables, to be included by a page of the documentation.
+    """Sections for a page of the documentation: of each scenario its plots, then its table.
 
-    :param plots: the title of each image, by the path of its file.
+    :param plots: in words, what each image shows, by the path of its file.
     """
     parts = [heading(results)]
-    parts += [f".. image:: {path}\n   :alt: {title}" for path, title in (plots or {}).items()]
     for table in tables(results):
-        parts.append(list_table(table))
+        parts.append(f"\n{table.title}\n{'-' * len(table.title)}")
+        parts += [
+            f".. image:: {path}\n   :alt: {words}"
+            for path, words in (plots or {}).items()
+            if _scenario_of(path) == table.scenario
+        ]
+        parts.append(list_table(table, titled=False))
         parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
     return "\n\n".join(parts) + "\n"
 
 
-def list_table(table: Table) -> str:
-    lines = [f".. list-table:: {table.title}", "   :header-rows: 1", "   :stub-columns: 1", ""]
+def _scenario_of(path: str) -> str:
+    return re.split("[-.]", path.rpartition("/")[2])[0]
+
+
+def list_table(table: Table, *, titled: bool = True) -> str:
+    title = f" {table.title}" if titled else ""
+    lines = [f".. list-table::{title}", "   :header-rows: 1", "   :stub-columns: 1", ""]
     for row in (table.head, *table.rows):
         for number, cell in enumerate(row):
             mark = "   * -" if number == 0 else "     -"

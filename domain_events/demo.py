@@ -44,15 +44,20 @@ _BROKER_HELP = f"""
 """
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``domain-events demo``; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Its options, as ``--help`` shows them."""
+    options = argparse.ArgumentParser(
         prog="domain-events demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--broker", metavar="URL", nargs="?", const="", help=_BROKER_HELP)
-    options = parser.parse_args(arguments)
+    options.add_argument("--broker", metavar="URL", nargs="?", const="", help=_BROKER_HELP)
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``domain-events demo``; returns the exit status."""
+    options = parser().parse_args(arguments)
     try:
         if options.broker is None:
             run()

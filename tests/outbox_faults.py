@@ -42,6 +42,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 
+import fragment
 import onlooker
 from databases import MariaDB, PostgreSQL, Server
 from faults.broker import HAND_ON
@@ -841,7 +842,7 @@ def main() -> int:
 def finish(written: str, path: Path | None) -> int:
     print(written)
     if path is not None:
-        path.write_text(written)
+        fragment.write(path, written)
     return 0
 
 

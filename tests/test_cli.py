@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import command_line
 import onlooker
 import pytest
 import shell
@@ -41,6 +42,13 @@ def test_help_takes_no_broker_and_less_than_a_second(command: tuple[str, ...]) -
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: domain-events" in done.stdout.lower()
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_reference_is_what_the_help_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/command-line.rst; `python tools/command_line.py` changes nothing."""
+    for name in ("FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    assert command_line.PAGE.read_text() == command_line.page()
 
 
 def test_script_and_module_behave_the_same() -> None:

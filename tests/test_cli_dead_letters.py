@@ -275,6 +275,20 @@ def test_replay_is_not_stopped_by_failures_of_others(bench: Bench, terminal: Ter
 # --- copies --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["replay", "discard"])
+def test_id_that_is_not_there_is_named_by_the_status(
+    bench: Bench, terminal: Terminal, command: str
+) -> None:
+    """A script must not take a mistyped id for a dead letter that was replayed."""
+    queue = bench.names.queue()
+    there, _ = fill(bench, queue, 2)
+    ids = ["--id", there, "--id", "055a3b06-5eff-468b-8f30-50721ebbe2be"]
+    for how, status in (("--dry-run", 3), ("--yes", 3), ("--yes", 3)):
+        remarks = terminal.run("dead-letters", command, queue, *ids, how, status=status)[1]
+    assert "Not there: 2 of the 2 that --id names." in remarks
+    assert onlooker.count(bench.url, f"{queue}-dl") == 1
+
+
 def test_what_is_discarded_can_be_imported_again(bench: Bench, terminal: Terminal) -> None:
     """It is the same dead letter then; twice imported, it is there once."""
     queue = bench.names.queue()
@@ -502,8 +516,11 @@ def test_undelivered_retries_are_listed_returned_and_discarded(
     rows = terminal.rows("undelivered", "list", *exchange)
     assert [row["ID"] for row in rows] == [event.uuid_string for event in events]
     assert {row["SUBSCRIBER"] for row in rows} == {first, second}
-    _, remarks = terminal.run("undelivered", "return", first, *exchange, "--limit", "4", "--yes")
+    begun = time.monotonic()
+    slowly = "--limit", "4", "--rate", "2", "--yes"
+    _, remarks = terminal.run("undelivered", "return", first, *exchange, *slowly)
     assert remarks == "4 were returned.\n"
+    assert time.monotonic() - begun >= 1.5
     assert taken(bench.url, first) == [event.uuid_string for event in events[:4]]
     discard = "undelivered", "discard", "--subscriber", second, "--yes", "--to", "copy.jsonl"
     _, remarks = terminal.run(*discard, *exchange)

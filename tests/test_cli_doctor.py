@@ -243,7 +243,7 @@ def test_what_cannot_be_read_is_named_with_what_would_make_it_readable(patient: 
 
 
 def test_every_check_is_documented_and_every_link_leads_somewhere() -> None:
-    table = (DOCS / "operating-doctor.inc").read_text()
+    table = (DOCS / "operating-doctor.rst").read_text()
     for name in CHECKS:
         assert f"* - ``{name}``" in table, name
     anchors = set()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from domain_events.cli.routing import Route, distance, matching, nearest
 from domain_events.names import matches
 
-EXAMPLES = ROOT / "docs" / "examples"
+EXAMPLES = ROOT / "examples" / "several-handlers"
 
 # ------------------------------------------------------------------ from the code
 

@@ -346,7 +346,7 @@ def test_what_arrives_as_the_queue_is_deleted_is_moved(
 
 
 def test_a_service_is_migrated_by_the_documented_steps(service: Service) -> None:
-    """docs/operating-migrate.inc: no event is lost, and hardly any handled twice."""
+    """docs/operating-migrate.rst: no event is lost, and hardly any handled twice."""
     service.deploy(THEIRS, "dead_letter=1")
     with service.published():
         # 1. A release of this library, on the old queue.
@@ -559,8 +559,8 @@ def test_dead_letters_keep_their_order_and_their_reason(
 
 
 def test_the_commands_print_what_is_documented(killable_node: Node, tmp_path: Path) -> None:
-    """docs/operating-migrate.inc, from the top to the bottom, with one process of the service."""
-    page = (Path(__file__).parent.parent / "docs" / "operating-migrate.inc").read_text()
+    """docs/operating-migrate.rst, from the top to the bottom, with one process of the service."""
+    page = (Path(__file__).parent.parent / "docs" / "operating-migrate.rst").read_text()
     blocks = re.findall(r"^( +)\$ (domain-events .*)\n((?:\1.*\n)+)", page, re.M)
     assert len(blocks) == page.count("$ domain-events") == 3
     program = tmp_path / "domain-events"

@@ -183,6 +183,7 @@ def test_discarding_asks_on_a_terminal(shop: Shop, tmp_path: Path) -> None:
         ("shop", 2, "write package.module:attribute"),
         ("env:NOWHERE", 2, "NOWHERE is not set"),
         ("sqlite:///empty.db", 2, "there is no table domain_events_outbox"),
+        ("sqlite:///mistyped.db", 11, "there is no file mistyped.db"),
         ("orakel://a:geheim@h/d", 2, "not one that SQLAlchemy knows"),
         ("postgresql+psycopg://a:geheim@127.0.0.1:1/d", 11, "cannot be used"),
     ],
@@ -190,8 +191,10 @@ def test_discarding_asks_on_a_terminal(shop: Shop, tmp_path: Path) -> None:
 def test_what_is_not_an_outbox_is_one_line_with_a_status(
     shop: Shop, tmp_path: Path, target: str, status: int, words: str
 ) -> None:
+    (tmp_path / "empty.db").touch()
     done = shell.run("memory://", "relay", target, "--status", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (status, "")
+    assert not (tmp_path / "mistyped.db").exists()
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert "geheim" not in done.stderr

@@ -709,7 +709,7 @@ def test_probes_are_those_of_all_processes(shop: Shop, unused_port: int, tmp_pat
 
 # --- deployments ---------------------------------------------------------------------------------
 
-DEPLOY = TESTS.parent / "docs/deploy"
+DEPLOY = TESTS.parent / "examples/workers"
 
 
 def of_systemd() -> list[str]:

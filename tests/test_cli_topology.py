@@ -35,7 +35,7 @@ from domain_events import DeadLetters, DomainEvent, Publisher, Retry, Subscriber
 from domain_events.broker.rabbitmq.topology import subscriber_queue
 from domain_events.cli import drawing
 
-EXAMPLES = ROOT / "docs" / "examples"
+EXAMPLES = ROOT / "examples" / "several-handlers"
 PICTURE = ROOT / "docs" / "topology-example.svg"
 # The arguments of a subscriber's queue.
 QUORUM = dict(subscriber_queue("mails").arguments)
@@ -353,7 +353,7 @@ two.register(print, 'short', ['#'])
 
 def test_documentation_shows_what_the_commands_print(managed: Managed) -> None:
     """All of its commands in their order, word by word."""
-    page = (ROOT / "docs" / "operating-topology.inc").read_text()
+    page = (ROOT / "docs" / "operating-topology.rst").read_text()
     names = Names(managed.url, "")
     names.add(exchange="domain-events")
     for queue in ("invoices", "mails"):

@@ -1783,28 +1783,6 @@ def test_event_of_a_process_that_dies_after_the_commit_is_relayed(
             wait_until(lambda: programs.execute(count) == [(0,)])
 
 
-def test_example_runs() -> None:
-    """The shop of the documentation, with its tests."""
-    examples = TESTS.parent / "docs/examples"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(examples), str(TESTS.parent)]),
-        "DJANGO_SETTINGS_MODULE": "bookshop.settings",
-    }
-    for command in (["check"], ["test", "bookshop"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "django", *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "no issues" in done.stdout + done.stderr
-    assert "Ran 2 tests" in done.stderr
-
-
 def test_command_without_a_broker_fails_without_a_traceback(programs: Shop) -> None:
     programs.environment["DOMAIN_EVENTS_URL"] = NOWHERE
     failed = programs.manage("consume_domain_events")

@@ -6,11 +6,13 @@ A comment before a block says what a reader has by then:
 - ``.. goes on``: in the namespace of the block before;
 - ``.. run as a program``: in a process of its own;
 - ``.. run by`` and the test that runs it with more around it;
+- ``.. listing:`` with the file that it is; tests/test_examples.py runs those;
 - ``.. not run:`` with the reason.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import listings
 import pytest
 
 import domain_events
@@ -70,7 +73,7 @@ def blocks() -> Iterator[Block]:
             line = lines[number]
             body, end = indented(lines, number)
             if re.fullmatch(
-                r"\s*\.\. (given:|goes on|run as a program|run by .+|not run: .+)", line
+                r"\s*\.\. (given:|goes on|run as a program|run by .+|listing: .+|not run: .+)", line
             ):
                 comment, given = line.strip()[3:], body
                 number = end
@@ -100,7 +103,7 @@ def namespaces() -> dict[str, list[Block]]:
     before: list[Block] = []
     for block in blocks():
         before = [*before, block] if block.comment == "goes on" else [block]
-        if not block.comment.startswith(("run by ", "not run:")):
+        if not block.comment.startswith(("run by ", "listing:", "not run:")):
             found[block.name] = before
     return found
 
@@ -171,7 +174,7 @@ def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
 
 def target(text: str, variant: str) -> str:
     """What was measured of a target, in the table of the documentation."""
-    table = (ROOT / "docs" / "performance-4.3.inc").read_text()
+    table = (ROOT / "docs" / "measurements-4.3.rst").read_text()
     found = re.search(rf"\* - {re.escape(text)}\n +- {variant}\n +- .+\n +- (.+)x\n", table)
     assert found, text
     return found[1]
@@ -183,7 +186,7 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
     assert f"- {bulk} times as many confirmed events a second" in readme
     consumed = target("Consuming, of the best Python peer's, default options", "quorum")
     assert f"and {consumed} times as many consumed" in readme
-    faults = (ROOT / "docs" / "faults.inc").read_text()
+    faults = (ROOT / "docs" / "faults.rst").read_text()
     mixed = faults.partition("**mixed**")[2].partition("\n**")[0]
     row = re.search(r"events whose publish returned\n((?: +- [\d,]+\n)+)", mixed)
     lost = re.search(r"LOST \(must be 0\)\n((?: +- \d+\n)+)", mixed)
@@ -194,8 +197,43 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
         for found in (row, lost)
     )
     assert f"- {losses} of {events:,} events lost" in readme
-    page = (ROOT / "docs" / "faults.rst").read_text()
-    assert f"{losses} of {events:,} events in the fifteen minutes" in page
+    assert f"{losses} of {events:,} events in the fifteen minutes" in faults
+
+
+@pytest.mark.parametrize("page", listings.PAGES.glob("*.rst"), ids=lambda page: str(page.name))
+def test_what_a_page_lists_is_the_file(page: Path) -> None:
+    """`python tools/listings.py` changes nothing."""
+    assert listings.filled(page) == page.read_text()
+
+
+def test_page_needs_nothing_that_a_repository_does_not_render() -> None:
+    """A directive of Sphinx that shows text shows nothing there."""
+    for page in PAGES:
+        found = re.findall(r"^\.\. (?:literal)?include:: .*", page.read_text(), re.M)
+        assert found == [], page.name
+
+
+def test_reference_describes_everything_in_words_too() -> None:
+    """On a repository, `docs/api.rst` is a list of names and of what each one is."""
+    text = (ROOT / "docs" / "api.rst").read_text()
+    names = re.findall(r"^\.\. auto(?:function|class|exception):: ([\w.]+)", text, re.M)
+    assert len(names) > 30
+    for name in names:
+        listed = re.search(rf"^- `(?:[\w.]+\.)?{re.escape(name)}`: (.+)$", text, re.M)
+        in_the_tree = re.search(rf"^    \W*{name}\b", text, re.M)
+        assert listed or in_the_tree, name
+        if listed:
+            words = inspect.getdoc(_named(name)) or ""
+            assert " ".join(words.split("\n\n")[0].split()) == listed[1]
+
+
+def _named(name: str) -> object:
+    module, _, own = name.rpartition(".")
+    for each in (module, "domain_events", "domain_events.probes"):
+        if each and hasattr(importlib.import_module(each), own):
+            found: object = getattr(importlib.import_module(each), own)
+            return found
+    raise AssertionError(name)
 
 
 def test_all_pages_are_looked_at() -> None:

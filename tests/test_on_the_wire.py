@@ -5,11 +5,17 @@ The promises are held on every broker, in conformance/; here is how RabbitMQ is 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import re
+import textwrap
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import onlooker
 import pytest
@@ -21,6 +27,7 @@ from domain_events import (
     Backoff,
     DeadLetters,
     DomainEvent,
+    EventUnroutable,
     Reject,
     Retry,
     Subscriber,
@@ -402,6 +409,71 @@ def test_dead_letter_carries_its_reason_in_headers(bench: Bench) -> None:
     assert headers["domain-events-routing-key"] == "user.registered"
     assert headers["domain-events-subscriber"] == queue
     assert headers["domain-events-retries"] == 0
+
+
+# ------------------------------------------------------------------ other programs
+
+WIRE = Path(__file__).parent.parent / "docs" / "wire.rst"
+
+
+def programs_of_the_page(url: str, names: dict[str, str]) -> Iterator[str]:
+    """Those of docs/wire.rst, with the address of a broker and with names of the test's own."""
+    parts = urlsplit(url)
+    user, password = (unquote(each or "guest") for each in (parts.username, parts.password))
+    address = f"'{parts.hostname}:{parts.port or 5672}', {user!r}, {password!r}"
+    address += f", login_method='PLAIN', virtual_host={unquote(parts.path[1:]) or '/'!r}"
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", WIRE.read_text())
+    for block in blocks:
+        code = textwrap.dedent(block).replace("'localhost:5672'", address)
+        for name, own in names.items():
+            code = code.replace(f"'{name}'", f"'{own}'")
+        yield code
+
+
+class Enough(Exception):
+    """Ends a program that would consume for ever."""
+
+
+def test_programs_without_this_library_publish_and_subscribe(bench: Bench) -> None:
+    """docs/wire.rst, word by word but for the address and the names."""
+    other = bench.names.queue("newsletter")
+    names = {"domain-events": bench.exchange, "newsletter": other}
+    publish, subscribe = programs_of_the_page(bench.url, names)
+
+    subscriber, seen = bench.subscriber(), list[DomainEvent]()
+    subscriber.register(seen.append, bench.names.queue(), ["user.registered"])
+    with running(subscriber):
+        exec(publish, {})
+        wait_until(lambda: seen)
+    (event,) = seen
+    assert (event.data, event.domain_object_id) == ({"user_id": 42}, "42")
+
+    worked: list[tuple[object, ...]] = []
+
+    def do_the_work(*what: object) -> None:
+        if worked:
+            raise Enough
+        worked.append(what)
+
+    def consume() -> None:
+        with contextlib.suppress(Enough):
+            exec(subscribe, {"do_the_work": do_the_work})
+
+    def published() -> DomainEvent | None:
+        renamed = DomainEvent("user.renamed", {"user_id": 42})
+        try:
+            return bench.publisher.publish(renamed, mandatory=True)
+        except EventUnroutable:  # its queue is not bound yet
+            return None
+
+    program = threading.Thread(target=consume, daemon=True)
+    program.start()
+    renamed = wait_until(published)
+    bench.publish("user.renamed")
+    program.join(30)
+    assert worked == [("user.renamed", renamed.uuid_string, {"user_id": 42})]
+    # The first was acked, and not the second.
+    wait_until(lambda: onlooker.count(bench.url, other) == 1)
 
 
 # ------------------------------------------------------------------ temporary queues

@@ -329,7 +329,8 @@ ALL = Permissions(".*", ".*", ".*")
 def documented(role: str, exchange: str, queue: str) -> Permissions:
     """What the documentation says that a user of this role needs."""
     text = DOCUMENTATION.read_text()
-    rows = re.findall(r"   \* - (.*)\n     - ``(.*)``\n     - ``(.*)``\n     - ``(.*)``\n", text)
+    kinds = "".join(rf"    - {kind}: ``(.*)``\n" for kind in Permissions._fields)
+    rows = re.findall(rf"^(\S.*)\n{kinds}", text, re.MULTILINE)
     (found,) = [row[1:] for row in rows if row[0] == role]
     return Permissions(
         *(

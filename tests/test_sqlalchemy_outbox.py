@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -935,47 +933,3 @@ def test_old_notes_can_be_pruned_by_hand(engine: Engine) -> None:
             prune_inbox(wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="keep must be a positive number of seconds"):
         prune_inbox(engine, keep=0)
-
-
-# --- the example of the documentation ------------------------------------------------------------
-
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-
-
-@pytest.mark.parametrize(
-    ("example", "kind"),
-    [
-        ("test_flask_shop.py", "sqlite"),
-        ("test_flask_shop.py", "postgresql"),
-        ("test_fastapi_shop.py", "postgresql"),
-    ],
-)
-def test_example_of_the_documentation_passes_its_tests(
-    example: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """As a user runs them."""
-    url = f"sqlite:///{tmp_path}/shop.db"
-    if kind != "sqlite":
-        url = request.getfixturevalue(kind).sqlalchemy_url
-    ran = subprocess.run(
-        [
-            sys.executable,
-            *[
-                "-m",
-                "pytest",
-                "-c",
-                "/dev/null",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                example,
-            ],
-        ],
-        cwd=EXAMPLES,
-        env={**os.environ, "DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert "3 passed" in ran.stdout, ran.stdout + ran.stderr

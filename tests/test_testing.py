@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 from uuid import uuid4
@@ -41,7 +38,6 @@ from domain_events.message import Message, ToSubscriber
 from domain_events.publisher import publish_domain_event as imported_elsewhere
 from domain_events.testing import EventBroker, Outcome
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 NOWHERE = "amqp://guest:guest@localhost:1/%2F"
 
 pytest_plugins = ["pytester"]
@@ -436,31 +432,6 @@ def test_snippets_work_on_the_embedded_broker() -> None:
     publish_domain_event("user.registered", {"user_id": 42})
     subscriber.start_consuming()
     assert seen == [{"user_id": 42}]
-
-
-PYTEST = ["pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"]
-
-
-@pytest.mark.parametrize(
-    ("command", "tests", "passed"),
-    [
-        (PYTEST, "test_shop.py", "7 passed"),
-        (["unittest"], "test_shop_unittest", "Ran 2 tests"),
-        (PYTEST, "test_accounts.py", "5 passed"),
-    ],
-)
-def test_examples_of_the_documentation_pass(command: list[str], tests: str, passed: str) -> None:
-    """As a user runs them: pytest finds the fixture by itself."""
-    ran = subprocess.run(
-        [sys.executable, "-m", *command, tests],
-        cwd=EXAMPLES,
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert passed in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("exchange_type", ["topic", "direct", "fanout"])

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import click
 
 from domain_events.checks import shown
-from domain_events.cli import output
+from domain_events.cli import exits, output
+from domain_events.cli.options import Number
 from domain_events.cli.selection import Letter, Selection, Where, failed_at, parse_time
 from domain_events.dead_letters import DeadLetter
 from domain_events.undelivered import Undelivered, UndeliveredEvent
@@ -145,6 +146,16 @@ def acting_options(command: Command) -> Command:
     return click.option("--dry-run", is_flag=True, help="Only show which ones.")(command)
 
 
+def rate_option(command: Command) -> Command:
+    """``--rate``, for commands that hand events to a subscriber."""
+    return click.option(
+        "--rate",
+        type=Number(min=0, min_open=True),
+        metavar="N",
+        help="At most so many events each second.",
+    )(command)
+
+
 def walked(walks: Walks, letters: Iterable[AnyLetter], what: str) -> Iterator[AnyLetter]:
     """The letters of a walk, with a bar on a terminal that shows how far it is."""
     total = walks.count() if sys.stderr.isatty() else None
@@ -177,6 +188,15 @@ def approved(
         chosen = frozenset(each for each in ids if each is not None)
         return Choice(Selection(ids=chosen), number, newest=True)
     return Choice(choice.selection, number)
+
+
+def status_of(choice: Choice, number: int) -> int:
+    """The exit status of a command that has found so many: not all whose ids were named?"""
+    named = len(choice.selection.ids)
+    if number >= min(named, choice.limit or named):
+        return exits.OK
+    output.remark(f"Not there: {named - number:,} of the {named:,} that --id names.")
+    return exits.PARTIAL
 
 
 COLUMNS = ("FAILED AT", "SUBSCRIBER", "ROUTING KEY", "ERROR", "MESSAGE", "RETRIES", "REPLAYS", "ID")

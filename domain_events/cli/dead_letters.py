@@ -22,7 +22,9 @@ from domain_events.cli.choosing import (
     acting_options,
     approved,
     choice_options,
+    rate_option,
     row,
+    status_of,
     walked,
     when,
 )
@@ -252,12 +254,7 @@ def _data(data: object) -> str:
 @names_argument
 @choice_options()
 @acting_options
-@click.option(
-    "--rate",
-    type=Number(min=0, min_open=True),
-    metavar="N",
-    help="At most so many events each second.",
-)
+@rate_option
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -305,6 +302,7 @@ def replay(
     """
     if dry_run:
         return _dry_run("replayed", names, choice, broker, timeout)
+    found = 0
     for name in names:
         with DeadLetters(name, broker, timeout=timeout) as dead_letters:
             wanted = _approved(dead_letters, choice, "Replay", yes=yes)
@@ -327,7 +325,8 @@ def replay(
                     raise
         if _report(name, replaying, as_json=as_json):
             return exits.PARTIAL
-    return exits.OK
+        found += replaying.result.number
+    return status_of(choice, found)
 
 
 def _rest(wanted: Choice, replaying: Replay, letters: Iterable[DeadLetter]) -> Iterator[DeadLetter]:
@@ -392,6 +391,7 @@ def discard(
         raise click.UsageError("--to and --no-copy exclude each other.")
     if dry_run:
         return _dry_run("discarded", names, choice, broker, timeout)
+    found = 0
     for name in names:
         with DeadLetters(name, broker, timeout=timeout) as dead_letters, ExitStack() as stack:
             wanted = _approved(dead_letters, choice, "Discard", yes=yes)
@@ -404,7 +404,8 @@ def discard(
             number = discard_all(dead_letters, letters, partial(archive.entry, queue=name), copies)
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
         output.remark(f"{number:,} of {name} were discarded{where}.")
-    return exits.OK
+        found += number
+    return status_of(choice, found)
 
 
 def discard_all(
@@ -471,7 +472,7 @@ def _dry_run(
     rows = [row(letter, name) for name, letter in _chosen(names, choice, broker, timeout)]
     output.table(COLUMNS, rows)
     output.remark(f"{len(rows):,} would be {done}; nothing was changed.")
-    return exits.OK
+    return status_of(choice, len(rows))
 
 
 # --- export and import ---------------------------------------------------------------------------

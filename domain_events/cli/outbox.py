@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -353,6 +354,10 @@ def _found(target: str) -> tuple[Outbox, Engine | None]:
         raise click.UsageError(
             f"The driver for this database is not installed: {printable(error)}"
         ) from None
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if file and not file.startswith(("file:", ":memory:")) and not Path(file).exists():
+        # A connection would make it.
+        raise DatabaseError(f"{printable(engine.url)}: there is no file {printable(file)}.")
     return Outbox(engine), engine
 
 

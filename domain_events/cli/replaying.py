@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TypeAlias
 
+from domain_events.cli.pace import Pace
 from domain_events.dead_letters import DeadLetter, DeadLetters
 from domain_events.errors import DomainEventsError
 from domain_events.message import ToSubscriber
@@ -64,7 +65,8 @@ class Replay:
         on_replayed: Callable[[], None] = lambda: None,
     ) -> None:
         self._dead_letters = dead_letters
-        self._rate = rate
+        self._pace = Pace(rate)
+        self._slowly = rate is not None
         self._batch = batch
         self._stop_after = stop_after
         self._patience = patience
@@ -75,7 +77,6 @@ class Replay:
         self._replays: dict[str, int] = {}
         self._expected = 0
         self._next_look = 0.0
-        self._next_at = time.monotonic()
         self._started = datetime.now(timezone.utc)
         self._passed_over = False
 
@@ -111,19 +112,17 @@ class Replay:
                 self.result.stopped = True
                 return
             batch = itertools.chain([first], itertools.islice(letters, size - 1))
-            if self._rate:
-                self._replay_slowly(batch, self._rate)
+            if self._slowly:
+                self._replay_slowly(batch)
             else:
                 self._dead_letters.replay_many(batch, self._replayed)
             size = min(size * 2, self._batch)
         if self.result.number:
             self._may_go_on()
 
-    def _replay_slowly(self, letters: Iterable[DeadLetter], rate: float) -> None:
+    def _replay_slowly(self, letters: Iterable[DeadLetter]) -> None:
         for letter in letters:
-            time.sleep(max(0.0, self._next_at - time.monotonic()))
-            # What was late for a moment is made up for, and a long wait is not.
-            self._next_at = max(self._next_at, time.monotonic() - 1.0) + 1.0 / rate
+            self._pace.step()
             letter.replay()
             self._replayed(letter)
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import click
 
-from domain_events.cli import archive, exits, output
+from domain_events.cli import archive, output
 from domain_events.cli.choosing import (
     Choice,
     acting_options,
     approved,
     choice_options,
     place_of,
+    rate_option,
+    status_of,
     walked,
     when,
 )
@@ -25,6 +27,8 @@ from domain_events.cli.options import (
     json_option,
     timeout_option,
 )
+from domain_events.cli.pace import Pace
+from domain_events.cli.selection import Selection
 from domain_events.settings import ConnectionSettings
 from domain_events.undelivered import Undelivered, UndeliveredEvent
 
@@ -71,6 +75,7 @@ def _print(entries: Iterator[UndeliveredEvent]) -> int:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @choice_options(errors=False)
 @acting_options
+@rate_option
 @exchange_option
 @broker_option
 @timeout_option
@@ -79,6 +84,7 @@ def return_events(
     choice: Choice,
     dry_run: bool,
     yes: bool,
+    rate: float | None,
     exchange: str,
     broker: ConnectionSettings,
     timeout: float,
@@ -96,23 +102,22 @@ def return_events(
         if dry_run:
             number = _print(choice.of(theirs()))
             output.remark(f"{number:,} would be returned; nothing was changed.")
-            return exits.OK
+            return status_of(choice, number)
         wanted: Choice | None = choice
         if not yes:
             wanted = approved(choice, undelivered, theirs, "Return", place_of(undelivered))
         if wanted is None:
-            return exits.OK
+            return status_of(choice, 0)
         if wanted.newest:
-            chosen = {each.id for each in wanted.of(theirs())}
-            number = undelivered.hand_back_all(names, lambda each: each.id in chosen)
-        else:
-            number = undelivered.hand_back_all(names, _is_chosen(wanted))
+            ids = frozenset(each.id for each in wanted.of(theirs()) if each.id is not None)
+            wanted = Choice(Selection(ids=ids))
+        number = undelivered.hand_back_all(names, _is_chosen(wanted, Pace(rate)))
         output.remark(f"{number:,} were returned.")
-    return exits.OK
+    return status_of(choice, number)
 
 
-def _is_chosen(choice: Choice) -> Callable[[UndeliveredEvent], bool]:
-    """Whether an event is among the first that are chosen."""
+def _is_chosen(choice: Choice, pace: Pace) -> Callable[[UndeliveredEvent], bool]:
+    """Whether an event is among the first that are chosen, as soon as it is its turn."""
     left = choice.limit
 
     def check(entry: UndeliveredEvent) -> bool:
@@ -121,6 +126,7 @@ def _is_chosen(choice: Choice) -> Callable[[UndeliveredEvent], bool]:
             return False
         if left is not None:
             left -= 1
+        pace.step()
         return True
 
     return check
@@ -164,12 +170,12 @@ def discard(
         if dry_run:
             number = _print(choice.of(entries()))
             output.remark(f"{number:,} would be discarded; nothing was changed.")
-            return exits.OK
+            return status_of(choice, number)
         wanted: Choice | None = choice
         if not yes:
             wanted = approved(choice, undelivered, entries, "Discard", place_of(undelivered))
         if wanted is None:
-            return exits.OK
+            return status_of(choice, 0)
         copies = None
         if not no_copy:
             target = path or default_path(exchange, "undelivered")
@@ -182,4 +188,4 @@ def discard(
         )
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
         output.remark(f"{number:,} were discarded{where}.")
-    return exits.OK
+    return status_of(choice, number)

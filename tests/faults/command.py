@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import fragment
 import rabbitmq_node
 from rabbitmq_node import NodeError
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(report.text(result), flush=True)
     kept = report.as_json(result, _command(words))
     if options.report:
-        options.report.write_text(report.rst([json.loads(kept)]))
+        fragment.write(options.report, report.rst([json.loads(kept)]))
     if options.json:
         options.json.write_text(kept)
     return 1 if result.verdict.violations() else 0
@@ -60,7 +61,7 @@ def _show(files: Sequence[Path], target: Path | None) -> None:
     except (KeyError, ValueError, TypeError) as error:
         raise HarnessError(f"not written by --json: {error!r}") from error
     if target:
-        target.write_text(text)
+        fragment.write(target, text)
     else:
         print(text, end="")
 
@@ -73,7 +74,7 @@ def _measure_lateness(options: argparse.Namespace, words: Sequence[str]) -> int:
         measurements = list(measured)
     print(lateness.text(measurements), flush=True)
     if options.report:
-        options.report.write_text(lateness.rst(measurements, _command(words)))
+        fragment.write(options.report, lateness.rst(measurements, _command(words)))
     return 0
 
 

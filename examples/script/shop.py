@@ -1,5 +1,7 @@
 """A small service: it publishes when somebody registers, and has three handlers.
 
+``python shop.py`` handles events; ``python shop.py Ada ada@example.org`` registers a user.
+
 An event may be delivered twice, and a handler may fail halfway. So a row is stored under a key that
 is the same each time. A follow-up event is published after that, with an id that is the same each
 time (`derived`), and even if the row existed before: the first run may have ended between the two.
@@ -9,6 +11,7 @@ With Django or SQLAlchemy, ``once`` and the outbox do all of this.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from typing import ClassVar
 
 from domain_events import (
@@ -41,6 +44,7 @@ class MailServer:
         if not cls.up:
             raise ConnectionError("the mail server is down")
         cls.sent[mail_id] = address
+        print("a mail to", address, flush=True)
 
 
 def register_user(name: str, address: str) -> None:
@@ -89,4 +93,7 @@ def make_subscriber() -> Subscriber:
 
 
 if __name__ == "__main__":
-    make_subscriber().start_consuming()
+    if len(sys.argv) == 3:
+        register_user(*sys.argv[1:])
+    else:
+        make_subscriber().start_consuming()

@@ -1,7 +1,11 @@
-"""Typed data: an account is opened, and its owner is greeted."""
+"""Typed data: an account is opened, and its owner is greeted.
+
+``python accounts.py`` greets; ``python accounts.py 'Ada Lovelace' 9.90`` opens an account.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -49,6 +53,7 @@ greetings: list[str] = []
 def greet(event: DomainEvent[AccountOpened]) -> None:
     account = event.data  # an AccountOpened
     greetings.append(f"Dear {account.owner}, thank you for {account.deposit:.2f} euros.")
+    print(greetings[-1], flush=True)
 
 
 def make_subscriber() -> Subscriber:
@@ -58,4 +63,7 @@ def make_subscriber() -> Subscriber:
 
 
 if __name__ == "__main__":
-    make_subscriber().start_consuming()
+    if len(sys.argv) == 3:
+        open_account(sys.argv[1], Decimal(sys.argv[2]))
+    else:
+        make_subscriber().start_consuming()
