@@ -120,7 +120,7 @@ def test_last_ten_of_an_error_are_listed_and_replayed_slowly(
     _, remarks = terminal.run(*replay)
     assert time.monotonic() - begun >= 9 / 5
     assert remarks == (
-        f"10 of {mailer} were replayed; 10 wait in its queue (is the subscriber running?).\n"
+        f"{mailer}: 10 replayed; 10 wait in its queue (is the subscriber running?).\n"
     )
     assert taken(bench.url, mailer) == wanted[::-1]
     assert len(ids(bench.url, mailer)) == 2 + len(others)
@@ -302,7 +302,7 @@ def test_what_is_discarded_can_be_imported_again(bench: Bench, terminal: Termina
     ]
     _, remarks = terminal.run("dead-letters", "discard", queue, "--yes")
     [copy] = terminal.folder.iterdir()
-    assert remarks == f"31 of {queue} were discarded; a copy is in {copy}.\n"
+    assert remarks == f"{queue}: 31 discarded; a copy is in {copy}.\n"
     assert copy.stat().st_mode & 0o077 == 0
     assert ids(bench.url, queue) == []
     lines = copy.read_bytes().splitlines(keepends=True)
@@ -311,10 +311,10 @@ def test_what_is_discarded_can_be_imported_again(bench: Bench, terminal: Termina
     copy.write_bytes(b"".join(lines[:20]) + lines[20][:50])
     _, remarks = terminal.run("dead-letters", "import", copy.name, status=3)
     assert f"{copy.name}:21 was left out" in remarks
-    assert "20 were imported; 0 were there already." in remarks
+    assert "20 imported; 0 there already." in remarks
     copy.write_bytes(b"".join(lines))
     _, remarks = terminal.run("dead-letters", "import", copy.name)
-    assert remarks == "11 were imported; 20 were there already.\n"
+    assert remarks == "11 imported; 20 there already.\n"
     after = [
         json.loads(line) for line in terminal.run("dead-letters", "export", queue)[0].splitlines()
     ]
@@ -322,7 +322,7 @@ def test_what_is_discarded_can_be_imported_again(bench: Bench, terminal: Termina
     terminal.run("dead-letters", "discard", queue, "--yes", "--no-copy")
     assert list(terminal.folder.iterdir()) == [copy]
     _, remarks = terminal.run("dead-letters", "import", copy.name, "--replay")
-    assert remarks == "31 were imported; 0 were there already.\n"
+    assert remarks == "31 imported; 0 there already.\n"
     assert onlooker.count(bench.url, queue) == 31
     assert ids(bench.url, queue) == []
 
@@ -366,7 +366,7 @@ def test_copies_that_fill_the_disk_are_counted(bench: Bench, terminal: Terminal)
     # What measures coverage cannot write its file either, and remarks on that.
     done, failed, *_ = remarks.splitlines()
     left = ids(bench.url, queue)
-    assert done == f"{250 - len(left)} were discarded; a copy is in copies.jsonl."
+    assert done == f"{250 - len(left)} discarded; a copy is in copies.jsonl."
     assert "Copies cannot be written to copies.jsonl" in failed
     copies = (terminal.folder / "copies.jsonl").read_text().splitlines()
     assert 0 < len(left) < 250
@@ -519,15 +519,15 @@ def test_undelivered_retries_are_listed_returned_and_discarded(
     begun = time.monotonic()
     slowly = "--limit", "4", "--rate", "2", "--yes"
     _, remarks = terminal.run("undelivered", "return", first, *exchange, *slowly)
-    assert remarks == "4 were returned.\n"
+    assert remarks == "4 returned.\n"
     assert time.monotonic() - begun >= 1.5
     assert taken(bench.url, first) == [event.uuid_string for event in events[:4]]
     discard = "undelivered", "discard", "--subscriber", second, "--yes", "--to", "copy.jsonl"
     _, remarks = terminal.run(*discard, *exchange)
-    assert remarks.startswith("3 were discarded; a copy is in")
+    assert remarks.startswith("3 discarded; a copy is in")
     assert onlooker.count(bench.url, f"{bench.exchange}.undelivered") == 2
     _, remarks = terminal.run("dead-letters", "import", "copy.jsonl")
-    assert remarks.startswith("3 were imported")
+    assert remarks.startswith("3 imported")
     assert ids(bench.url, second) == [event.uuid_string for event in events[6:]]
     _, remarks = terminal.run("undelivered", "return", "nobody", *exchange, "--yes", status=8)
     assert "There is no queue 'nobody' to hand back to" in remarks

@@ -927,7 +927,7 @@ def test_event_that_cannot_be_sent_is_parked_until_somebody_decides(
     assert relay("--once", "--database=default") == ["default: 0 sent"]
     OutboxEvent.objects.update(body=written[1].to_json())
     assert relay("--retry-all", command="parked_domain_events") == [
-        "1 parked events are sent again."
+        "1 to be sent again by the next relay."
     ]
     assert relay("--once", "--database=default") == ["default: 1 sent"]
     assert published(event_broker) == ["0", "2", "1"]

@@ -321,7 +321,7 @@ def replay(
                 try:
                     replaying.run(partial(_rest, wanted, replaying))
                 except BaseException:
-                    output.remark(f"{replaying.result.number:,} of {name} were replayed.")
+                    output.remark(f"{name}: {replaying.result.number:,} replayed.")
                     raise
         if _report(name, replaying, as_json=as_json):
             return exits.PARTIAL
@@ -347,10 +347,10 @@ def _report(name: str, replaying: Replay, *, as_json: bool) -> bool:
                 "stopped": result.stopped,
             }
         )
-    text = f"{result.number:,} of {name} were replayed"
+    text = f"{name}: {result.number:,} replayed"
     if again:
         kinds = ", ".join(sorted(set(result.failed_again.values())))
-        text += f"; {again:,} of these failed again ({printable(kinds)})"
+        text += f"; {again:,} of them failed again ({printable(kinds)})"
     if result.stopped:
         text += ". Stopped, the rest is left: mend the cause, then replay them"
     elif result.waiting:
@@ -403,7 +403,7 @@ def discard(
             letters = wanted.of(walked(dead_letters, dead_letters, f"discarding {name}"))
             number = discard_all(dead_letters, letters, partial(archive.entry, queue=name), copies)
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
-        output.remark(f"{number:,} of {name} were discarded{where}.")
+        output.remark(f"{name}: {number:,} discarded{where}.")
         found += number
     return status_of(choice, found)
 
@@ -440,7 +440,7 @@ def discard_all(
     except BaseException:
         if number:
             where = f"; a copy is in {printable(copies.path)}" if copies is not None else ""
-            output.remark(f"{number:,} were discarded{where}.")
+            output.remark(f"{number:,} discarded{where}.")
         raise
     return number
 
@@ -522,7 +522,7 @@ def export(
                 batch.clear()
         copies.add(batch)
     part.rename(path)
-    output.remark(f"{number:,} were copied to {path}.")
+    output.remark(f"{number:,} copied to {path}.")
     return exits.OK
 
 
@@ -568,5 +568,5 @@ def import_letters(
         importing.run(copies())
     finally:
         numbers = importing.number, importing.skipped
-        output.remark("{:,} were imported; {:,} were there already.".format(*numbers))
+        output.remark("{:,} imported; {:,} there already.".format(*numbers))
     return exits.PARTIAL if broken else exits.OK

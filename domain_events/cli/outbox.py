@@ -220,7 +220,7 @@ def retry(target: str, ids: Sequence[int], everything: bool) -> int:
     found = _Target(target)
     with _database_errors(found.name):
         number = found.outbox.retry(None if everything else ids)
-    output.remark(f"{number:,} parked events are sent again, by the next relay.")
+    output.remark(f"{number:,} to be sent again by the next relay.")
     return _all_of(ids, number)
 
 
@@ -245,7 +245,7 @@ def discard(target: str, ids: Sequence[int], yes: bool) -> int:
             except InvalidEvent:
                 click.echo(printable(each.row.body, len(each.row.body)))
         number = len(found.outbox.discard(wanted))
-    output.remark(f"{number:,} parked events are deleted.")
+    output.remark(f"{number:,} deleted.")
     return _all_of(ids, number)
 
 

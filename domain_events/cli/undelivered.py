@@ -112,7 +112,7 @@ def return_events(
             ids = frozenset(each.id for each in wanted.of(theirs()) if each.id is not None)
             wanted = Choice(Selection(ids=ids))
         number = undelivered.hand_back_all(names, _is_chosen(wanted, Pace(rate)))
-        output.remark(f"{number:,} were returned.")
+        output.remark(f"{number:,} returned.")
     return status_of(choice, number)
 
 
@@ -187,5 +187,5 @@ def discard(
             copies,
         )
         where = f"; a copy is in {copies.path}" if copies is not None and number else ""
-        output.remark(f"{number:,} were discarded{where}.")
+        output.remark(f"{number:,} discarded{where}.")
     return status_of(choice, number)

@@ -5,7 +5,7 @@
     DOMAIN_EVENTS = {
         'URL': 'amqp://user:password@host/vhost',   # or a list; None switches it off
         'APP_ID': 'shop',
-        'MIDDLEWARE': ['domain_events.opentelemetry.Tracing'],
+        'MIDDLEWARE': ['domain_events.opentelemetry.OpenTelemetry'],
         'OUTBOX': True,                             # or a list of aliases of databases
         'OUTBOX_LEASE': 30, 'OUTBOX_TIMEOUT': 10,   # seconds; of `domain_events.outbox.Courier`
     }

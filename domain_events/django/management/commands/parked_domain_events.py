@@ -41,7 +41,7 @@ class Command(BaseCommand):
             execute = executing(connections[alias])
             if options["retry"] or options["retry_all"]:
                 number = outbox.retry(execute, options["retry"])
-                self.stdout.write(f"{number} parked events are sent again.")
+                self.stdout.write(f"{number} to be sent again by the next relay.")
             elif options["discard"]:
                 for each in outbox.discard(execute, options["discard"]):
                     self.stdout.write(each.row.body)
