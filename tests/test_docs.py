@@ -207,7 +207,7 @@ def test_what_a_page_lists_is_the_file(page: Path) -> None:
 
 
 def test_page_needs_nothing_that_a_repository_does_not_render() -> None:
-    """Nothing is there of a directive of Sphinx's that shows text, or of a block with its options."""
+    """There is nothing of a directive of Sphinx that shows text, or of a block with its options."""
     shows_nothing = r"^\.\. (?:literal)?include:: .*|^\.\. code-block:: \w+\n +:.*"
     for page in PAGES:
         assert re.findall(shows_nothing, page.read_text(), re.M) == [], page.name

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import shell
 from rabbitmq_node import Node
 from support import wait_until
 
@@ -82,6 +83,18 @@ class Desk:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
+    def on_terminal(self, *arguments: str) -> str:
+        """What the command prints on a terminal of 80 columns, without colours."""
+        with shell.on_terminal(
+            self._environment["DOMAIN_EVENTS_URL"],
+            *arguments,
+            more={"NO_COLOR": "1"},
+            cwd=self.folder,
+            stderr=subprocess.DEVNULL,
+        ) as command:
+            assert command.end() == 0
+        return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(command.out))
+
 
 def shown(name: str) -> str:
     """What the page shows, with stars for what differs each time."""
@@ -122,7 +135,7 @@ def test_tutorial_works_word_by_word(own_node: Node, tmp_path: Path) -> None:
         listed = [""]
 
         def is_listed() -> bool:
-            listed[0] = stars(desk.run(*command, "dead-letters", "list", "welcome-mail"))
+            listed[0] = stars(desk.on_terminal("dead-letters", "list", "welcome-mail"))
             return "ValueError" in listed[0]
 
         wait_until(is_listed, 120)
