@@ -236,6 +236,24 @@ def _named(name: str) -> object:
     raise AssertionError(name)
 
 
+def test_links_into_the_repository_lead_somewhere() -> None:
+    """Those of the pages, of what the commands print, and of the package's metadata."""
+    files = [
+        *PAGES,
+        *ROOT.glob("*.rst"),
+        ROOT / "pyproject.toml",
+        *ROOT.glob("domain_events/**/*.py"),
+    ]
+    links = [
+        (file.name, link)
+        for file in files
+        for link in re.findall(r"domain-events-rabbitmq/\w+/main/([^>`\"#\s)]*)", file.read_text())
+    ]
+    assert len(links) > 20
+    for name, link in links:
+        assert (ROOT / link).exists(), f"{name}: {link}"
+
+
 def test_all_pages_are_looked_at() -> None:
     """A mistake in the search would find nothing, and pass."""
     assert len(list(blocks())) > 50
