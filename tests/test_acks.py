@@ -15,12 +15,13 @@ from domain_events.broker.rabbitmq.channel import Channels
 from domain_events.broker.rabbitmq.consumer import CarefulStart, RabbitConsumer, Tags
 from domain_events.message import Delivery
 
-BATCHES = st.lists(st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=12), max_size=12)
+HOW = st.sampled_from(["ack", "nack", "reject"])
+BATCHES = st.lists(st.lists(st.tuples(st.integers(0, 30), HOW), max_size=12), max_size=12)
 
 
 @given(BATCHES)
 def test_acks_settle_what_was_settled_and_nothing_else(
-    batches: list[list[tuple[int, bool]]],
+    batches: list[list[tuple[int, str]]],
 ) -> None:
     """In any order, some given back: the broker closes the channel over an ack too many."""
     tags, unacked, last = Tags(1), set[int](), 0
@@ -29,20 +30,39 @@ def test_acks_settle_what_was_settled_and_nothing_else(
             last += 1
             tags.delivered(last, 0)
             unacked.add(last)
-        done = []
-        for tag, acked in batch:
+        settled: dict[str, list[int]] = {"ack": [], "nack": [], "reject": []}
+        for tag, how in batch:
             if not tags.settle(tag):
-                assert tag not in unacked or tag in done
-            elif acked:
-                done.append(tag)
+                assert tag not in unacked or any(tag in each for each in settled.values())
             else:
-                unacked.remove(tag)  # by a basic.nack or basic.reject, which goes before
-        for tag, up_to in tags.acks(done):
+                settled[how].append(tag)
+                if how == "reject":  # which goes before
+                    unacked.remove(tag)
+        sent: dict[bool, set[int]] = {True: set(), False: set()}
+        for tag, acks, multiple in tags.commands(settled["ack"], settled["nack"]):
             assert tag in unacked
-            unacked -= {each for each in unacked if each <= tag} if up_to else {tag}
+            meant = {each for each in unacked if each <= tag} if multiple else {tag}
+            sent[acks] |= meant
+            unacked -= meant
+        assert sent == {True: set(settled["ack"]), False: set(settled["nack"])}
         assert tags.unsettled() == unacked
         assert tags.all_settled() == (not unacked)
         assert {tag for tag in range(last + 2) if tags.is_unsettled(tag)} == unacked
+
+
+def test_many_are_given_back_with_few_nacks_in_their_order() -> None:
+    """A quorum queue forgets those beyond 32 under way when the channel is closed at once."""
+    tags = Tags(1)
+    for tag in range(1, 201):
+        tags.delivered(tag, 0)
+        tags.settle(tag)
+    acks, *nacks = tags.commands([1, 2, 3], list(range(4, 201)))
+    assert acks == (3, True, True)
+    assert [tag for tag, acked, multiple in nacks if multiple and not acked] == [
+        *range(35, 200, 32),
+        200,
+    ]
+    assert len(nacks) == 7
 
 
 @given(st.integers(2, 8), st.lists(st.integers(0, 7), max_size=60), st.booleans())
@@ -62,7 +82,7 @@ def test_careful_start_never_takes_more_than_the_prefetch_count(
         if held and choice % 2:
             tag = held.pop(choice % len(held))
             assert tags.settle(tag)
-            tags.acks([tag])
+            list(tags.commands([tag], []))
             capacity += start.settled([tag], tags)
         elif len(held) < capacity:
             last += 1

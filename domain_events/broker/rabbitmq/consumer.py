@@ -23,7 +23,8 @@ broker's client of the queue keeps further ones back, and forgets them when its 
 what was handled would come again. A cancel is answered when the commands before it were performed;
 so what can be settled is settled before it. Since RabbitMQ 4.0 those kept back are sent before it,
 too. Until then, they are sent once the client has seen that others were performed; so it is given
-something more to do, whose answer the queue sends behind that.
+something more to do, whose answer the queue sends behind that. Nacks can be forgotten likewise, and
+those of a stop come after the cancel; so they are sent for many deliveries together.
 
 **The careful start.** See `CarefulStart`.
 """
@@ -33,9 +34,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from pika.channel import Channel
 
@@ -58,6 +60,9 @@ log = Log("domain_events")
 _ACKS_TOGETHER = 25
 _SLOW = 0.001
 _LONGEST_WITHHELD = 0.1
+# More would come back in another order: of larger maps Erlang does not keep the order of the keys
+# (rabbit_fifo.erl, `return`).
+_NACKS_TOGETHER = 32
 
 # Before a consumer that the broker refused tries again.
 _PAUSES = Backoff(0.1, maximum=10.0, jitter=0.5)
@@ -75,6 +80,14 @@ _ALONE = Backoff(3.0, maximum=3600.0, jitter=0.0)
 # bytes of them.
 _LARGE = 64 * 1024
 _MANY_BYTES = 256 * 2**20
+
+
+class Command(NamedTuple):
+    """An ack or a nack; ``multiple``: of all that are outstanding up to this tag."""
+
+    tag: int
+    acks: bool = True
+    multiple: bool = False
 
 
 class Tags:
@@ -122,20 +135,29 @@ class Tags:
     def all_settled(self) -> bool:
         return self._floor > self._last
 
-    def acks(self, done: Sequence[int]) -> list[tuple[int, bool]]:
-        """The acks for these settled tags: a tag each, and whether ``multiple``.
+    def commands(self, done: Sequence[int], back: Sequence[int]) -> Iterator[Command]:
+        """What to send for these settled tags, in this order: those handled, those given back.
 
-        A run of acks without a gap is sent as one.
+        A run of acks without a gap is sent as one, and of nacks behind it some together. Nothing
+        else that is settled may be outstanding at the broker.
         """
         above = self._settled_above
         while self._floor in above:
             above.discard(self._floor)
             self._floor += 1
-        acks = [(tag, False) for tag in done if tag > self._floor]
-        if together := [tag for tag in done if tag < self._floor]:
-            # That tag must itself be outstanding (otherwise 406), hence the highest of these.
-            acks.insert(0, (max(together), True))
-        return acks
+        # The tag of a `multiple` must itself be outstanding (otherwise 406), hence the highest.
+        acked = max((tag for tag in done if tag < self._floor), default=0)
+        for tag in back:
+            if tag < acked or tag > self._floor:
+                yield Command(tag, acks=False)
+        if acked:
+            yield Command(acked, multiple=True)
+        for tag in done:
+            if tag > self._floor:
+                yield Command(tag)
+        behind = sorted(tag for tag in back if acked < tag < self._floor)
+        for last in (*behind[_NACKS_TOGETHER - 1 : -1 : _NACKS_TOGETHER], *behind[-1:]):
+            yield Command(last, acks=False, multiple=True)
 
     def large(self) -> tuple[int, int]:
         """How many deliveries with large bodies are unsettled, and how many bytes these are."""
@@ -584,7 +606,8 @@ class RabbitConsumer:
         self._bell.answer()
         channel, tags = self._channel, self._tags
         done: list[int] = []
-        others: list[int] = []
+        back: list[int] = []
+        failed: list[int] = []
         while self._settled:
             (epoch, tag), how = self._settled.popleft()
             if epoch != tags.epoch or channel is None or not channel.is_open:
@@ -593,15 +616,17 @@ class RabbitConsumer:
                 continue
             if how is Settlement.DONE:
                 done.append(tag)
-                continue
-            others.append(tag)
-            if how is Settlement.GIVE_BACK:
-                channel.basic_nack(tag, requeue=True)
+            elif how is Settlement.GIVE_BACK:
+                back.append(tag)
             else:
+                failed.append(tag)
                 # Since RabbitMQ 4.3 only this counts towards the delivery limit
                 # (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling).
                 channel.basic_reject(tag, requeue=True)
-        if channel is not None and (done or others):
-            for tag, up_to in tags.acks(done):
-                channel.basic_ack(tag, multiple=up_to)
-            self._take(self._start.settled([*done, *others], tags))
+        if channel is not None and (done or back or failed):
+            for tag, acks, multiple in tags.commands(done, back):
+                if acks:
+                    channel.basic_ack(tag, multiple=multiple)
+                else:
+                    channel.basic_nack(tag, multiple=multiple, requeue=True)
+            self._take(self._start.settled([*done, *back, *failed], tags))

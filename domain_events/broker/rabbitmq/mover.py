@@ -314,7 +314,7 @@ class Mover:
         channel, connection = self._channel, self._connection
         if channel is None or connection is None or not channel.is_open or not done:
             return
-        for tag, multiple in self._tags.acks(done):
+        for tag, _acks, multiple in self._tags.commands(done, []):
             channel.basic_ack(tag, multiple=multiple)
         if not self._reading and self._bytes < _MOST_BYTES // 2:
             self._reading = True
