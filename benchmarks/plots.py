@@ -197,7 +197,7 @@ def line_chart(title: str, axis: str, lines: Sequence[Line]) -> Sheet:
     description = f"From {short(first)} to {short(last_one)}, {axis}: {courses}."
     sheet = Sheet(title, description, _RULES)
     top = sheet.heading(title) + 6
-    bottom, left, right = top + 190, 62, WIDTH - 20
+    bottom, left, right = top + 190, 62, WIDTH - 26
     across = _Scale([x for line in lines for x, _ in line.points], left, right)
     up = _Scale([y for line in lines for _, y in line.points], bottom, top)
     for tick in up.ticks():

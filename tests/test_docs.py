@@ -236,6 +236,31 @@ def _named(name: str) -> object:
     raise AssertionError(name)
 
 
+def test_figures_about_the_outbox_are_those_that_were_measured() -> None:
+    table = (ROOT / "docs" / "measurements-outbox.rst").read_text()
+    text = (ROOT / "docs" / "transactions.rst").read_text()
+    words = " ".join(
+        text.partition("Beside the outboxes of others")[2].partition("\n\n\n")[0].split()
+    )
+    measured = {
+        name: re.findall(r"^     - ([\d.,]+) \(", table.partition(f"* - {name}\n")[2], re.M)[:6]
+        for name in (
+            "this library, SQLAlchemy",
+            "this library, Django",
+            "faststream-outbox, tuned",
+            "django-outbox-pattern",
+        )
+    }
+    ours, django, faststream, pattern = measured.values()
+    assert f"sends {ours[0]} events a second with SQLAlchemy, and {django[0]} with Django" in words
+    assert f"faststream-outbox {faststream[0]} when it is tuned" in words
+    assert f"django-outbox-pattern {pattern[0]}." in words
+    assert f"less than {ours[1]} and {django[1]} ms" in words
+    assert f"with the others, {faststream[1]} and {pattern[1]} ms" in words
+    assert f"takes {ours[4]} and {django[4]} ms longer" in words
+    assert f"with these it is {faststream[4]} and {pattern[4]} ms" in words
+
+
 def test_links_into_the_repository_lead_somewhere() -> None:
     """Those of the pages, of what the commands print, and of the package's metadata."""
     files = [
