@@ -200,7 +200,9 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
     assert f"{losses} of {events:,} events in the fifteen minutes" in faults
 
 
-@pytest.mark.parametrize("page", listings.PAGES.glob("*.rst"), ids=lambda page: str(page.name))
+@pytest.mark.parametrize(
+    "page", sorted(listings.PAGES.glob("*.rst")), ids=lambda page: str(page.name)
+)
 def test_what_a_page_lists_is_the_file(page: Path) -> None:
     """`python tools/listings.py` changes nothing."""
     assert listings.filled(page) == page.read_text()
