@@ -17,6 +17,7 @@ from benchmarks.summary import Summary, short
 _LABELS = 150  # space for the names on the left
 _BAR = 16
 _APART = 42  # between the numbers of an axis
+_FLAT = 4  # times the lowest figure: a logarithmic axis would have hardly a number
 _LINES = (
     ("#c0392b", "#ff8a7a"),
     ("#2563eb", "#6ea8fe"),
@@ -188,26 +189,28 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> Sheet:
 
 
 def line_chart(title: str, axis: str, lines: Sequence[Line]) -> Sheet:
-    """Lines over two logarithmic axes."""
+    """Lines over a logarithmic axis; where they hardly rise or fall, theirs begins with 0."""
     courses = "; ".join(
         f"{line.label} from {short(line.points[0][1])} to {short(line.points[-1][1])}"
         for line in lines
     )
     first, last_one = lines[0].points[0][0], lines[0].points[-1][0]
-    description = f"From {short(first)} to {short(last_one)}, {axis}: {courses}."
+    description = f"From {_on_axis(first)} to {_on_axis(last_one)}, {axis}: {courses}."
     sheet = Sheet(title, description, _RULES)
     top = sheet.heading(title) + 6
     bottom, left, right = top + 190, 62, WIDTH - 26
     across = _Scale([x for line in lines for x, _ in line.points], left, right)
-    up = _Scale([y for line in lines for _, y in line.points], bottom, top)
+    heights = [y for line in lines for _, y in line.points]
+    flat = max(heights) < _FLAT * min(heights)
+    up = (_FromZero if flat else _Scale)(heights, bottom, top)
     for tick in up.ticks():
         sheet.shape(f'<path class="grid" d="M{left} {up(tick):.1f}H{right}"/>', up(tick))
-        sheet.text(left - 6, up(tick) + 4, short(tick), "end faint")
+        sheet.text(left - 6, up(tick) + 4, _on_axis(tick), "end faint")
     last = -math.inf
     for x in sorted({x for line in lines for x, _ in line.points}):
         if across(x) - last > _APART:
             last = across(x)
-            sheet.text(last, bottom + 16, short(x), "mid faint")
+            sheet.text(last, bottom + 16, _on_axis(x), "mid faint")
     sheet.text((left + right) / 2, bottom + 34, axis, "mid faint")
     for number, line in enumerate(lines):
         colour = f"c{number % len(_LINES)}"
@@ -221,6 +224,10 @@ def line_chart(title: str, axis: str, lines: Sequence[Line]) -> Sheet:
         sheet.shape(f'<path class="{colour}" d="M14 {y - 4:g}H34"/>', y)
         sheet.text(40, y, line.label, "bold" if number == 0 else "")
     return sheet
+
+
+def _on_axis(number: float) -> str:
+    return f"{number:,.0f}" if number == round(number) else f"{number:g}"
 
 
 class _Scale:
@@ -241,3 +248,20 @@ class _Scale:
         powers = range(math.floor(self._low), math.ceil(self._high) + 1)
         candidates = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
         return [each for each in candidates if self._low <= math.log10(each) <= self._high]
+
+
+class _FromZero(_Scale):
+    """Maps values to coordinates in proportion, from zero."""
+
+    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
+        self._low, self._high = 0.0, 1.05 * max(values)
+        self._begin, self._end = begin, end
+
+    def __call__(self, value: float) -> float:
+        return self._begin + value / self._high * (self._end - self._begin)
+
+    def ticks(self) -> list[float]:
+        """At most six multiples of 1, 2 or 5 times a power of ten."""
+        power = 10.0 ** math.floor(math.log10(self._high / 5))
+        step = next(digit * power for digit in (1, 2, 5, 10) if self._high < 6 * digit * power)
+        return [step * number for number in range(int(self._high / step) + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.registry import BY_NAME, PEERS
 from benchmarks.results import Results
@@ -18,6 +18,7 @@ class Table:
     """Rows of text under a title.
 
     :ivar scenario: the name of the scenario that it is about, as the files of its plots have it.
+    :ivar groups: what each column but the first belongs to: a kind of queue, or a figure.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     scenario: str = ""
+    groups: tuple[str, ...] = ()
 
 
 def value(number: float, figure: Figure) -> str:
@@ -75,7 +77,8 @@ def _of_scenario(results: Results, scenario: Scenario) -> Table:
         notes += [f"{BY_NAME[name].title}: failed: {error}" for error in sorted(errors)]
     left_out = [peer for peer in PEERS if scenario.name in peer.cannot and not scenario.peers]
     notes += [f"{peer.title}: {peer.cannot[scenario.name]}" for peer in left_out]
-    return Table(scenario.title, head, tuple(rows), tuple(notes), scenario.name)
+    groups = tuple(figure.title if scenario.series else label for label, figure in columns)
+    return Table(scenario.title, head, tuple(rows), tuple(notes), scenario.name, groups)
 
 
 def _column(scenario: Scenario, label: str, figure: Figure) -> str:
@@ -152,21 +155,34 @@ def _column_of(cells: Sequence[str]) -> list[str]:
 
 
 def as_rst(results: Results, plots: Mapping[str, str] | None = None) -> str:
-    """Sections for a page of the documentation: of each scenario its plots, then its table.
+    """Sections for a page of the documentation: of each scenario its plots and its tables.
 
     :param plots: in words, what each image shows, by the path of its file.
     """
     parts = [heading(results)]
     for table in tables(results):
         parts.append(f"\n{table.title}\n{'-' * len(table.title)}")
-        parts += [
-            f".. image:: {path}\n   :alt: {words}"
+        images = {
+            path: f".. image:: {path}\n   :alt: {words}"
             for path, words in (plots or {}).items()
             if _scenario_of(path) == table.scenario
-        ]
-        parts.append(list_table(table, titled=False))
+        }
+        for group, part in _narrow(table):
+            about = [path for path in images if f"-{group}." in path or len(images) == 1]
+            parts += [images.pop(path) for path in about]
+            parts.append(list_table(part, titled=False))
         parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
     return "\n\n".join(parts) + "\n"
+
+
+def _narrow(table: Table) -> list[tuple[str, Table]]:
+    """A table for each group of columns, with its name: all of them do not fit on a phone."""
+    made = []
+    for group in dict.fromkeys(table.groups):
+        kept = [0, *(number for number, each in enumerate(table.groups, 1) if each == group)]
+        head, *rows = (tuple(row[number] for number in kept) for row in (table.head, *table.rows))
+        made.append((group, replace(table, head=head, rows=tuple(rows))))
+    return made or [("", table)]
 
 
 def _scenario_of(path: str) -> str:

@@ -86,7 +86,12 @@ def _text(help_: str) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*`|\\]|_(?!\w))", r"\\\1", " ".join(text.split()))
+    """Text, with options and what is in quotes as code: elsewhere two hyphens become a dash."""
+    parts = re.split(r"((?<![\w`-])(?:--[a-z][a-z-]*|(?:\w+=)?'[^' ]+'))", " ".join(text.split()))
+    return "".join(
+        f"``{part}``" if number % 2 else re.sub(r"([*`|\\]|_(?!\w))", r"\\\1", part)
+        for number, part in enumerate(parts)
+    )
 
 
 if __name__ == "__main__":
