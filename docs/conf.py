@@ -42,6 +42,7 @@ nitpick_ignore_regex = [
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
+python_maximum_signature_line_length = 72  # then a parameter on each line
 
 html_theme = "furo"
 html_title = f"domain_events {release}"

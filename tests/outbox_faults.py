@@ -750,8 +750,9 @@ class Outcome:
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Tables of one run, or of several beside each other."""
-    titles = [outcome.title for outcome in outcomes]
-    totals = ["All"] if len(outcomes) > 1 else []
+    several = len(outcomes) > 1
+    titles = [f"Run {n}" if several else each.title for n, each in enumerate(outcomes, 1)]
+    totals = ["All"] if several else []
 
     def row(what: str, numbers: Sequence[int]) -> tuple[str, ...]:
         return (what, *(f"{number:,}" for number in (*numbers, *([sum(numbers)] * len(totals)))))
@@ -768,7 +769,11 @@ def report(outcomes: Sequence[Outcome]) -> str:
         if any(sum(each.steps[what]) for each in outcomes)
     ]
     lines = [
-        "To run it again::",
+        *(f"{n}. {each.title}" for n, each in enumerate(outcomes, 1) if several),
+        *([""] if several else []),
+        "To run it again:",
+        "",
+        ".. code-block:: sh",
         "",
         *(f"    {outcome.command}" for outcome in outcomes),
         "",

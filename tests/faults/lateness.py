@@ -214,7 +214,9 @@ def measure_all(
 def rst(measurements: Sequence[Measurement], command: str) -> str:
     """A fragment for the documentation."""
     lines = [
-        "To reproduce::",
+        "To reproduce:",
+        "",
+        ".. code-block:: sh",
         "",
         f"    {command}",
         "",

@@ -155,7 +155,9 @@ def rst(kept: Sequence[Kept]) -> str:
 def _rst_of_scenario(runs: Sequence[Kept]) -> str:
     versions = [f"RabbitMQ {run['version']}" for run in runs]
     lines = [
-        f"**{runs[0]['scenario']}**: {runs[0]['about']}. To reproduce::",
+        f"**{runs[0]['scenario']}**: {runs[0]['about']}. To reproduce:",
+        "",
+        ".. code-block:: sh",
         "",
         *(f"    {run['command']}" for run in runs),
         "",
@@ -178,7 +180,7 @@ def _table(head: Sequence[str], columns: Sequence[Mapping[str, str]]) -> list[st
     """Rows by their names, in the order of first appearance; a dash where one has no value."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [head, *([name, *(column.get(name, "-") for column in columns)] for name in names)]
-    lines = [".. list-table::", "   :header-rows: 1", ""]
+    lines = [".. list-table::", "   :header-rows: 1", "   :class: long-words", ""]
     for row in rows:
         lines.append(f"   * - {row[0]}")
         lines += [f"     - {cell}" for cell in row[1:]]
