@@ -153,7 +153,7 @@ class Desk:
 
     def curl(self, line: str) -> str:
         """The same request as curl's, as soon as the server is there."""
-        _, _, _, option, data, url = ["", *self.words(line)]
+        option, data, url = self.words(line)[-3:]
         json = {"Content-Type": "application/json"} if option == "--json" else {}
         request = urllib.request.Request(url, data.encode(), json)
         deadline = time.monotonic() + 60
