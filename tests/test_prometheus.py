@@ -725,7 +725,7 @@ def test_alerts_say_what_is_wrong_and_are_all_explained_and_tested() -> None:
     for rule in alert_rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
-        row = re.search(rf"``{rule['alert']}``\n\n +(\w+): (.+)\n", documented)
+        row = re.search(rf"``{rule['alert']}``: (\w+), (.+)\n", documented)
         assert row
         assert row[1] == rule["labels"]["severity"]
         if "for" in rule:
