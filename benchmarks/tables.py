@@ -181,6 +181,10 @@ def _narrow(table: Table) -> list[tuple[str, Table]]:
     for group in dict.fromkeys(table.groups):
         kept = [0, *(number for number, each in enumerate(table.groups, 1) if each == group)]
         head, *rows = (tuple(row[number] for number in kept) for row in (table.head, *table.rows))
+        where, _, what = head[1].partition(": ")
+        if what and where != group:  # along an axis, which is named once
+            labels = [cell.partition(": ")[0].rpartition(" ")[2] for cell in head[1:]]
+            head = (f"{what} by {where.rpartition(' ')[0]}", *labels)
         made.append((group, replace(table, head=head, rows=tuple(rows))))
     return made or [("", table)]
 
