@@ -258,6 +258,37 @@ def test_pictures_are_well_formed_and_show_everybody(tmp_path: Path) -> None:
         assert "pika (blocking)" in words
 
 
+def test_tables_of_the_documentation_fit_on_a_phone() -> None:
+    """There is one for each kind of queue, and an axis is named once."""
+    kinds = [*rate("pika", 1000, variant="classic"), *rate("pika", 2000, variant="quorum")]
+    series = [
+        Sample("prefetch", each, peer, 1, {"rate": 100.0})
+        for each in ("1", "2,000")
+        for peer in (OURS, "pika")
+    ]
+    text = tables.as_rst(
+        results(*kinds, *series), {"publish-quorum.svg": "B", "publish-classic.svg": "A"}
+    )
+    order = (
+        "publish-classic.svg",
+        "- classic: events/s",
+        "publish-quorum.svg",
+        "- quorum: events/s",
+    )
+    assert sorted(order, key=text.index) == list(order)
+    assert "   * - events/s by prefetch\n     - 1\n     - 2,000\n" in text
+
+
+@pytest.mark.parametrize(("figures", "lowest"), [((11.9, 12.2), ">0<"), ((10.0, 900.0), ">10<")])
+def test_an_axis_begins_with_zero_where_figures_hardly_differ(
+    figures: tuple[float, ...], lowest: str
+) -> None:
+    line = plots.Line("this library", tuple(enumerate(figures, 1)))
+    svg = plots.line_chart("CPU per event", "events queued", [line]).svg()
+    assert lowest in svg
+    assert (">0<" in svg) == (lowest == ">0<")
+
+
 def test_runs_of_different_scenarios_are_shown_together() -> None:
     made = results(*rate(OURS, 20_000))
     made.add(results(Sample("one", "quorum", OURS, 1, {"p50": 600.0})))
