@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ from xml.etree import ElementTree
 
 import listings
 import pytest
+from bench import Bench
 
 import domain_events
-from domain_events import DomainEvent, Publisher, Reject, Subscriber
+from domain_events import DomainEvent, Publisher, Reject, Retry, Subscriber
+from domain_events.log import Log, in_background
 from domain_events.outbox import close_couriers
 from domain_events.sqlalchemy import Outbox
 from domain_events.testing import EventBroker
@@ -286,6 +289,32 @@ def test_figures_about_the_outbox_are_those_that_were_measured() -> None:
     assert f"with the others, {faststream[1]} and {pattern[1]} ms" in words
     assert f"takes {ours[4]} and {django[4]} ms longer" in words
     assert f"with these it is {faststream[4]} and {pattern[4]} ms" in words
+
+
+def test_threads_of_a_process_are_those_of_their_page(bench: Bench) -> None:
+    """The core's: each name on the page is that of a thread, and each thread is on the page."""
+    text = (ROOT / "docs" / "threads.rst").read_text()
+    names = re.findall(r"``(domain-events-[a-z -]+)(?:<n>)?``", text.partition("The optional")[0])
+    seen: set[str] = set()
+    subscriber = bench.subscriber(workers=2)
+
+    def note(_event: DomainEvent) -> None:
+        with in_background():  # as on an I/O thread
+            Log("domain_events").info("for the thread that writes it")
+        threads = threading.enumerate()
+        seen.update(each.name for each in threads if each.name.startswith("domain-events-"))
+        if len(kinds(seen)) == len(names):
+            subscriber.stop_consuming()
+        else:
+            raise Retry(0.1)
+
+    def kinds(threads: set[str]) -> set[str]:
+        return {re.sub(r"\d+$", "", each) for each in threads}
+
+    subscriber.register(note, bench.names.queue(), ["#"], max_retries=50)
+    bench.publish("user.registered")
+    subscriber.start_consuming(timeout=30)
+    assert kinds(seen) == set(names)
 
 
 def test_links_into_the_repository_lead_somewhere() -> None:
