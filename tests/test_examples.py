@@ -27,8 +27,8 @@ EXAMPLES = ROOT / "examples"
 PAGE = (EXAMPLES / "README.rst").read_text()
 
 QUEUES = (
-    *("welcome-mail", "invoices", "ledger", "greetings", "billing", "bookshop-invoices"),
-    "shop-mails",
+    *("welcome-mail", "invoices", "ledger", "greetings", "billing", "order-billing"),
+    *("bookshop-invoices", "shop-mails"),
 )
 
 
@@ -249,7 +249,7 @@ def test_flask_shop_works(desk: Desk, killable_node: Node) -> None:
 @pytest.mark.example("fastapi-shop")
 def test_fastapi_shop_works(desk: Desk, killable_node: Node) -> None:
     desk.start("python fastapi_shop.py")
-    is_bound(killable_node, "billing")
+    is_bound(killable_node, "order-billing")
     desk.start("uvicorn fastapi_shop:app --port 8000")
     desk.curl("""curl --json '{"book": "Middlemarch"}' http://localhost:8000/orders""")
     desk.wait_for("SELECT * FROM invoices WHERE order_id = 1", "shop.db")
