@@ -156,7 +156,8 @@ def fill() -> None:
 
 @pytest.mark.usefixtures("_brief")
 @pytest.mark.parametrize("name", sorted(RUNS))
-def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
+def test_code_runs_as_it_stands(name: str, tmp_path: Path, unused_port: int) -> None:
+    """But on a port of its own: another test may have the same one at the same time."""
     *earlier, block = RUNS[name]
     if block.comment == "run as a program":
         program = tmp_path / "program.py"
@@ -171,7 +172,8 @@ def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
         try:
             for each in (*earlier, block):
                 exec(compile(each.given, f"given at {each.name}", "exec"), names)
-                exec(compile(each.code, each.name, "exec"), names)
+                code = re.sub(r"\b(8080|9000)\b", str(unused_port), each.code)
+                exec(compile(code, each.name, "exec"), names)
         finally:
             for value in names.values():
                 if isinstance(value, Outbox):  # or it would be of other tests' sessions, too
