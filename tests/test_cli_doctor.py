@@ -21,6 +21,7 @@ from typing import Any
 import onlooker
 import pyamqp
 import pytest
+import shell
 from live import consuming
 from managed import CONSUMER_TIMEOUT, Managed
 from rabbitmq_node import Node, free_port
@@ -206,6 +207,55 @@ def test_sick_broker_is_shown_with_what_to_do_and_nothing_is_changed(
         assert not any((properties.headers or {}).values())  # it was never delivered
 
 
+def test_session_of_the_page_is_what_it_prints(
+    managed_node: Managed,
+    patient: Patient,
+    doctor: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    """docs/operating-doctor.rst, but for notes about the release and about a start."""
+    page = (DOCS / "operating-doctor.rst").read_text()
+    _, _, rest = page.partition("    $ domain-events doctor shop:subscriber\n")
+    *shown, summary = findings_of(rest.split("\n\n")[0].replace("\n    ", "\n").lstrip())
+    (tmp_path / "shop.py").write_text(MODULE.format(exchange="domain-events", name="mailer"))
+    subscriber = Subscriber(patient.url)
+    subscriber.register(print, "mailer", ["a.*"], max_retries=1)
+    with consuming(subscriber, patient.url, "mailer"):
+        for _ in range(3):
+            onlooker.publish(patient.url, "", "mailer-dl", b"{}")
+        with managed_node.policy("tidy", ".*", {"message-ttl": 86_400_000}):
+            wait_until(
+                lambda: (managed_node.get("queues/%2F/mailer") or {}).get("policy") == "tidy"
+            )
+            done = doctor("shop:subscriber", path=str(managed_node.programs))
+    assert done.returncode == 1, done.stderr
+    *found, counts = findings_of(done.stdout)
+    assert [each for each in found if not each.startswith("NOTE ")] == [
+        each for each in shown if not each.startswith("NOTE ")
+    ]
+    assert set(shown) <= set(found)
+    assert summary == "20 checks: 1 error, 1 warning, 1 note"
+    assert counts.startswith(summary.rpartition(",")[0])
+
+
+def findings_of(text: str) -> list[str]:
+    """Each with its lines; the last is the summary."""
+    return re.split(r"\n(?=\S)", text.rstrip())
+
+
+@pytest.mark.parametrize(("columns", "more"), [(80, {}), (60, {"NO_COLOR": "1"})])
+def test_lines_fit_the_terminal_and_no_color_is_honoured(
+    patient: Patient, columns: int, more: dict[str, str]
+) -> None:
+    arguments = ["doctor", "--name", patient.name, "--exchange", patient.exchange]
+    with shell.on_terminal(patient.url, *arguments, columns=columns, more=more) as terminal:
+        assert terminal.end() == 1
+    assert any("\x1b[" in line for line in terminal.out) == (not more)
+    details = [each for each in terminal.out if each.startswith(" ") and "://" not in each]
+    assert details
+    assert max(map(len, details)) <= columns
+
+
 def test_mistakes_end_it_in_one_line(
     patient: Patient, doctor: Callable[..., subprocess.CompletedProcess[str]], unused_port: int
 ) -> None:
@@ -247,7 +297,7 @@ def test_every_check_is_documented_and_every_link_leads_somewhere() -> None:
     for name in CHECKS:
         assert f"* - ``{name}``" in table, name
     anchors = set()
-    for module in ("broker_checks", "queue_checks"):
+    for module in ("broker_checks", "queue_checks", "checks"):
         text = (DOCS.parent / "domain_events" / "cli" / f"{module}.py").read_text()
         anchors |= set(re.findall(r'"(\w+\.rst#[\w-]+)"', text))
     assert len(anchors) > 10
