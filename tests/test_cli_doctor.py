@@ -35,7 +35,7 @@ from domain_events.cli.checks import CHECKS
 from domain_events.cli.examination import Examination, Subscribed, Unknown, of_target
 from domain_events.cli.findings import Finding, Severity
 from domain_events.cli.management import Management, Rabbitmqctl, Source
-from domain_events.cli.policies import in_force
+from domain_events.cli.policies import clear_command, in_force
 
 DOCS = Path(__file__).parent.parent / "docs"
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
@@ -602,6 +602,13 @@ def test_policy_for_a_queue_that_does_not_exist_yet_is_found(patient: Patient) -
         assert one(patient.check("policies")).where == patient.name
     with patient.node.policy("harm", ".*", {"delivery-limit": 500}):
         assert patient.check("policies") == []
+
+
+def test_command_that_removes_a_policy_names_its_vhost() -> None:
+    policy = {"name": "a b", "vhost": "shop", "operator": False}
+    assert clear_command(policy) == "rabbitmqctl clear_policy -p shop 'a b'"
+    policy = {"name": "tidy", "vhost": "/", "operator": True}
+    assert clear_command(policy) == "rabbitmqctl clear_operator_policy tidy"
 
 
 def test_alternate_exchange_by_policy_is_found(patient: Patient) -> None:
