@@ -20,15 +20,19 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import listings
 import pytest
+from bench import Bench
 
 import domain_events
-from domain_events import DomainEvent, Publisher, Reject, Subscriber
+from domain_events import DomainEvent, Publisher, Reject, Retry, Subscriber
+from domain_events.log import Log, in_background
 from domain_events.outbox import close_couriers
 from domain_events.sqlalchemy import Outbox
 from domain_events.testing import EventBroker
@@ -36,8 +40,10 @@ from domain_events.testing import EventBroker
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
 
+SVG = "{http://www.w3.org/2000/svg}"
+
 #: Names of subscribers whose dead letters a page looks at.
-SUBSCRIBERS = "print-user-event", "charge-card", "welcome-mail"
+SUBSCRIBERS = "print-user-event", "charge-card", "welcome-mail", "mailer"
 
 
 BRIEFLY = """
@@ -175,7 +181,7 @@ def test_code_runs_as_it_stands(name: str, tmp_path: Path) -> None:
 def target(text: str, variant: str) -> str:
     """What was measured of a target, in the table of the documentation."""
     table = (ROOT / "docs" / "measurements-4.3.rst").read_text()
-    found = re.search(rf"\* - {re.escape(text)}\n +- {variant}\n +- .+\n +- (.+)x\n", table)
+    found = re.search(rf"\* - {re.escape(text)}\n +- ?{variant}\n +- .+\n +- (.+)x\n", table)
     assert found, text
     return found[1]
 
@@ -184,8 +190,10 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
     readme = PAGES[0].read_text()
     bulk = target("Bulk publishing, of the best synchronous peer's", "quorum")
     assert f"- {bulk} times as many confirmed events a second" in readme
-    consumed = target("Consuming, of the best Python peer's, default options", "quorum")
+    consumed = target("Consuming, of the best Python peer's, all with a prefetch of 200", "")
     assert f"and {consumed} times as many consumed" in readme
+    by_default = target("Consuming, of the best Python peer's, default options", "quorum")
+    assert f"({by_default} times with" in readme
     faults = (ROOT / "docs" / "faults.rst").read_text()
     mixed = faults.partition("**mixed**")[2].partition("\n**")[0]
     row = re.search(r"events whose publish returned\n((?: +- [\d,]+\n)+)", mixed)
@@ -226,7 +234,7 @@ def test_reference_describes_everything_in_words_too() -> None:
         assert listed or in_the_tree, name
         if listed:
             words = inspect.getdoc(_named(name)) or ""
-            shown = re.sub(r"`[\w.]+\.(\w+)`", r"`\1`", listed[1])
+            shown = re.sub(r"(?<!`)`[\w.]+\.(\w+)`", r"`\1`", listed[1])
             assert " ".join(words.split("\n\n")[0].split()) == shown
 
 
@@ -237,6 +245,25 @@ def _named(name: str) -> object:
             found: object = getattr(importlib.import_module(each), own)
             return found
     raise AssertionError(name)
+
+
+def test_page_about_performance_says_what_its_charts_and_tables_say() -> None:
+    text = (ROOT / "docs" / "performance.rst").read_text()
+    words = " ".join(text.split())
+    images = re.findall(r"^\.\. image:: (\S+)$", text, re.M)
+    assert len(images) == 3
+    for image in images:
+        picture = ElementTree.parse(ROOT / "docs" / image).getroot()
+        title, description = (picture.findtext(f"{SVG}{tag}") for tag in ("title", "desc"))
+        assert f":alt: {title}. {description}" in words
+    for figure in (
+        target("Consuming, of the best Python peer's, all with a prefetch of 200", ""),
+        target("Consuming, of the best Python peer's, default options", "quorum"),
+        target("publish\\_domain\\_event one at a time, of domain-event-broker's rate", ""),
+        target("publish\\_many, of domain-event-broker's rate", ""),
+        target("Bulk publishing, of librabbitmq's with the same window", "classic"),
+    ):
+        assert re.search(rf"\b{re.escape(figure)}\b", words), figure
 
 
 def test_figures_about_the_outbox_are_those_that_were_measured() -> None:
@@ -262,6 +289,32 @@ def test_figures_about_the_outbox_are_those_that_were_measured() -> None:
     assert f"with the others, {faststream[1]} and {pattern[1]} ms" in words
     assert f"takes {ours[4]} and {django[4]} ms longer" in words
     assert f"with these it is {faststream[4]} and {pattern[4]} ms" in words
+
+
+def test_threads_of_a_process_are_those_of_their_page(bench: Bench) -> None:
+    """The core's: each name on the page is that of a thread, and each thread is on the page."""
+    text = (ROOT / "docs" / "threads.rst").read_text()
+    names = re.findall(r"``(domain-events-[a-z -]+)(?:<n>)?``", text.partition("The optional")[0])
+    seen: set[str] = set()
+    subscriber = bench.subscriber(workers=2)
+
+    def note(_event: DomainEvent) -> None:
+        with in_background():  # as on an I/O thread
+            Log("domain_events").info("for the thread that writes it")
+        threads = threading.enumerate()
+        seen.update(each.name for each in threads if each.name.startswith("domain-events-"))
+        if len(kinds(seen)) == len(names):
+            subscriber.stop_consuming()
+        else:
+            raise Retry(0.1)
+
+    def kinds(threads: set[str]) -> set[str]:
+        return {re.sub(r"\d+$", "", each) for each in threads}
+
+    subscriber.register(note, bench.names.queue(), ["#"], max_retries=50)
+    bench.publish("user.registered")
+    subscriber.start_consuming(timeout=30)
+    assert kinds(seen) == set(names)
 
 
 def test_links_into_the_repository_lead_somewhere() -> None:

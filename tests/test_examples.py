@@ -28,8 +28,8 @@ EXAMPLES = ROOT / "examples"
 PAGE = (EXAMPLES / "README.rst").read_text()
 
 QUEUES = (
-    *("welcome-mail", "invoices", "ledger", "greetings", "billing", "bookshop-invoices"),
-    "shop-mails",
+    *("welcome-mail", "invoices", "ledger", "greetings", "billing", "order-billing"),
+    *("bookshop-invoices", "shop-mails"),
 )
 
 
@@ -154,7 +154,7 @@ class Desk:
 
     def curl(self, line: str) -> str:
         """The same request as curl's, as soon as the server is there."""
-        _, _, _, option, data, url = ["", *self.words(line)]
+        option, data, url = self.words(line)[-3:]
         json = {"Content-Type": "application/json"} if option == "--json" else {}
         request = urllib.request.Request(url, data.encode(), json)
         deadline = time.monotonic() + 60
@@ -250,7 +250,7 @@ def test_flask_shop_works(desk: Desk, killable_node: Node) -> None:
 @pytest.mark.example("fastapi-shop")
 def test_fastapi_shop_works(desk: Desk, killable_node: Node) -> None:
     desk.start("python fastapi_shop.py")
-    is_bound(killable_node, "billing")
+    is_bound(killable_node, "order-billing")
     desk.start("uvicorn fastapi_shop:app --port 8000")
     desk.curl("""curl --json '{"book": "Middlemarch"}' http://localhost:8000/orders""")
     desk.wait_for("SELECT * FROM invoices WHERE order_id = 1", "shop.db")

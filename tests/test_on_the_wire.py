@@ -469,6 +469,7 @@ def test_programs_without_this_library_publish_and_subscribe(bench: Bench) -> No
     program = threading.Thread(target=consume, daemon=True)
     program.start()
     renamed = wait_until(published)
+    assert renamed is not None
     bench.publish("user.renamed")
     program.join(30)
     assert worked == [("user.renamed", renamed.uuid_string, {"user_id": 42})]

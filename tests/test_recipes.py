@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +327,22 @@ def test_middleware_recipes_do_what_they_show(caplog: pytest.LogCaptureFixture) 
         shipped = [each.uuid_string for each in broker.published if "shipped" in each.routing_key]
         assert len(shipped) == 4
         assert len(set(shipped)) == 2
+
+
+def test_readme_has_a_test_that_passes(tmp_path: Path) -> None:
+    """As a user saves and runs it, with nothing around it."""
+    (block,) = code_blocks("README.rst", "Testing your code")
+    (tmp_path / "test_mail.py").write_text(block)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", "/dev/null", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_readme_shows_how_to_see_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:

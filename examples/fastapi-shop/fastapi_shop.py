@@ -69,7 +69,7 @@ def issue_invoice(session: Session, event: DomainEvent) -> None:
 
 def make_subscriber() -> Subscriber:
     subscriber = Subscriber()
-    subscriber.register(issue_invoice, "billing", ["order.placed"])
+    subscriber.register(issue_invoice, "order-billing", ["order.placed"])
     return subscriber
 
 

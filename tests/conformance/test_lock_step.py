@@ -127,11 +127,12 @@ class LockStep(RuleBasedStateMachine):
         """Where a walk can begin that makes no difference to what comes after it.
 
         RabbitMQ counts looks into some queues up to 4.2; and what a quorum queue gets back goes
-        behind what came back before.
+        behind what came back before. A walk consumes, so it would end a queue with `auto_delete`.
         """
         embedded = self.sides[0]
         holding = {self.queues[kind].name for kind, _ in self.held()}
-        names = [self.queues[kind].name for kind in self.there()]
+        queues = [self.queues[kind] for kind in self.there()]
+        names = [queue.name for queue in queues if not queue.auto_delete]
         fresh = [name for name in names if name not in self.returned | holding]
         others = [each for each in self.places[len(KINDS) :] if embedded.count(each) is not None]
         return [*map(ToSubscriber, fresh), *others]
