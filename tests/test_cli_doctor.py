@@ -199,8 +199,8 @@ def test_sick_broker_is_shown_with_what_to_do_and_nothing_is_changed(
     by_name = doctor("--name", patient.name, "--exchange", patient.exchange)
     for done in (doctor("shop:subscriber"), by_name):
         assert done.returncode == 1, done.stderr
-        assert f"nobody consumes from '{patient.name}'; 1 events wait" in done.stdout
-        assert "dead-letters: 1 dead letters wait" in done.stdout
+        assert f"nobody consumes from '{patient.name}'; events that wait: 1" in done.stdout
+        assert "dead-letters: dead letters: 1" in done.stdout
     for queue in (patient.name, patient.dead_letters):
         properties, body = onlooker.take(patient.url, queue)
         assert body == b"{}"
@@ -717,7 +717,7 @@ def test_dead_letters_and_undelivered_retries_are_counted(patient: Patient) -> N
         onlooker.publish(patient.url, "", queue, b"{}")
     for subscribed, sources in [([patient.subscribed], []), ([], patient.sources())]:
         found = patient.check("dead-letters", subscribed, sources=sources)
-        assert {each.what for each in found} == {"2 dead letters wait", "1 retries are undelivered"}
+        assert {each.what for each in found} == {"dead letters: 2", "undelivered retries: 1"}
 
 
 def test_queue_without_consumers_is_found(patient: Patient) -> None:
@@ -726,7 +726,7 @@ def test_queue_without_consumers_is_found(patient: Patient) -> None:
     onlooker.publish(patient.url, "", patient.name, b"{}")
     for subscribed, sources in [([patient.subscribed], []), ([], patient.sources())]:
         found = one(patient.check("consumers", subscribed, sources=sources))
-        assert found.what == f"nobody consumes from '{patient.name}'; 1 events wait"
+        assert found.what == f"nobody consumes from '{patient.name}'; events that wait: 1"
     onlooker.take(patient.url, patient.name)
     subscriber = Subscriber(patient.url, patient.exchange)
     subscriber.register(print, patient.name, ["a.*"], max_retries=1)

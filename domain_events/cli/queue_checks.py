@@ -372,7 +372,7 @@ def dead_letters(examination: Examination) -> Iterator[Finding]:
             exchange = name.removesuffix(".undelivered")
             yield Finding(
                 _WARNING,
-                f"{state.messages:,} retries are undelivered",
+                f"undelivered retries: {state.messages:,}",
                 name,
                 "Their subscriber's queue was gone when they were due.",
                 f"domain-events undelivered list --exchange {exchange}, then return or discard.",
@@ -382,7 +382,7 @@ def dead_letters(examination: Examination) -> Iterator[Finding]:
             subscriber = shlex.quote(name.removesuffix("-dl"))
             yield Finding(
                 _WARNING,
-                f"{state.messages:,} dead letters wait",
+                f"dead letters: {state.messages:,}",
                 name,
                 "Events that a handler has given up on: they wait for somebody, for ever.",
                 f"domain-events dead-letters list {subscriber}, then replay or discard.",
@@ -408,7 +408,7 @@ def consumers(examination: Examination) -> Iterator[Finding]:
                 "operations.rst#monitoring",
             )
         elif state is not None and not state.consumers:
-            waits = f"; {state.messages:,} events wait" if state.messages else ""
+            waits = f"; events that wait: {state.messages:,}" if state.messages else ""
             yield Finding(
                 _WARNING,
                 f"nobody consumes from {name!r}{waits}",
