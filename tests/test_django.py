@@ -1281,6 +1281,17 @@ def test_settings_that_cannot_work_stop_the_start(given: dict[str, Any], words: 
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.usefixtures("configured")
+def test_outbox_without_its_app_names_what_to_do() -> None:
+    """Nothing else of the app runs then, so no check finds it; not that there is no table."""
+    installed = [each for each in django_settings.INSTALLED_APPS if "domain_events" not in each]
+    with (
+        override_settings(INSTALLED_APPS=installed, DOMAIN_EVENTS={"OUTBOX": True}),
+        pytest.raises(ImproperlyConfigured, match=r"add it, then run manage\.py migrate"),
+    ):
+        publish_on_commit("order.placed", {})
+
+
 def ids_of_checks(**given: Any) -> list[str]:
     with override_settings(**given):
         found = checks.run_checks(

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
@@ -74,9 +75,19 @@ def given() -> dict[str, Any]:
 
 
 def has_outbox(alias: str) -> bool:
-    """Whether transactions of this database write their events to its outbox."""
+    """Whether transactions of this database write their events to its outbox.
+
+    :raises ImproperlyConfigured: it should have one, and the app with the tables is not installed,
+        which would have checked the settings.
+    """
     found = getattr(settings, "DOMAIN_EVENTS", {}).get("OUTBOX", False)
-    return alias in found if isinstance(found, list | tuple | set) else bool(found)
+    uses_it = alias in found if isinstance(found, list | tuple | set) else bool(found)
+    if uses_it and not apps.is_installed("domain_events.django"):
+        raise ImproperlyConfigured(
+            "DOMAIN_EVENTS has an OUTBOX, and INSTALLED_APPS does not have 'domain_events.django': "
+            "add it, then run manage.py migrate."
+        )
+    return uses_it
 
 
 def courier_times() -> tuple[float, float]:
