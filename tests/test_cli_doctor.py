@@ -21,6 +21,7 @@ from typing import Any
 import onlooker
 import pyamqp
 import pytest
+import shell
 from live import consuming
 from managed import CONSUMER_TIMEOUT, Managed
 from rabbitmq_node import Node, free_port
@@ -34,7 +35,7 @@ from domain_events.cli.checks import CHECKS
 from domain_events.cli.examination import Examination, Subscribed, Unknown, of_target
 from domain_events.cli.findings import Finding, Severity
 from domain_events.cli.management import Management, Rabbitmqctl, Source
-from domain_events.cli.policies import in_force
+from domain_events.cli.policies import clear_command, in_force
 
 DOCS = Path(__file__).parent.parent / "docs"
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
@@ -198,12 +199,61 @@ def test_sick_broker_is_shown_with_what_to_do_and_nothing_is_changed(
     by_name = doctor("--name", patient.name, "--exchange", patient.exchange)
     for done in (doctor("shop:subscriber"), by_name):
         assert done.returncode == 1, done.stderr
-        assert f"nobody consumes from '{patient.name}'; 1 events wait" in done.stdout
-        assert "dead-letters: 1 dead letters wait" in done.stdout
+        assert f"nobody consumes from '{patient.name}'; events that wait: 1" in done.stdout
+        assert "dead-letters: dead letters: 1" in done.stdout
     for queue in (patient.name, patient.dead_letters):
         properties, body = onlooker.take(patient.url, queue)
         assert body == b"{}"
         assert not any((properties.headers or {}).values())  # it was never delivered
+
+
+def test_session_of_the_page_is_what_it_prints(
+    managed_node: Managed,
+    patient: Patient,
+    doctor: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    """docs/operating-doctor.rst, but for notes about the release and about a start."""
+    page = (DOCS / "operating-doctor.rst").read_text()
+    _, _, rest = page.partition("    $ domain-events doctor shop:subscriber\n")
+    *shown, summary = findings_of(rest.split("\n\n")[0].replace("\n    ", "\n").lstrip())
+    (tmp_path / "shop.py").write_text(MODULE.format(exchange="domain-events", name="mailer"))
+    subscriber = Subscriber(patient.url)
+    subscriber.register(print, "mailer", ["a.*"], max_retries=1)
+    with consuming(subscriber, patient.url, "mailer"):
+        for _ in range(3):
+            onlooker.publish(patient.url, "", "mailer-dl", b"{}")
+        with managed_node.policy("tidy", ".*", {"message-ttl": 86_400_000}):
+            wait_until(
+                lambda: (managed_node.get("queues/%2F/mailer") or {}).get("policy") == "tidy"
+            )
+            done = doctor("shop:subscriber", path=str(managed_node.programs))
+    assert done.returncode == 1, done.stderr
+    *found, counts = findings_of(done.stdout)
+    assert [each for each in found if not each.startswith("NOTE ")] == [
+        each for each in shown if not each.startswith("NOTE ")
+    ]
+    assert set(shown) <= set(found)
+    assert summary == "20 checks: 1 error, 1 warning, 1 note"
+    assert counts.startswith(summary.rpartition(",")[0])
+
+
+def findings_of(text: str) -> list[str]:
+    """Each with its lines; the last is the summary."""
+    return re.split(r"\n(?=\S)", text.rstrip())
+
+
+@pytest.mark.parametrize(("columns", "more"), [(80, {}), (60, {"NO_COLOR": "1"})])
+def test_lines_fit_the_terminal_and_no_color_is_honoured(
+    patient: Patient, columns: int, more: dict[str, str]
+) -> None:
+    arguments = ["doctor", "--name", patient.name, "--exchange", patient.exchange]
+    with shell.on_terminal(patient.url, *arguments, columns=columns, more=more) as terminal:
+        assert terminal.end() == 1
+    assert any("\x1b[" in line for line in terminal.out) == (not more)
+    details = [each for each in terminal.out if each.startswith(" ") and "://" not in each]
+    assert details
+    assert max(map(len, details)) <= columns
 
 
 def test_mistakes_end_it_in_one_line(
@@ -247,7 +297,7 @@ def test_every_check_is_documented_and_every_link_leads_somewhere() -> None:
     for name in CHECKS:
         assert f"* - ``{name}``" in table, name
     anchors = set()
-    for module in ("broker_checks", "queue_checks"):
+    for module in ("broker_checks", "queue_checks", "checks"):
         text = (DOCS.parent / "domain_events" / "cli" / f"{module}.py").read_text()
         anchors |= set(re.findall(r'"(\w+\.rst#[\w-]+)"', text))
     assert len(anchors) > 10
@@ -554,6 +604,13 @@ def test_policy_for_a_queue_that_does_not_exist_yet_is_found(patient: Patient) -
         assert patient.check("policies") == []
 
 
+def test_command_that_removes_a_policy_names_its_vhost() -> None:
+    policy = {"name": "a b", "vhost": "shop", "operator": False}
+    assert clear_command(policy) == "rabbitmqctl clear_policy -p shop 'a b'"
+    policy = {"name": "tidy", "vhost": "/", "operator": True}
+    assert clear_command(policy) == "rabbitmqctl clear_operator_policy tidy"
+
+
 def test_alternate_exchange_by_policy_is_found(patient: Patient) -> None:
     assert patient.check("alternate-exchange") == []
     alternate = {"alternate-exchange": "amq.fanout"}
@@ -660,7 +717,7 @@ def test_dead_letters_and_undelivered_retries_are_counted(patient: Patient) -> N
         onlooker.publish(patient.url, "", queue, b"{}")
     for subscribed, sources in [([patient.subscribed], []), ([], patient.sources())]:
         found = patient.check("dead-letters", subscribed, sources=sources)
-        assert {each.what for each in found} == {"2 dead letters wait", "1 retries are undelivered"}
+        assert {each.what for each in found} == {"dead letters: 2", "undelivered retries: 1"}
 
 
 def test_queue_without_consumers_is_found(patient: Patient) -> None:
@@ -669,7 +726,7 @@ def test_queue_without_consumers_is_found(patient: Patient) -> None:
     onlooker.publish(patient.url, "", patient.name, b"{}")
     for subscribed, sources in [([patient.subscribed], []), ([], patient.sources())]:
         found = one(patient.check("consumers", subscribed, sources=sources))
-        assert found.what == f"nobody consumes from '{patient.name}'; 1 events wait"
+        assert found.what == f"nobody consumes from '{patient.name}'; events that wait: 1"
     onlooker.take(patient.url, patient.name)
     subscriber = Subscriber(patient.url, patient.exchange)
     subscriber.register(print, patient.name, ["a.*"], max_retries=1)

@@ -471,6 +471,8 @@ def test_outage_is_not_a_crash(killable_node: Node, unique: str, tmp_path: Path)
         shop.saw("end", 20)
         assert run.children() == children
         assert run.end(signal.SIGTERM) == exits.OK
+        assert "Lost the subscriber consuming connection" in run.output
+        assert "StreamLostError" not in run.output, "pika's lines stay away"
     finally:
         shop.close()
         names.delete()

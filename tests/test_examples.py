@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -277,10 +278,33 @@ def test_workers_work(desk: Desk, killable_node: Node) -> None:
     documented = [_without_numbers(line.strip()) for line in session.splitlines()[:3]]
     # The two processes start at the same time.
     assert documented == [_without_numbers(line) for line in output().splitlines()[:3]]
+    _is_replaced_as_documented(page, desk, output)
+
+
+def _is_replaced_as_documented(page: str, desk: Desk, output: Callable[[], str]) -> None:
+    """Replacing on SIGHUP, and then a module with a mistake: its last line is an open bracket."""
+    documented = [
+        block.replace("/srv/shop", str(desk.folder))
+        for block in re.findall(r"code-block:: text\n\n((?:    .*\n)+)", page)
+    ]
+    assert len(documented) == 2
+    supervisor = re.search(r"(\d+) INFO Consuming in 2", output())
+    assert supervisor is not None
+    mails = desk.folder / "shop" / "mails.py"
+    for block, end in zip(documented, ("All processes were", "Nothing more is"), strict=True):
+        before = len(output())
+        os.kill(int(supervisor[1]), signal.SIGHUP)
+        wait_until(lambda end=end: end in output(), message=desk.outputs())  # type: ignore[misc]
+        mails.write_text(f"{mails.read_text()}print(\n")  # for the next
+        shown = [_without_numbers(line[4:]) for line in block.splitlines() if line.strip() != "..."]
+        found = [_without_numbers(line) for line in output()[before:].splitlines()]
+        assert (found[0], found[-1]) == (shown[0], shown[-1])
+        # Those of several processes come in any order; "..." stands for the same of another one.
+        assert set(found) == set(shown)
 
 
 def _without_numbers(line: str) -> str:
-    return re.sub(r"\d+", "N", re.sub(r" on [\w.-]+\.$", " on HOST.", line))
+    return re.sub(r"\d+(?:\.\d+)?", "N", re.sub(r" on [\w.-]+\.$", " on HOST.", line))
 
 
 @pytest.mark.example("several-handlers")

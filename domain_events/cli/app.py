@@ -94,8 +94,11 @@ class Commands(click.Group):
     ),
 )
 @click.version_option(__version__, prog_name="domain-events", message="%(prog)s %(version)s")
-def app() -> None:
+@click.pass_context
+def app(ctx: click.Context) -> None:
     """Domain events over RabbitMQ: run subscribers, look at them, mend them."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False  # click itself does not honour it
 
 
 @click.command(

@@ -51,4 +51,4 @@ def examine(examination: Examination) -> Iterator[Finding]:
 
 def _unknown(name: str, check: Check, why: str, do: str) -> Finding:
     what = str(check.__doc__).rstrip(".")
-    return Finding(Severity.UNKNOWN, what, "", why, do, "operating.rst#doctor", name)
+    return Finding(Severity.UNKNOWN, what, "", why, do, "operating-doctor.rst#doctor", name)

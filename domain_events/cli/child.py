@@ -240,7 +240,6 @@ def configure_logging() -> None:
         logging.basicConfig(
             format="%(asctime)s %(process)d %(levelname)s %(message)s", level=logging.INFO
         )
-        logging.getLogger("pika").setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

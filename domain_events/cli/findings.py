@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +16,8 @@ from domain_events.text import printable
 
 _DOCS = "https://github.com/domain-events/domain-events-rabbitmq/blob/main/docs/"
 _MOST_NAMES = 4
+# Of lines of text, in characters.
+_NARROWEST, _WIDEST = 40, 100
 
 
 class Severity(Enum):
@@ -97,13 +101,20 @@ def show_unknown(findings: Iterable[Finding]) -> None:
 def _filled(text: str, begin: str) -> str:
     return textwrap.fill(
         text,
-        100,
+        _width(),
         initial_indent=begin,
         subsequent_indent=" " * len(begin),
         # A command, or a URL, is to be copied.
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def _width() -> int:
+    """That of the terminal, at most 100 characters."""
+    if not sys.stdout.isatty():
+        return _WIDEST
+    return min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns))
 
 
 def listed(names: Iterable[str]) -> str:

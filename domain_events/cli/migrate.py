@@ -81,8 +81,8 @@ def command(name: str, **options: Any) -> int:
     """Turn the classic queue of subscriber NAME into a quorum queue, in operation.
 
     Publishers and consumers go on. If it is killed, or stops, run it again: it goes on. The
-    processes of the subscriber must use queue_type='classic' until it is done; docs/operating.rst
-    has the steps of a deployment.
+    processes of the subscriber must use queue_type='classic' until it is done;
+    docs/operating-migrate.rst has the steps of a deployment.
     """
     return _run(name, None, **options)
 

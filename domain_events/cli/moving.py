@@ -24,7 +24,7 @@ from domain_events.broker.rabbitmq.mover import Address, Mover
 from domain_events.broker.rabbitmq.topology import Binding, Exchange, Queue, Unbinding
 from domain_events.cli.management import Management, Source, Unavailable
 from domain_events.cli.offline import load_offline
-from domain_events.cli.policies import Policy, lossy
+from domain_events.cli.policies import Policy, clear_command, lossy
 from domain_events.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -318,12 +318,10 @@ class Work:
                 if known and (key, value) in known and key != "delayed-retry-type":
                     continue
                 what = "operator policy" if policy["operator"] else "policy"
-                clear = what.replace(" ", "_")
                 raise TopologyError(
                     f"The {what} {policy['name']!r} sets {key} = {value} for {queue.name!r}, in "
                     "which events would be lost, hidden or refused meanwhile. Give it a pattern "
-                    f"that does not match this name, or remove it: rabbitmqctl clear_{clear} "
-                    f"{policy['name']}"
+                    f"that does not match this name, or remove it: {clear_command(policy)}"
                 )
         return []
 

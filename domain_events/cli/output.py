@@ -61,7 +61,7 @@ def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Seque
         console.print()
         for name, value in zip(columns, row, strict=True):
             line = Text.assemble((f"{name:<{indent}}", "bold"), value)
-            console.print(line, overflow="fold", soft_wrap=True)
+            console.print(line, soft_wrap=True)
 
 
 def _cell(value: object) -> str:

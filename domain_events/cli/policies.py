@@ -7,6 +7,7 @@ policies; then both are merged (https://www.rabbitmq.com/docs/parameters#policie
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,14 @@ def lossy(
                 continue
             found[key, value] = policy
     return found
+
+
+def clear_command(policy: Policy) -> str:
+    """The command that removes it. rabbitmqctl looks in the vhost / unless another is named."""
+    vhost = str(policy.get("vhost", "/"))
+    where = [] if vhost == "/" else ["-p", vhost]
+    command = "clear_operator_policy" if policy["operator"] else "clear_policy"
+    return shlex.join(["rabbitmqctl", command, *where, str(policy["name"])])
 
 
 def in_force(policies: Sequence[Policy], name: str, kind: str) -> list[Policy]:

@@ -12,7 +12,7 @@ from domain_events.broker.rabbitmq import topology
 from domain_events.broker.rabbitmq.administration import Comparison
 from domain_events.cli.examination import Examination, Role, Subscribed, Unknown
 from domain_events.cli.findings import Finding, Severity, listed, plainly
-from domain_events.cli.policies import in_force
+from domain_events.cli.policies import clear_command, in_force
 
 # Milliseconds: RabbitMQ's own.
 _CONSUMER_TIMEOUT = 1_800_000
@@ -78,6 +78,7 @@ _LOWER = {"message-ttl": "x-message-ttl", "delivery-limit": "x-delivery-limit"}
 def policies(examination: Examination) -> Iterator[Finding]:
     """No policy in force harms these queues."""
     harmed: dict[tuple[str, str, str], dict[str, tuple[Severity, str]]] = defaultdict(dict)
+    clear: dict[tuple[str, str], str] = {}
     types = {
         name: (row.get("type", ""), row.get("arguments") or {})
         for name, row in examination.queues.items()
@@ -96,19 +97,19 @@ def policies(examination: Examination) -> Iterator[Finding]:
                 value = f"{key} = {policy['definition'][key]}"
                 what = "operator policy" if policy["operator"] else "policy"
                 harmed[what, policy["name"], value][name] = (severity, harm)
+                clear[what, policy["name"]] = clear_command(policy)
     for (what, policy_name, value), queues in harmed.items():
         order = list(Severity)
         names = sorted(queues, key=lambda name: order.index(queues[name][0]))
         worst, _ = queues[names[0]]
         harms = dict.fromkeys(queues[name][1] for name in names)
-        clear = "clear_operator_policy" if what == "operator policy" else "clear_policy"
         yield Finding(
             worst,
             f"the {what} {policy_name!r} sets {value}",
             listed(names),
             "; ".join(harms) + ".",
             "Give it a pattern that does not match these queues, or an apply-to without them; or "
-            f"remove it: rabbitmqctl {clear} {policy_name}",
+            f"remove it: {clear[what, policy_name]}",
             "broker.rst#policies",
         )
 
@@ -371,7 +372,7 @@ def dead_letters(examination: Examination) -> Iterator[Finding]:
             exchange = name.removesuffix(".undelivered")
             yield Finding(
                 _WARNING,
-                f"{state.messages:,} retries are undelivered",
+                f"undelivered retries: {state.messages:,}",
                 name,
                 "Their subscriber's queue was gone when they were due.",
                 f"domain-events undelivered list --exchange {exchange}, then return or discard.",
@@ -381,7 +382,7 @@ def dead_letters(examination: Examination) -> Iterator[Finding]:
             subscriber = shlex.quote(name.removesuffix("-dl"))
             yield Finding(
                 _WARNING,
-                f"{state.messages:,} dead letters wait",
+                f"dead letters: {state.messages:,}",
                 name,
                 "Events that a handler has given up on: they wait for somebody, for ever.",
                 f"domain-events dead-letters list {subscriber}, then replay or discard.",
@@ -407,7 +408,7 @@ def consumers(examination: Examination) -> Iterator[Finding]:
                 "operations.rst#monitoring",
             )
         elif state is not None and not state.consumers:
-            waits = f"; {state.messages:,} events wait" if state.messages else ""
+            waits = f"; events that wait: {state.messages:,}" if state.messages else ""
             yield Finding(
                 _WARNING,
                 f"nobody consumes from {name!r}{waits}",

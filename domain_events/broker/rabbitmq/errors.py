@@ -128,8 +128,9 @@ def read_error(queue: str, code: int, text: str) -> DomainEventsError:
     text = _shown(text)
     if code == NOT_FOUND:
         if "no queue" in text:
+            who = "a subscriber with retries" if queue.endswith(".undelivered") else "a subscriber"
             return TopologyError(
-                f"There is no queue {queue!r}: a subscriber declares it when it registers. Check "
+                f"There is no queue {queue!r}: {who} declares it when it registers. Check "
                 "the name, and the broker and the vhost in the URL."
             )
         return BrokerUnavailable(f"The queue {queue!r} cannot be reached: {text}.")
