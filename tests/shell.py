@@ -21,7 +21,10 @@ _TIMEOUT = 120.0
 
 
 def environment(url: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    return {**os.environ, "DOMAIN_EVENTS_URL": url, "PYTHONUNBUFFERED": "1", **(more or {})}
+    inherited = dict(os.environ)
+    for name in ("COLUMNS", "LINES"):  # they would count more than the size of its terminal
+        inherited.pop(name, None)
+    return {**inherited, "DOMAIN_EVENTS_URL": url, "PYTHONUNBUFFERED": "1", **(more or {})}
 
 
 def run(

@@ -43,7 +43,7 @@ def welcome(event):
 AWAY = {2, 4, 6, 8, 10, 12, 14}
 
 VOLATILE = [
-    (r"published by: +\w+", "published by: PROGRAM"),
+    (r"published by: +\S+", "published by: PROGRAM"),
     (r"(?m)^ +[\^~]+$", ""),  # that mark a part of the line above, from Python 3.11 on
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID"),
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", "TIME"),
