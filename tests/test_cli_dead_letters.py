@@ -516,6 +516,8 @@ def test_undelivered_retries_are_listed_returned_and_discarded(
     rows = terminal.rows("undelivered", "list", *exchange)
     assert [row["ID"] for row in rows] == [event.uuid_string for event in events]
     assert {row["SUBSCRIBER"] for row in rows} == {first, second}
+    none = "--newest", "--limit", "9", "--routing-key", "order.*", "--yes"
+    assert terminal.run("undelivered", "return", first, *exchange, *none)[1] == "0 returned.\n"
     begun = time.monotonic()
     slowly = "--limit", "4", "--rate", "2", "--yes"
     _, remarks = terminal.run("undelivered", "return", first, *exchange, *slowly)

@@ -186,7 +186,7 @@ def approved(
     if choice.newest:
         # Those that have arrived meanwhile would be the newest.
         chosen = frozenset(each for each in ids if each is not None)
-        return Choice(Selection(ids=chosen), number, newest=True)
+        return Choice(replace(choice.selection, ids=chosen), number, newest=True)
     return Choice(choice.selection, number)
 
 

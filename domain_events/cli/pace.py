@@ -20,7 +20,7 @@ class Pace:
 
     def step(self) -> None:
         """Wait until the next step may begin."""
-        if self._rate is None:
+        if not self._rate:
             return
         time.sleep(max(0.0, self._next_at - time.monotonic()))
         self._next_at = max(self._next_at, time.monotonic() - _MADE_UP_FOR) + 1.0 / self._rate

@@ -66,7 +66,7 @@ class Replay:
     ) -> None:
         self._dead_letters = dead_letters
         self._pace = Pace(rate)
-        self._slowly = rate is not None
+        self._slowly = bool(rate)
         self._batch = batch
         self._stop_after = stop_after
         self._patience = patience

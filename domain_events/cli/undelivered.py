@@ -110,7 +110,8 @@ def return_events(
             return status_of(choice, 0)
         if wanted.newest:
             ids = frozenset(each.id for each in wanted.of(theirs()) if each.id is not None)
-            wanted = Choice(Selection(ids=ids))
+            # With this limit, since no ids at all would choose everything.
+            wanted = Choice(Selection(ids=ids), len(ids))
         number = undelivered.hand_back_all(names, _is_chosen(wanted, Pace(rate)))
         output.remark(f"{number:,} returned.")
     return status_of(choice, number)

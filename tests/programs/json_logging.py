@@ -18,7 +18,7 @@ logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 def handle(event: DomainEvent) -> None:
     logging.getLogger("service").info("begin")
-    time.sleep(event.data["seconds"])
+    time.sleep(event.data["seconds"])  # a handler that is as slow as the test wants it
     if event.data.get("fails"):
         raise ValueError("broken")
 
